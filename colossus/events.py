@@ -1,0 +1,113 @@
+"""The event log: one JSON object a line. Everything that a person is shown is a view of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+Listener = Callable[[dict[str, Any]], None]
+
+
+class EventLog:
+    """Appends to a run's `events.jsonl`.
+
+    `run_seconds` is monotonic over attempts: each starts where the log of the one before ended, so that
+    downtime is not counted. Opening a log cuts off the torn last line that a killed attempt left.
+    """
+
+    def __init__(self, folder: Path, rank: int | None = None, listeners: Iterable[Listener] = ()) -> None:
+        self.path = folder / "events.jsonl"
+        self._rank = rank
+        self._listeners = tuple(listeners)
+        earlier = list(_read(self.path))
+        self.attempt = 1 + max((event["attempt"] for event in earlier), default=-1)
+        self._offset = max((event["run_seconds"] for event in earlier), default=0.0)
+        self._started: float | None = None
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.ftruncate(self._descriptor, _whole_bytes(self.path))
+
+    def start_clock(self) -> None:
+        """Training time of this attempt counts from here."""
+        self._started = time.monotonic()
+
+    @property
+    def run_seconds(self) -> float:
+        """Seconds of training, over all attempts."""
+        return self._offset + (time.monotonic() - self._started if self._started is not None else 0.0)
+
+    def write(
+        self, kind: str, step: int | None = None, *, synced: bool = False, **fields: Any
+    ) -> dict[str, Any]:
+        """Appends one event; with `synced` it is on disk when this returns."""
+        event = {
+            "schema": SCHEMA,
+            "time": round(time.time(), 3),
+            "run_seconds": round(self.run_seconds, 3),
+            "attempt": self.attempt,
+            "rank": self._rank,
+            "step": step,
+            "kind": kind,
+        } | fields
+        line = json.dumps(_plain(event), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+        data = line.encode()
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+        if synced:
+            os.fsync(self._descriptor)
+        for listener in self._listeners:
+            listener(event)
+        return event
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def read_events(folder: str | Path) -> list[dict[str, Any]]:
+    """All events of a run in order of time, those of nodes' own logs merged in.
+
+    A torn last line is dropped; lines of a newer schema that are no objects are ignored.
+    """
+    folder = Path(folder)
+    files = [folder / "events.jsonl", *sorted(folder.glob("events/node-*.jsonl"))]
+    events = [event for file in files for event in _read(file)]
+    return sorted(events, key=lambda e: (e["attempt"], e["run_seconds"])) if len(files) > 1 else events
+
+
+def number(value: Any) -> float:
+    """A number of the log; "nan", "inf" and "-inf" stand for themselves."""
+    return float(value)
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                event = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                continue
+            if isinstance(event, dict) and {"attempt", "run_seconds", "kind"} <= event.keys():
+                yield event
+
+
+def _whole_bytes(path: Path) -> int:
+    """Bytes up to the last whole line."""
+    data = path.read_bytes()
+    return data.rfind(b"\n") + 1
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,365 @@
+"""The job: one typed tree that every verb acts on.
+
+Values come from arguments (`section.field=value`), a job file, presets (`section=NAME`), and what is
+derived, in this order of precedence; `origins` says for every value where it came from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
+
+from colossus.architecture import Architecture
+from colossus.errors import UserError, nearest
+from colossus.layout import Layout
+from colossus.section import Section, derived
+
+Origin = Literal["argument", "file", "preset", "derived"]
+_RANK = {"derived": 0, "preset": 1, "file": 2, "argument": 3}
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, (str, int, float)) else value
+
+
+class PhaseChange(Section):
+    """From step `from_step` on, samples have another length or come with other weights."""
+
+    from_step: int = derived(ge=0)
+    seq_len: int | None = derived(ge=2)
+    weights: list[float] | None = None
+
+
+class Data(Section):
+    """What is learned from. A corpus is `python`, a path, `hf:NAME` or `package.module:Name`."""
+
+    corpus: Annotated[list[str], BeforeValidator(_as_list)] = derived(min_length=1)
+    weights: Annotated[list[float], BeforeValidator(_as_list)] = derived(min_length=1)
+    tokenizer: str = derived()  # "bpe", "bytes" or the path of a tokenizer.json
+    text_field: str = derived()
+    seq_len: int = derived(ge=2, le=10**8)  # tokens of a sample
+    mask_documents: bool = derived()  # attention stays inside a document
+    validation_fraction: float = derived(gt=0, lt=1)
+    folder: str = derived()  # where the token shards lie
+    phases: list[PhaseChange] = derived()
+    skip: list[tuple[int, int]] = derived()  # half-open intervals of samples never trained on
+
+
+class Optimizer(Section):
+    """How weights follow gradients. Rates are per step, at the top of the schedule."""
+
+    name: Literal["adamw", "muon"] = derived()
+    lr: float = derived(gt=0, le=10)
+    matrix_lr: float = derived(gt=0, le=10)  # Muon's, for the matrices of the layers
+    weight_decay: float = derived(ge=0, le=10)
+    beta1: float = derived(ge=0, lt=1)
+    beta2: float = derived(ge=0, lt=1)
+    eps: float = derived(gt=0, lt=1)
+    momentum: float = derived(ge=0, lt=1)  # Muon's
+    grad_clip: float = derived(gt=0)
+    z_loss: float = derived(ge=0)
+    schedule: Literal["wsd", "cosine"] = derived()
+    warmup_steps: int = derived(ge=0)
+    decay_fraction: float = derived(ge=0, le=1)  # of all steps, for wsd
+    final_lr_fraction: float = derived(ge=0, le=1)
+
+
+class Precision(Section):
+    """The type of the matrix products; weights are kept in fp32 whatever it is."""
+
+    type: Literal["fp32", "bf16"] = derived()
+
+
+class Checkpoint(Section):
+    """When the run is saved, and what stays."""
+
+    minutes: float = derived(gt=0)
+    steps: int = derived(ge=0)  # 0: by time alone
+    keep: int = derived(ge=1)  # the newest so many
+    keep_every: int = derived(ge=0)  # every so many steps for good; 0: none
+
+
+class Fleet(Section):
+    """The machines that a job runs on."""
+
+    preset: str | None = None
+    name: str = derived()
+    device: Literal["cpu", "cuda"] = derived()
+
+
+class RunSection(Section):
+    """How long, how much a step, and where. One of minutes, steps, tokens; the rest follows."""
+
+    minutes: float | None = derived(gt=0, le=10**7)
+    steps: int | None = derived(ge=1, le=10**9)
+    tokens: int | None = derived(ge=1, le=10**16)
+    seed: int = derived(ge=0, le=2**62)
+    folder: str = derived()
+    global_batch: int = derived(ge=1, le=10**7)  # sequences of a step, over all ranks
+    batch_schedule: list[tuple[int, int]] = derived()  # (from step, sequences)
+    threads: int = derived(ge=1, le=4096)
+    validate_every: int = derived(ge=0)  # steps; 0: at the end only
+    prompt: str = derived()  # what the sample at the end continues
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": Architecture,
+    "data": Data,
+    "optimizer": Optimizer,
+    "layout": Layout,
+    "precision": Precision,
+    "checkpoint": Checkpoint,
+    "fleet": Fleet,
+    "run": RunSection,
+}
+LENGTHS = ("run.minutes", "run.steps", "run.tokens")
+MAY_STAY_OPEN = {*LENGTHS, "model.preset", "model.rope_scaling", "fleet.preset"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, described. A value that is None is derived before anything starts.
+
+    origins: dotted field -> "argument", "file", "preset" or "derived".
+    made: what a resolved job was derived on (processor, version); empty for one that a user wrote.
+    """
+
+    model: Architecture = field(default_factory=Architecture)
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    layout: Layout = field(default_factory=Layout)
+    precision: Precision = field(default_factory=Precision)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    fleet: Fleet = field(default_factory=Fleet)
+    run: RunSection = field(default_factory=RunSection)
+    origins: dict[str, str] = field(default_factory=dict)
+    made: dict[str, str] = field(default_factory=dict)
+
+    def get(self, dotted: str) -> Any:
+        """The value of `section.field`."""
+        section, name = dotted.split(".")
+        return getattr(getattr(self, section), name)
+
+    def derive(self, **values: Any) -> Job:
+        """A job with `values` ({"run.seed": 0}) where this one has None; what is there stays."""
+        return self.put({name: v for name, v in values.items() if self.get(name) is None}, "derived")
+
+    def put(self, values: Mapping[str, Any], origin: str) -> Job:
+        """A job with `values` set, validated."""
+        changed: dict[str, dict[str, Any]] = {}
+        for dotted, value in values.items():
+            section, name = dotted.split(".")
+            changed.setdefault(section, {})[name] = value
+        sections = {
+            section: _validated(section, getattr(self, section).model_dump(exclude_unset=True) | fields)
+            for section, fields in changed.items()
+        }
+        return dataclasses.replace(self, **sections, origins=self.origins | dict.fromkeys(values, origin))
+
+    def asked(self) -> Job:
+        """The job without what was derived."""
+        kept = {name: self.get(name) for name, origin in self.origins.items() if origin != "derived"}
+        job = Job()
+        for name, value in kept.items():
+            job = job.put({name: value}, self.origins[name])
+        return job
+
+    def missing(self) -> list[str]:
+        """The fields that nobody has filled in yet."""
+        return [name for name in fields() if self.get(name) is None and name not in MAY_STAY_OPEN]
+
+    def differing(self, other: Job) -> list[str]:
+        """Fields whose values differ, as `field: ours, theirs`."""
+        pairs = ((name, self.get(name), other.get(name)) for name in fields())
+        return [f"{name}: {mine!r}, {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
+
+
+def fields() -> list[str]:
+    """Every `section.field` of a job."""
+    return [f"{name}.{leaf}" for name, section in SECTIONS.items() for leaf in section.model_fields]
+
+
+def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Job:
+    """Reads a job file and applies `section.field=value` and `section=PRESET` over it.
+
+    Raises:
+        UserError: unknown section, field or preset, a wrong type, two lengths, an unreadable file.
+    """
+    layers: dict[str, dict[str, Any]] = {"preset": {}, "file": {}, "argument": {}, "derived": {}}
+    made: dict[str, str] = {}
+    if path is not None:
+        tree = _read_toml(Path(path))
+        made = tree.pop("made", {})
+        was_derived = set(tree.pop("origins", {}).get("derived", ()))
+        for section, value in tree.items():
+            _check_section(section)
+            if isinstance(value, str):
+                layers["preset"] |= _preset(section, value)
+                continue
+            if not isinstance(value, dict):
+                raise UserError.field(section, value, "a table of fields, or the name of a preset")
+            for name, leaf in value.items():
+                if name == "preset" and f"{section}.preset" not in was_derived and not made:
+                    layers["preset"] |= _preset(section, leaf)
+                layer = "derived" if f"{section}.{name}" in was_derived else "file"
+                layers[layer][f"{section}.{name}"] = leaf
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"{override!r}: expected section.field=value or section=PRESET")
+        if "." in name:
+            layers["argument"][_known(name)] = _value(name, text)
+        else:
+            _check_section(name)
+            layers["preset"] = {k: v for k, v in layers["preset"].items() if not k.startswith(name + ".")}
+            layers["preset"] |= _preset(name, text)
+    _one_length(layers)
+    job = Job()
+    for origin in sorted(layers, key=_RANK.__getitem__):
+        job = job.put({_known(name): value for name, value in layers[origin].items()}, origin)
+    return dataclasses.replace(job, made=made)
+
+
+def save_job(job: Job, path: Path) -> None:
+    """Writes a resolved job as TOML, each value marked where it was derived; `load_job` reads it back."""
+    lines = ["# What this run follows. A value marked 'derived' was not asked for."]
+    for section in SECTIONS:
+        lines += ["", f"[{section}]"]
+        for name, value in getattr(job, section).model_dump(exclude_none=True).items():
+            origin = job.origins.get(f"{section}.{name}", "derived")
+            lines.append(
+                f"{name} = {_toml(value)}" + ("  # derived" if origin == "derived" else f"  # {origin}")
+            )
+    names = [n for n in fields() if job.get(n) is not None and job.origins.get(n, "derived") == "derived"]
+    lines += ["", "[origins]", f"derived = {_toml(names)}"]
+    if job.made:
+        lines += ["", "[made]", *(f"{name} = {_toml(value)}" for name, value in job.made.items())]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def preset_names(section: str) -> list[str]:
+    """The presets of a section, by name."""
+    folder = resources.files("colossus") / "presets" / section
+    if not folder.is_dir():
+        return []
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def _preset(section: str, name: str) -> dict[str, Any]:
+    names = preset_names(section)
+    if name not in names:
+        known = f"one of {', '.join(names)}" if names else f"no presets of {section!r} exist"
+        raise UserError.field(section, name, f"no such preset; {known}", names)
+    text = (resources.files("colossus") / "presets" / section / f"{name}.toml").read_text(encoding="utf-8")
+    values = {f"{section}.{leaf}": value for leaf, value in tomllib.loads(text).items() if leaf != "facts"}
+    if "preset" in SECTIONS[section].model_fields:
+        values[f"{section}.preset"] = name
+    return values
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        siblings = [str(p) for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        raise UserError.field("job file", str(path), "no such file", siblings) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"job file {path}: cannot be read ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"job file {path}: not TOML ({error})") from None
+
+
+def _check_section(name: str) -> None:
+    if name not in SECTIONS:
+        raise UserError.field("section", name, f"no such section; one of {', '.join(SECTIONS)}", SECTIONS)
+
+
+def _known(dotted: str) -> str:
+    section, _, name = dotted.partition(".")
+    _check_section(section)
+    if name not in SECTIONS[section].model_fields:
+        names = [f"{section}.{n}" for n in SECTIONS[section].model_fields]
+        elsewhere = [n for n in fields() if n.endswith("." + name)]
+        if elsewhere:
+            raise UserError(f"{dotted}: no such field; did you mean {elsewhere[0]!r}?")
+        known, guess = ", ".join(SECTIONS[section].model_fields), nearest(dotted, names)
+        hint = f"; did you mean {guess!r}?" if guess else ""
+        raise UserError(f"{dotted}: no such field; {section} has {known}{hint}")
+    return dotted
+
+
+def _value(dotted: str, text: str) -> Any:
+    """A TOML value where `text` is one that fits the field, else the text itself."""
+    section, _, name = _known(dotted).partition(".")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    if not isinstance(value, str):
+        try:
+            TypeAdapter(SECTIONS[section].model_fields[name].annotation).validate_python(value)
+        except ValidationError:
+            return text if _takes_text(section, name) else value
+    return value
+
+
+def _takes_text(section: str, name: str) -> bool:
+    return SECTIONS[section].model_fields[name].annotation in (str, list[str])
+
+
+def _one_length(layers: dict[str, dict[str, Any]]) -> None:
+    """Of minutes, steps and tokens the strongest origin decides; two of one origin contradict."""
+    for origin in ("argument", "file", "preset", "derived"):
+        given = [name for name in LENGTHS if name in layers[origin]]
+        if len(given) > 1:
+            raise UserError(
+                f"{' and '.join(given)}: give one of {', '.join(LENGTHS)}; the others follow from it"
+            )
+        if given:
+            for other in layers.values():
+                for name in LENGTHS:
+                    if name not in given:
+                        other.pop(name, None)
+            return
+
+
+def _validated(section: str, values: dict[str, Any]) -> Section:
+    try:
+        return SECTIONS[section].model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(section, detail) for detail in error.errors())) from None
+
+
+def _explain(section: str, detail: Any) -> str:
+    where = ".".join(str(part) for part in (section, *detail["loc"]))
+    if detail["type"] == "extra_forbidden":
+        guess = nearest(where, fields())
+        return f"{where}: no such field" + (f"; did you mean {guess!r}?" if guess else "")
+    if detail["type"] == "literal_error":
+        allowed = detail["ctx"]["expected"]
+        options = [option.strip(" '") for option in allowed.replace(" or ", ",").split(",")]
+        return str(UserError.field(where, detail["input"], f"one of {allowed}", options))
+    message = (
+        detail["msg"]
+        .replace("Input should be", "must be")
+        .removesuffix(", unable to parse string as an integer")
+    )
+    return str(UserError.field(where, detail["input"], message[0].lower() + message[1:]))
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (str, int, float)):
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items() if v is not None) + " }"
+    return "[" + ", ".join(_toml(item) for item in value) + "]"
