@@ -1,0 +1,126 @@
+"""The public functions: what `colossus.NAME` gives, and what every verb of the command line calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from colossus import job as job_module
+from colossus.errors import UserError
+from colossus.events import EventLog, Listener
+from colossus.job import Job
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from colossus.data.tokenizer import Tokenizer
+    from colossus.trainer.hooks import Hook
+    from colossus.trainer.run import Run
+
+
+def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Job:
+    """Reads a job.
+
+    path: a job file; the folder of a run, to continue it; or the `job.toml` in one, to start a new run
+        that follows the same job.
+    overrides: `section.field=value` and `section=PRESET`, stronger than the file.
+
+    Raises:
+        UserError: naming the field, the value, what is allowed and the nearest valid choice.
+    """
+    overrides = list(overrides)
+    path = Path(path) if path is not None else None
+    if path is not None and path.is_dir():
+        if not (path / "job.toml").is_file():
+            raise UserError(f"{path}: not the folder of a run (it has no job.toml)")
+        job = job_module.load_job(path / "job.toml", overrides)
+        return job.put({"run.folder": str(path)}, "file")
+    job = job_module.load_job(path, overrides)
+    if job.made:
+        job = dataclasses.replace(job, run=job.run.model_copy(update={"folder": None}))
+        if overrides:
+            job = job.asked()
+    return job
+
+
+def resolve(job: Job, *, exact: bool = False) -> Job:
+    """The job with everything filled in, from this machine as measured.
+
+    What was derived on another processor is derived again, unless `exact`.
+    """
+    from colossus.derive import derive
+    from colossus.measure.machine import this_machine
+
+    machine = this_machine()
+    here = machine.processor
+    continues = job.run.folder is not None and (Path(job.run.folder) / "job.toml").is_file()
+    if job.made and job.made.get("processor") != here and not exact and not continues:
+        job = job.asked()
+    job = derive(job, machine)
+    return job if job.made else dataclasses.replace(job, made=made_on(here))
+
+
+def made_on(processor: str) -> dict[str, str]:
+    """What a resolved job says of its making."""
+    from colossus import __version__
+
+    return {"processor": processor, "colossus": __version__}
+
+
+def train(
+    job: Job,
+    hooks: Sequence[Hook] = (),
+    *,
+    follow: str | Path | None = None,
+    listeners: Iterable[Listener] = (),
+) -> Run:
+    """Trains as `job` says and returns the run; a job whose folder holds a run of it goes on with that.
+
+    hooks: objects with the methods of `colossus.trainer.hooks.Hook`.
+    follow: the folder of a run whose decisions are replayed, so that the same steps are taken.
+    listeners: called with every event as it is written.
+
+    Raises:
+        UserError: the job cannot be; MachineError: the machine or its storage failed.
+    """
+    from colossus.data.prepare import prepare_data
+    from colossus.launcher.local import launch
+    from colossus.monitor.report import write_report
+    from colossus.trainer import folder as folders
+    from colossus.trainer.run import Run
+    from colossus.trainer.training import replay
+
+    job = resolve(job, exact=follow is not None)
+    folder = Path(job.run.folder) if job.run.folder else folders.new_folder(job)
+    job = prepare_data(job)
+    is_new = not folders.is_run(folder)
+    folders.prepare(folder, job)
+    if follow is not None and is_new:
+        log = EventLog(folder)
+        replay([e for e in Run(Path(follow)).events("decision")], log)
+        log.close()
+    launch(job, folder, hooks, listeners)
+    write_report(folder)
+    return Run(folder)
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, Tokenizer]:
+    """The model and the tokenizer of a run, or of one of its checkpoints.
+
+    Raises:
+        UserError: there is none at `path`, or it does not load whole.
+    """
+    from colossus.generation.load import load_model as load
+
+    return load(Path(path))
+
+
+def generate(
+    model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int = 64, **sampling: Any
+) -> list[str]:
+    """Continues each prompt by up to `max_tokens` tokens; see `colossus.generation.generate`."""
+    from colossus.generation import generate as continue_prompts
+
+    return continue_prompts(model, tokenizer, prompts, max_tokens=max_tokens, **sampling)

@@ -1,0 +1,1 @@
+"""Starts the ranks of a job, here or on a cluster."""
