@@ -1,0 +1,275 @@
+"""The format of a checkpoint on storage, version 1. Nothing here imports torch.
+
+A checkpoint is a folder `RUN/checkpoints/step-00000100/`:
+
+    pieces-00000.safetensors   the boxes of logical tensors that rank 0 held; one such file a rank
+    manifest.json              what is where, with checksums, and the run's own `meta`
+    COMMITTED                  written last: serial number, size and SHA-256 of the manifest
+
+While a save of several ranks is under way, `pieces-RRRRR.json` tells rank 0 what rank R wrote; they are
+removed after the commit. Every byte is covered: COMMITTED vouches for the manifest, the manifest for each
+file's length, for its safetensors header (CRC32) and for its data (CRC32 of every 4 MiB of a piece, so that
+reading a slice verifies no more than it needs). Each file and folder is synced before the next is begun, no
+step depends on a rename, and no folder is written twice: a checkpoint without COMMITTED does not exist.
+
+The *serial* number grows with every save of a run. It, not the step, says which checkpoint is the newest:
+a run that fell back from a damaged checkpoint of step 100 to step 50 goes on from its new step 60.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from colossus.errors import MachineError, UserError
+
+FORMAT = 1
+CHUNK_BYTES = 4 << 20
+MANIFEST = "manifest.json"
+COMMITTED = "COMMITTED"
+ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+"""Bytes of an element, by safetensors' name of the type."""
+
+Key = tuple[str, str]
+"""What a logical tensor is called: its name and its kind ("weight", "buffer", "exp_avg", ...)."""
+
+_COMMITTED_LINE = re.compile(r"colossus-checkpoint serial=(\d+) bytes=(\d+) sha256=([0-9a-f]{64})\n")
+
+
+class DamagedCheckpoint(MachineError):
+    """A checkpoint is not whole: not committed, truncated, or changed since it was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a logical tensor, as it lies in one file: row-major, little-endian."""
+
+    file: str
+    key: str  # in the safetensors header
+    offset: tuple[int, ...]  # of the box in the logical tensor
+    shape: tuple[int, ...]
+    begin: int  # first byte in the file
+    checksums: tuple[int, ...]  # CRC32 of every CHUNK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A logical tensor and the pieces that tile it."""
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of pieces: its length, and the checksum of the header in front of them."""
+
+    bytes: int
+    header_bytes: int
+    header_checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a checkpoint holds. `meta` is the run's own: plain JSON."""
+
+    step: int
+    serial: int
+    meta: dict[str, Any]
+    files: dict[str, File]
+    tensors: dict[Key, Entry]
+    chunk_bytes: int = CHUNK_BYTES
+    format: int = FORMAT
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.bytes for file in self.files.values())
+
+
+def checkpoints_folder(run_folder: str | Path) -> Path:
+    return Path(run_folder) / "checkpoints"
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest as it is stored. Raises ValueError where `meta` is not plain JSON."""
+    tree = {
+        "format": manifest.format,
+        "step": manifest.step,
+        "serial": manifest.serial,
+        "chunk_bytes": manifest.chunk_bytes,
+        "meta": manifest.meta,
+        "files": {name: dataclasses.asdict(file) for name, file in manifest.files.items()},
+        "tensors": entries_to_json(manifest.tensors.values()),
+    }
+    return json.dumps(tree, allow_nan=False, separators=(",", ":")).encode()
+
+
+def decode(data: bytes) -> Manifest:
+    """The manifest from its stored form. Raises UserError for a format newer than this program's."""
+    tree = json.loads(data)
+    if tree["format"] > FORMAT:
+        raise UserError(
+            f"the checkpoint is of format {tree['format']}; this version of colossus reads up to {FORMAT}"
+        )
+    entries = entries_from_json(tree["tensors"])
+    return Manifest(
+        step=tree["step"],
+        serial=tree["serial"],
+        meta=tree["meta"],
+        files={name: File(**file) for name, file in tree["files"].items()},
+        tensors={(entry.name, entry.kind): entry for entry in entries},
+        chunk_bytes=tree["chunk_bytes"],
+        format=tree["format"],
+    )
+
+
+def entries_to_json(entries: Any) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(entry) for entry in entries]
+
+
+def entries_from_json(tree: list[dict[str, Any]]) -> list[Entry]:
+    return [
+        Entry(
+            name=entry["name"],
+            kind=entry["kind"],
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            pieces=tuple(
+                Piece(
+                    file=piece["file"],
+                    key=piece["key"],
+                    offset=tuple(piece["offset"]),
+                    shape=tuple(piece["shape"]),
+                    begin=piece["begin"],
+                    checksums=tuple(piece["checksums"]),
+                )
+                for piece in entry["pieces"]
+            ),
+        )
+        for entry in tree
+    ]
+
+
+def committed_line(serial: int, manifest: bytes) -> str:
+    """The content of COMMITTED."""
+    digest = hashlib.sha256(manifest).hexdigest()
+    return f"colossus-checkpoint serial={serial} bytes={len(manifest)} sha256={digest}\n"
+
+
+def is_committed(path: Path) -> bool:
+    """Whether `path` claims to be a checkpoint. A kill may leave an empty marker: that claims nothing."""
+    try:
+        return (path / COMMITTED).stat().st_size > 0
+    except OSError:
+        return False
+
+
+def read_serial(path: Path) -> int:
+    """The serial number of a committed checkpoint. Raises DamagedCheckpoint."""
+    return int(_read_marker(path).group(1))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint that is committed and whole as far as sizes tell; its data is not read.
+
+    Raises DamagedCheckpoint, with the file at fault; UserError for a newer format.
+    """
+    marker = _read_marker(path)
+    data = _read_bytes(path / MANIFEST)
+    if committed_line(int(marker.group(1)), data) != marker.group(0):
+        raise DamagedCheckpoint(f"{path / MANIFEST} changed since it was written ({COMMITTED} disagrees)")
+    manifest = decode(data)
+    if manifest.serial != int(marker.group(1)):
+        raise DamagedCheckpoint(f"{path / COMMITTED} changed since it was written")
+    for name, file in manifest.files.items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError as error:
+            raise DamagedCheckpoint(f"{path / name}: {error.strerror}") from error
+        if size != file.bytes:
+            raise DamagedCheckpoint(f"{path / name} has {size} bytes instead of {file.bytes}")
+    return manifest
+
+
+def _read_marker(path: Path) -> re.Match[str]:
+    if not is_committed(path):
+        raise DamagedCheckpoint(f"{path} has no {COMMITTED}: its save was cut short, or it is being deleted")
+    marker = _COMMITTED_LINE.fullmatch(_read_bytes(path / COMMITTED).decode("latin-1"))
+    if marker is None:
+        raise DamagedCheckpoint(f"{path / COMMITTED} changed since it was written")
+    return marker
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
+
+
+def check_tiling(entry: Entry) -> None:
+    """Raises DamagedCheckpoint unless the pieces cover each element of the tensor exactly once."""
+    if not _tiles([(p.offset, p.shape) for p in entry.pieces if math.prod(p.shape)], entry.shape, 0):
+        raise DamagedCheckpoint(f"the pieces of {entry.name} ({entry.kind}) do not make up {entry.shape}")
+
+
+def _tiles(boxes: Sequence[tuple[Sequence[int], Sequence[int]]], shape: Sequence[int], axis: int) -> bool:
+    """Whether boxes on a grid (cut along axis 0 first, then each slab along axis 1, ...) fill `shape`."""
+    if not math.prod(shape):
+        return not boxes
+    if axis == len(shape):
+        return len(boxes) == 1
+    slabs: dict[tuple[int, int], list[tuple[Sequence[int], Sequence[int]]]] = {}
+    for offset, sizes in boxes:
+        slabs.setdefault((offset[axis], sizes[axis]), []).append((offset, sizes))
+    end = 0
+    for (begin, size), slab in sorted(slabs.items()):
+        if begin != end or not _tiles(slab, shape, axis + 1):
+            return False
+        end = begin + size
+    return end == shape[axis]
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a new small file; its bytes and its name are on storage when this returns."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable, where the file system knows how to."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,204 @@
+"""Reads checkpoints: any box of any logical tensor, verified, into any layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from colossus.checkpoints.find import latest, latest_verified, num_threads, read_exactly, verify
+from colossus.checkpoints.format import (
+    ITEM_BYTES,
+    DamagedCheckpoint,
+    Entry,
+    Key,
+    Manifest,
+    Piece,
+    check_tiling,
+    read_manifest,
+)
+from colossus.checkpoints.ranks import OneRank, Ranks
+from colossus.checkpoints.shards import TYPES, bytes_of, shard_of
+from colossus.errors import MachineError, UserError, nearest
+
+__all__ = ["Checkpoint", "DamagedCheckpoint", "latest", "newest_whole", "open_checkpoint", "verify"]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a committed checkpoint; tensors are read when asked for.
+
+    Raises:
+        UserError: there is no such folder, or its format is newer than this program.
+        DamagedCheckpoint: it is not committed, or a file is missing, cut or (the manifest) changed.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is no checkpoint: there is no such folder")
+    return Checkpoint(path, read_manifest(path))
+
+
+def newest_whole(run_folder: str | Path, world: Ranks | None = None) -> Checkpoint | None:
+    """What a run goes on from: its newest checkpoint of which every byte is as it was written.
+
+    Damaged ones are skipped, and said in one line each. In a world of several ranks all call this; rank 0
+    looks and verifies, and all open what it found. None where the run never saved.
+
+    Raises:
+        MachineError: there are checkpoints, but none is whole (on every rank).
+        UserError: the newest is of a newer format (on every rank).
+    """
+    world = world if world is not None else OneRank()
+    found: Path | Exception | None = None
+    if world.rank == 0:
+        try:
+            found = latest_verified(run_folder)
+        except (MachineError, UserError) as error:
+            found = error
+    found = world.broadcast(found)
+    if isinstance(found, Exception):
+        raise found
+    return open_checkpoint(found) if found is not None else None
+
+
+class Checkpoint:
+    """A committed checkpoint. Whatever is read is compared with its checksums first."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        for entry in manifest.tensors.values():
+            check_tiling(entry)
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the run keeps beside tensors: plain JSON."""
+        return self.manifest.meta
+
+    def names(self, kind: str | None = None) -> list[Key]:
+        """(name, kind) of every tensor, or of those of one kind."""
+        return [key for key in self.manifest.tensors if kind in (None, key[1])]
+
+    def shape(self, name: str, kind: str = "weight") -> tuple[int, ...]:
+        return self._entry((name, kind)).shape
+
+    def read(self, name: str, kind: str = "weight", slices: Sequence[slice] | None = None) -> torch.Tensor:
+        """A tensor or a box of it, in the type it was saved in, on the CPU.
+
+        Args:
+            slices: of the leading dimensions, without steps; None is the whole tensor. Only the parts of
+                files that the box lies in are read, rounded to chunks of 4 MiB.
+
+        Raises:
+            UserError: there is no such tensor.
+            DamagedCheckpoint: what was read isn't what was written; names the file and the tensor.
+        """
+        entry = self._entry((name, kind))
+        offset, sizes = _box(entry.shape, slices or ())
+        out = torch.empty(sizes, dtype=TYPES[entry.dtype])
+        self._fill(entry, out, offset)
+        return out
+
+    def load_into(self, tensors: Mapping[Key, torch.Tensor]) -> None:
+        """Fills tensors in place: plain ones whole, DTensors of any layout with this rank's part.
+
+        Floating-point types are converted to the tensor's own; other types must be equal.
+
+        Raises:
+            UserError: the checkpoint has no such tensor, or one of another shape or type; nothing is filled.
+            DamagedCheckpoint: as `read`; some tensors may be filled by then.
+        """
+        shards = [shard_of(key, tensor) for key, tensor in tensors.items()]
+        tasks = []
+        for shard in shards:
+            entry = self._entry(shard.key)
+            if entry.shape != shard.shape:
+                raise UserError(f"{self.path}: {_title(entry)} is {entry.shape}, not {shard.shape}")
+            dtype = TYPES[entry.dtype]
+            convertible = dtype.is_floating_point and shard.values.dtype.is_floating_point
+            if dtype != shard.values.dtype and not convertible:
+                raise UserError(f"{self.path}: {_title(entry)} is {dtype}, not {shard.values.dtype}")
+            if shard.values.numel():
+                tasks.append((entry, shard.values, shard.offset))
+        tasks.sort(key=lambda task: -task[1].numel())  # the long ones first: the threads end together
+        with ThreadPoolExecutor(num_threads()) as pool:
+            for done in [pool.submit(self._fill, *task) for task in tasks]:
+                done.result()
+
+    def _entry(self, key: Key) -> Entry:
+        entry = self.manifest.tensors.get(key)
+        if entry is None:
+            name, kind = key
+            guess = nearest(name, [other for other, _ in self.names(kind)])
+            hint = f"; did you mean {guess!r}?" if guess else ""
+            raise UserError(f"{self.path} holds no {name} ({kind}){hint}")
+        return entry
+
+    def _fill(self, entry: Entry, out: torch.Tensor, offset: Sequence[int]) -> None:
+        """Fills `out` with the box of the tensor that begins at `offset`."""
+        with torch.no_grad():
+            for piece in entry.pieces:
+                begin = [max(a, b) for a, b in zip(piece.offset, offset, strict=True)]
+                end = [
+                    min(a + m, b + n)
+                    for a, m, b, n in zip(piece.offset, piece.shape, offset, out.shape, strict=True)
+                ]
+                if all(a < b for a, b in zip(begin, end, strict=True)):
+                    here = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, offset, strict=True))
+                    there = [slice(a - o, b - o) for a, b, o in zip(begin, end, piece.offset, strict=True)]
+                    self._copy(entry, piece, there, out[here])
+
+    def _copy(self, entry: Entry, piece: Piece, box: list[slice], out: torch.Tensor) -> None:
+        """Reads a box of a piece; straight into `out` where its bytes lie there as they do in the file."""
+        dtype = TYPES[entry.dtype]
+        rows = box[0] if box else slice(0, 1)
+        row_bytes = math.prod(piece.shape[1:]) * ITEM_BYTES[entry.dtype]
+        whole_rows = tuple(out.shape[1:]) == piece.shape[1:]
+        if whole_rows and out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous():
+            self._read_bytes(entry, piece, rows.start * row_bytes, bytes_of(out))
+            return
+        scratch = torch.empty((rows.stop - rows.start, *piece.shape[1:]), dtype=dtype)
+        self._read_bytes(entry, piece, rows.start * row_bytes, bytes_of(scratch))
+        out.copy_(scratch[:, *box[1:]] if box else scratch[0])
+
+    def _read_bytes(self, entry: Entry, piece: Piece, first: int, out: memoryview) -> None:
+        """Fills `out` with the bytes of a piece from `first` on; verifies every chunk that they lie in."""
+        num_bytes = math.prod(piece.shape) * ITEM_BYTES[entry.dtype]
+        size = self.manifest.chunk_bytes
+        last = first + len(out)
+        path = self.path / piece.file
+        try:
+            with path.open("rb", buffering=0) as stream:
+                for chunk in range(first // size, -(-last // size)):
+                    begin, end = chunk * size, min((chunk + 1) * size, num_bytes)
+                    low, high = max(begin, first), min(end, last)
+                    whole = (low, high) == (begin, end)
+                    room = out[low - first : high - first] if whole else memoryview(bytearray(end - begin))
+                    if read_exactly(stream, room, piece.begin + begin) != piece.checksums[chunk]:
+                        raise DamagedCheckpoint(
+                            f"{path} is damaged: {_title(entry)} changed since it was written"
+                        )
+                    if not whole:
+                        out[low - first : high - first] = room[low - begin : high - begin]
+        except OSError as error:
+            raise DamagedCheckpoint(f"{path}: {error.strerror}; it holds {_title(entry)}") from error
+
+
+def _box(shape: Sequence[int], slices: Sequence[slice]) -> tuple[list[int], list[int]]:
+    """Offset and sizes of a box given by slices of the leading dimensions."""
+    assert len(slices) <= len(shape), f"{len(slices)} slices of {len(shape)} dimensions"
+    bounds = [s.indices(size) for s, size in zip(slices, shape, strict=False)]
+    assert all(step == 1 for _, _, step in bounds), "slices with steps are not read"
+    bounds += [(0, size, 1) for size in shape[len(slices) :]]
+    return [begin for begin, _, _ in bounds], [max(end - begin, 0) for begin, end, _ in bounds]
+
+
+def _title(entry: Entry) -> str:
+    return f"{entry.name} ({entry.kind})"

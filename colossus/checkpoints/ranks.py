@@ -1,0 +1,26 @@
+"""What checkpoints need of a world of processes."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Ranks(Protocol):
+    """As `parallel.world.World` has it."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+
+
+class OneRank:
+    """A world of one."""
+
+    rank = 0
+    size = 1
+
+    def broadcast(self, value: Any) -> Any:
+        return value

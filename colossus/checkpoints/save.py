@@ -1,0 +1,309 @@
+"""Saves a run's logical state without holding up training for more than a copy in memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from colossus.checkpoints.find import committed, latest
+from colossus.checkpoints.format import (
+    COMMITTED,
+    MANIFEST,
+    Key,
+    Manifest,
+    checkpoints_folder,
+    committed_line,
+    encode,
+    read_serial,
+    sync_folder,
+    write_synced,
+)
+from colossus.checkpoints.parts import Part, announce, announce_failure, collect, forget, merge, pieces_name
+from colossus.checkpoints.ranks import OneRank, Ranks
+from colossus.checkpoints.retention import delete, delete_leftovers, prune
+from colossus.checkpoints.shards import Shard, Snapshot, shard_of, writes
+from colossus.checkpoints.write import write_shards
+from colossus.errors import MachineError, UserError
+
+
+FAREWELL_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A save that is finished. On ranks other than 0: this rank's part of it."""
+
+    step: int
+    path: Path
+    num_bytes: int
+    blocked_seconds: float  # that training stood still
+    seconds: float  # from the call to the last byte on storage
+
+
+@dataclass(slots=True)
+class _Save:
+    """A save under way."""
+
+    step: int
+    folder: Path
+    id: str
+    serial: int
+    meta: dict[str, Any]
+    shards: list[Shard]  # that this rank writes
+    held: list[Key]  # that this rank holds, and another writes
+    began: float
+    blocked_seconds: float = 0.0
+    thread: threading.Thread | None = None
+    error: BaseException | None = None
+    saved: Saved | None = None
+
+
+class Saver:
+    """Writes checkpoints of a run to `run_folder/checkpoints`; every rank has one, made at the same time.
+
+    `save` copies the state in memory and returns; a thread writes it. One save is under way at a time: the
+    next one waits for it. No collectives are used after construction: each rank writes what it holds, rank
+    0 waits until all parts are on storage and commits.
+
+    A save that fails (no space, no permission) deletes what it wrote, leaves the earlier checkpoints as they
+    were, and raises MachineError at the next `save`, `poll` or `wait`.
+
+    A folder is never written twice. What killed attempts left uncommitted is deleted here, at the start,
+    while no rank writes yet; a save of a step whose folder exists (the run fell back behind a damaged
+    checkpoint, or a save of that step failed) goes to `step-00000100.2`, which every rank concludes from the
+    same list of names.
+
+    Args:
+        run_folder: of the run; only one Saver a rank may write to it.
+        world: rank, size and broadcast; None is a world of one.
+        keep: the newest so many checkpoints stay.
+        keep_every: those of every so many steps stay for good; 0: none do.
+        patience_seconds: how long rank 0 waits for the other ranks' parts.
+
+    Raises:
+        MachineError: the folder cannot be made, read or cleaned, on any rank.
+    """
+
+    def __init__(
+        self,
+        run_folder: str | Path,
+        world: Ranks | None = None,
+        keep: int = 2,
+        keep_every: int = 0,
+        patience_seconds: float = 600.0,
+    ) -> None:
+        self._run_folder = Path(run_folder)
+        self._folder = checkpoints_folder(run_folder)
+        self._world = world if world is not None else OneRank()
+        self._keep = keep
+        self._keep_every = keep_every
+        self._patience = patience_seconds
+        self._snapshot = Snapshot()
+        self._preparing: threading.Thread | None = None
+        self._current: _Save | None = None
+        self._finished: list[Saved] = []
+        self._num_saves = 0
+
+        start = self._world.broadcast(self._clean() if self._world.rank == 0 else None)
+        if isinstance(start, str):
+            raise MachineError(start)
+        self._attempt, self._names, self._first_serial = start
+
+    def prepare(self, tensors: Mapping[Key, torch.Tensor]) -> None:
+        """Touches the memory that a save of these will need, in a thread, so that the first is quick too."""
+        shards = self._own_shards(tensors)
+        self._preparing = threading.Thread(target=self._snapshot.reserve, args=(shards,), daemon=True)
+        self._preparing.start()
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[Key, torch.Tensor],
+        meta: dict[str, Any],
+        asynchronous: bool = True,
+    ) -> float:
+        """Saves the state of a run after `step`; returns the seconds that the caller stood still.
+
+        Every rank calls this for the same steps, in the same order.
+
+        Args:
+            step: the last step whose update is in `tensors`.
+            tensors: by (name, kind), of any layout; a plain tensor is equal on all ranks of the world.
+            meta: plain JSON; rank 0's is kept.
+            asynchronous: False writes straight from `tensors`, without a copy in memory, and returns when
+                the checkpoint is whole.
+
+        Raises:
+            MachineError: the save before this one failed (this one isn't begun), or this one did.
+            ValueError, TypeError: `meta` is not plain JSON.
+        """
+        began = time.perf_counter()
+        number, self._num_saves = self._num_saves, self._num_saves + 1
+        folder = self._folder / self._new_name(step)  # counted even if we raise: all ranks count alike
+        self._finish()
+        shards = self._own_shards(tensors)
+        own = {shard.key for shard in shards}
+        save = self._current = _Save(
+            step=step,
+            folder=folder,
+            id=f"{self._attempt}-{number}",
+            serial=self._first_serial + number,
+            meta=json.loads(json.dumps(meta, allow_nan=False)) if self._world.rank == 0 else {},
+            shards=shards,
+            held=[key for key in tensors if key not in own],
+            began=began,
+        )
+        if asynchronous:
+            if self._preparing is not None:
+                self._preparing.join()
+                self._preparing = None
+            save.shards = self._snapshot.take(shards)
+            save.blocked_seconds = time.perf_counter() - began
+            save.thread = threading.Thread(target=self._run_in_thread, args=(save,), daemon=True)
+            save.thread.start()
+        else:
+            self._run(save)
+            self._finish()
+        return time.perf_counter() - began
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Lets the save under way finish. If training failed, its error is the one that is raised."""
+        if error is None:
+            self.wait()
+        elif self._current is not None and self._current.thread is not None:
+            alone = self._world.size == 1  # else the parts of ranks that are gone would be waited for
+            self._current.thread.join(None if alone else FAREWELL_SECONDS)
+
+    def poll(self) -> list[Saved]:
+        """The saves that finished since the last call, without waiting. Raises MachineError if one failed."""
+        if self._current is not None and not (self._current.thread and self._current.thread.is_alive()):
+            self._finish()
+        finished, self._finished = self._finished, []
+        return finished
+
+    def wait(self) -> float:
+        """Waits until no save is under way; returns the seconds. Raises MachineError if it failed."""
+        began = time.perf_counter()
+        self._finish()
+        return time.perf_counter() - began
+
+    def _clean(self) -> tuple[str, list[str], int] | str:
+        """Rank 0, once: an id of this attempt, the names that are taken, the next serial number."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            delete_leftovers(self._run_folder)
+            newest = next(iter(committed(self._run_folder)), None)
+            serial = read_serial(newest) + 1 if newest is not None else 1
+            return uuid.uuid4().hex, [path.name for path in self._folder.iterdir()], serial
+        except OSError as error:
+            return f"cannot save to {self._folder}: {error.strerror}"
+
+    def _own_shards(self, tensors: Mapping[Key, torch.Tensor]) -> list[Shard]:
+        rank, size = self._world.rank, self._world.size
+        return [shard_of(key, t) for key, t in tensors.items() if writes(key, t, rank, size)]
+
+    def _new_name(self, step: int) -> str:
+        name = plain = f"step-{step:08d}"
+        again = 2
+        while name in self._names:
+            name = f"{plain}.{again}"
+            again += 1
+        self._names.append(name)
+        return name
+
+    def _finish(self) -> None:
+        """Waits for the save under way; keeps its outcome, or raises it."""
+        save, self._current = self._current, None
+        if save is None:
+            return
+        if save.thread is not None:
+            save.thread.join()
+        if save.error is not None:
+            raise save.error
+        if save.saved is not None:
+            self._finished.append(save.saved)
+
+    def _run_in_thread(self, save: _Save) -> None:
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # training comes first
+        self._run(save)
+
+    def _run(self, save: _Save) -> None:
+        """Everything after the copy. What goes wrong is kept for the next call."""
+        try:
+            num_bytes = self._write(save)
+            seconds = time.perf_counter() - save.began
+            blocked = save.blocked_seconds if save.thread is not None else seconds
+            save.saved = Saved(save.step, save.folder, num_bytes, blocked, seconds)
+        except (OSError, MachineError) as error:
+            save.error = MachineError(self._give_up(save, error))
+            save.error.__cause__ = error
+        except BaseException as error:  # noqa: BLE001 - a bug: raised in the caller's thread
+            self._give_up(save, error)
+            save.error = error
+        finally:
+            save.shards = []
+
+    def _write(self, save: _Save) -> int:
+        """Writes this rank's part; rank 0 then commits. Returns the bytes that this rank vouches for."""
+        rank, size = self._world.rank, self._world.size
+        save.folder.mkdir(exist_ok=True)
+        sync_folder(self._folder)
+        file, entries = write_shards(save.folder / pieces_name(rank), save.shards)
+        part = Part(pieces_name(rank), file, entries, save.held)
+        if rank != 0:
+            announce(save.folder, rank, save.id, part)
+            return file.bytes
+        parts = [part, *collect(save.folder, save.id, size, self._patience)]
+        manifest = Manifest(
+            step=save.step,
+            serial=save.serial,
+            meta=save.meta,
+            files={part.name: part.file for part in parts},
+            tensors=merge(parts),
+        )
+        data = encode(manifest)
+        write_synced(save.folder / MANIFEST, data)
+        write_synced(save.folder / COMMITTED, committed_line(save.serial, data).encode())
+        try:  # the checkpoint is whole; what is left to do is tidying
+            forget(save.folder, size)
+            prune(self._run_folder, self._keep, self._keep_every)
+        except OSError as error:
+            logging.getLogger(__name__).warning("cannot tidy %s: %s", self._folder, error)
+        return manifest.num_bytes
+
+    def _give_up(self, save: _Save, error: BaseException) -> str:
+        """Takes back what was written; returns what to tell the user."""
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        rank = self._world.rank
+        try:
+            if rank == 0:
+                delete(save.folder)
+            else:
+                (save.folder / pieces_name(rank)).unlink(missing_ok=True)
+        except OSError:
+            pass  # without its commit it is nothing, and the next start deletes it
+        if rank != 0:
+            announce_failure(save.folder, rank, save.id, reason)
+        return f"cannot save step {save.step} to {save.folder}: {reason}; {self._what_is_saved()}"
+
+    def _what_is_saved(self) -> str:
+        try:
+            path = latest(self._run_folder, say=lambda message: None)
+        except (MachineError, UserError):
+            path = None
+        return f"{path.name} is saved whole" if path is not None else "nothing of this run is saved yet"
