@@ -25,11 +25,12 @@ from colossus.checkpoints.format import (
 Say = Callable[[str], None]
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+    """The default of `say`: standard error, unless the program set up logging otherwise."""
     logging.getLogger(__name__).warning(message)
 
 
-def latest(run_folder: str | Path, say: Say = _warn) -> Path | None:
+def latest(run_folder: str | Path, say: Say = warn) -> Path | None:
     """The newest checkpoint that is committed and has all its bytes; None where nothing was ever committed.
 
     Damaged ones are skipped, each with one line to `say`. Data is not read: `latest_verified` does.
@@ -41,7 +42,7 @@ def latest(run_folder: str | Path, say: Say = _warn) -> Path | None:
     return _newest(run_folder, read_manifest, say)
 
 
-def latest_verified(run_folder: str | Path, say: Say = _warn) -> Path | None:
+def latest_verified(run_folder: str | Path, say: Say = warn) -> Path | None:
     """As `latest`, but every byte is read and verified (8 GB/s on two cores from the page cache)."""
     return _newest(run_folder, _verify, say)
 
@@ -51,7 +52,7 @@ def verify(path: str | Path) -> Manifest:
     return _verify(Path(path))
 
 
-def committed(run_folder: str | Path, say: Say = _warn) -> list[Path]:
+def committed(run_folder: str | Path, say: Say = warn) -> list[Path]:
     """All that claim to be checkpoints of a run, the newest first."""
     return [path for _, path in sorted(_claims(checkpoints_folder(run_folder), say), reverse=True)]
 

@@ -47,7 +47,8 @@ ITEM_BYTES = {
 Key = tuple[str, str]
 """What a logical tensor is called: its name and its kind ("weight", "buffer", "exp_avg", ...)."""
 
-_COMMITTED_LINE = re.compile(r"colossus-checkpoint serial=(\d+) bytes=(\d+) sha256=([0-9a-f]{64})\n")
+_COMMITTED_LINE = re.compile(r"colossus-checkpoint serial=(\d{12}) bytes=(\d{12}) sha256=([0-9a-f]{64})\n")
+_COMMITTED_BYTES = 131  # of every marker: a shorter one is torn
 
 
 class DamagedCheckpoint(MachineError):
@@ -174,13 +175,13 @@ def entries_from_json(tree: list[dict[str, Any]]) -> list[Entry]:
 def committed_line(serial: int, manifest: bytes) -> str:
     """The content of COMMITTED."""
     digest = hashlib.sha256(manifest).hexdigest()
-    return f"colossus-checkpoint serial={serial} bytes={len(manifest)} sha256={digest}\n"
+    return f"colossus-checkpoint serial={serial:012d} bytes={len(manifest):012d} sha256={digest}\n"
 
 
 def is_committed(path: Path) -> bool:
-    """Whether `path` claims to be a checkpoint. A kill may leave an empty marker: that claims nothing."""
+    """Whether `path` claims to be a checkpoint. A kill may leave a torn marker: that claims nothing."""
     try:
-        return (path / COMMITTED).stat().st_size > 0
+        return (path / COMMITTED).stat().st_size >= _COMMITTED_BYTES
     except OSError:
         return False
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from colossus.checkpoints.find import latest, latest_verified, num_threads, read_exactly, verify
+from colossus.checkpoints.find import Say, latest, latest_verified, num_threads, read_exactly, verify, warn
 from colossus.checkpoints.format import (
     ITEM_BYTES,
     DamagedCheckpoint,
@@ -41,7 +41,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, read_manifest(path))
 
 
-def newest_whole(run_folder: str | Path, world: Ranks | None = None) -> Checkpoint | None:
+def newest_whole(run_folder: str | Path, world: Ranks | None = None, say: Say = warn) -> Checkpoint | None:
     """What a run goes on from: its newest checkpoint of which every byte is as it was written.
 
     Damaged ones are skipped, and said in one line each. In a world of several ranks all call this; rank 0
@@ -55,7 +55,7 @@ def newest_whole(run_folder: str | Path, world: Ranks | None = None) -> Checkpoi
     found: Path | Exception | None = None
     if world.rank == 0:
         try:
-            found = latest_verified(run_folder)
+            found = latest_verified(run_folder, say)
         except (MachineError, UserError) as error:
             found = error
     found = world.broadcast(found)

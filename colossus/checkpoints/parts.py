@@ -8,13 +8,19 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from colossus.checkpoints.format import (
+    COMMITTED,
+    MANIFEST,
     Entry,
     File,
     Key,
+    Manifest,
     Piece,
     check_tiling,
+    committed_line,
+    encode,
     entries_from_json,
     entries_to_json,
     write_synced,
@@ -105,6 +111,21 @@ def merge(parts: list[Part]) -> dict[Key, Entry]:
     for entry in merged.values():
         check_tiling(entry)
     return merged
+
+
+def commit(folder: Path, step: int, serial: int, meta: dict[str, Any], parts: list[Part]) -> Manifest:
+    """Makes a checkpoint of parts that are on storage. Raises MachineError where they are not whole."""
+    manifest = Manifest(
+        step=step,
+        serial=serial,
+        meta=meta,
+        files={part.name: part.file for part in parts},
+        tensors=merge(parts),
+    )
+    data = encode(manifest)
+    write_synced(folder / MANIFEST, data)
+    write_synced(folder / COMMITTED, committed_line(serial, data).encode())
+    return manifest
 
 
 def forget(folder: Path, world_size: int) -> None:

@@ -12,30 +12,18 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from colossus.checkpoints.find import committed, latest
-from colossus.checkpoints.format import (
-    COMMITTED,
-    MANIFEST,
-    Key,
-    Manifest,
-    checkpoints_folder,
-    committed_line,
-    encode,
-    read_serial,
-    sync_folder,
-    write_synced,
-)
-from colossus.checkpoints.parts import Part, announce, announce_failure, collect, forget, merge, pieces_name
+from colossus.checkpoints.format import Key, checkpoints_folder, read_serial, sync_folder
+from colossus.checkpoints.parts import Part, announce, announce_failure, collect, commit, forget, pieces_name
 from colossus.checkpoints.ranks import OneRank, Ranks
 from colossus.checkpoints.retention import delete, delete_leftovers, prune
 from colossus.checkpoints.shards import Shard, Snapshot, shard_of, writes
 from colossus.checkpoints.write import write_shards
 from colossus.errors import MachineError, UserError
-
 
 FAREWELL_SECONDS = 30.0
 
@@ -177,7 +165,7 @@ class Saver:
             self._finish()
         return time.perf_counter() - began
 
-    def __enter__(self) -> Saver:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -206,7 +194,7 @@ class Saver:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             delete_leftovers(self._run_folder)
-            newest = next(iter(committed(self._run_folder)), None)
+            newest = next(iter(committed(self._run_folder, say=lambda message: None)), None)
             serial = read_serial(newest) + 1 if newest is not None else 1
             return uuid.uuid4().hex, [path.name for path in self._folder.iterdir()], serial
         except OSError as error:
@@ -269,16 +257,7 @@ class Saver:
             announce(save.folder, rank, save.id, part)
             return file.bytes
         parts = [part, *collect(save.folder, save.id, size, self._patience)]
-        manifest = Manifest(
-            step=save.step,
-            serial=save.serial,
-            meta=save.meta,
-            files={part.name: part.file for part in parts},
-            tensors=merge(parts),
-        )
-        data = encode(manifest)
-        write_synced(save.folder / MANIFEST, data)
-        write_synced(save.folder / COMMITTED, committed_line(save.serial, data).encode())
+        manifest = commit(save.folder, save.step, save.serial, save.meta, parts)
         try:  # the checkpoint is whole; what is left to do is tidying
             forget(save.folder, size)
             prune(self._run_folder, self._keep, self._keep_every)

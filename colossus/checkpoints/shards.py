@@ -92,7 +92,7 @@ def bytes_of(values: torch.Tensor) -> memoryview[Any]:
     if not values.numel():
         return memoryview(b"")
     flat = values.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()).cast("B")
+    return flat.view(torch.uint8).numpy().data
 
 
 class Snapshot:

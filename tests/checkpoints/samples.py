@@ -1,0 +1,59 @@
+"""Small states to save, and checkpoints written as several ranks would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from colossus.checkpoints.format import Key, Manifest, checkpoints_folder
+from colossus.checkpoints.parts import Part, commit, pieces_name
+from colossus.checkpoints.shards import DTYPES, Shard
+from colossus.checkpoints.write import write_shards
+
+
+def state(seed: int = 0) -> dict[Key, torch.Tensor]:
+    """A tensor of every type, a scalar, empty ones, a transposed one, one of several chunks."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[Key, torch.Tensor] = {}
+    for dtype, name in DTYPES.items():
+        bits = torch.randint(0, 256, (3, 5, 8), dtype=torch.uint8, generator=generator)
+        tensors[f"of.{name}", "buffer"] = bits % 2 == 0 if dtype == torch.bool else bits.view(dtype)
+    tensors["layers.0.weight", "weight"] = torch.randn(33, 65, generator=generator)
+    tensors["layers.0.weight", "exp_avg"] = torch.randn(33, 65, generator=generator)
+    tensors["large", "weight"] = torch.randn(1025, 1025, generator=generator)  # two chunks
+    tensors["scalar", "buffer"] = torch.tensor(float(seed))
+    tensors["empty", "buffer"] = torch.zeros(0)
+    tensors["empty.rows", "buffer"] = torch.zeros(4, 0, 3, dtype=torch.int64)
+    tensors["transposed", "weight"] = torch.randn(7, 9, generator=generator).T
+    return tensors
+
+
+def zeros_like(tensors: dict[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
+    return {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
+
+
+def equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Bit for bit, NaNs included."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    if not left.numel():
+        return True
+    bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (left, right)]
+    return torch.equal(*bits)
+
+
+def save_parts(
+    run_folder: Path, step: int, ranks: list[list[Shard]], meta: dict[str, Any] | None = None, serial: int = 1
+) -> Path:
+    """Writes and commits a checkpoint of which each rank writes the given shards."""
+    folder = checkpoints_folder(run_folder) / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    parts = []
+    for rank, shards in enumerate(ranks):
+        name = pieces_name(rank)
+        parts.append(Part(name, *write_shards(folder / name, shards), held=[]))
+    manifest: Manifest = commit(folder, step, serial, meta or {}, parts)
+    assert manifest.step == step
+    return folder

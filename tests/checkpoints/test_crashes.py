@@ -1,0 +1,29 @@
+"""A kill at any instant leaves a whole checkpoint, and a folder that can be gone on with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def crash(*arguments: str) -> int:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.checkpoints.crashing", *arguments],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return int(done.stdout)
+
+
+def test_killed_before_every_call_of_the_system(tmp_path: Path) -> None:
+    points = crash("points", str(tmp_path))
+    assert points > 25  # two folders, three files, each opened, written, synced; and one checkpoint deleted
+
+
+def test_killed_at_random_instants(tmp_path: Path) -> None:
+    assert crash("random", str(tmp_path), "25") > 10

@@ -1,0 +1,219 @@
+"""What is saved is what is read, bit for bit, in whatever layout."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colossus.checkpoints.format import CHUNK_BYTES, Entry, Piece, check_tiling
+from colossus.checkpoints.load import DamagedCheckpoint, latest, newest_whole, open_checkpoint, verify
+from colossus.checkpoints.save import Saver
+from colossus.checkpoints.shards import Shard
+from colossus.errors import MachineError, UserError
+from tests.checkpoints.samples import equal, save_parts, state, zeros_like
+
+META = {"step": 3, "tokens": 10**15, "loss": 0.1 + 0.2, "decisions": [{"name": "type", "value": "fp32"}]}
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_round_trip_is_bitwise(tmp_path: Path, asynchronous: bool) -> None:
+    saved = state()
+    with Saver(tmp_path) as saver:
+        assert saver.save(3, saved, META, asynchronous) > 0
+    path = latest(tmp_path)
+    assert path == tmp_path / "checkpoints" / "step-00000003"
+    checkpoint = open_checkpoint(path)
+    assert (checkpoint.step, checkpoint.meta) == (3, META)
+    assert set(checkpoint.names()) == set(saved)
+    assert all(equal(checkpoint.read(*key), tensor) for key, tensor in saved.items())
+    loaded = zeros_like(saved)
+    checkpoint.load_into(loaded)
+    assert all(equal(loaded[key], tensor) for key, tensor in saved.items())
+    verify(path)
+
+
+def test_pieces_are_plain_safetensors(tmp_path: Path) -> None:
+    saved = state()
+    with Saver(tmp_path) as saver:
+        saver.save(1, saved, {})
+    path = latest(tmp_path)
+    assert path is not None
+    assert sorted(p.name for p in path.iterdir()) == [
+        "COMMITTED",
+        "manifest.json",
+        "pieces-00000.safetensors",
+    ]
+    read = safetensors.torch.load_file(path / "pieces-00000.safetensors")
+    assert all(equal(read[f"{kind}/{name}"], tensor) for (name, kind), tensor in saved.items())
+
+
+def test_snapshot_is_of_the_moment_of_the_call(tmp_path: Path) -> None:
+    weights = {("w", "weight"): torch.ones(300_000)}
+    with Saver(tmp_path, keep=9) as saver:
+        saver.prepare(weights)
+        for step in range(1, 5):
+            weights["w", "weight"].fill_(step)
+            saver.save(step, weights, {"step": step})
+            weights["w", "weight"].fill_(-1)
+    for step in range(1, 5):
+        checkpoint = open_checkpoint(tmp_path / "checkpoints" / f"step-{step:08d}")
+        assert checkpoint.meta == {"step": step}
+        assert (checkpoint.read("w") == step).all()
+
+
+def test_finished_saves_are_reported_once(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    assert saver.poll() == []
+    saver.save(5, {("w", "weight"): torch.ones(10)}, {})
+    saver.wait()
+    (saved,) = saver.poll()
+    assert (saved.step, saved.path.name, saver.poll()) == (5, "step-00000005", [])
+    assert 0 < saved.blocked_seconds <= saved.seconds
+    assert saved.num_bytes == (saved.path / "pieces-00000.safetensors").stat().st_size
+
+
+def test_same_step_again_goes_to_a_new_folder(tmp_path: Path) -> None:
+    for value in (1.0, 2.0, 3.0):
+        with Saver(tmp_path) as saver:
+            saver.save(5, {("w", "weight"): torch.tensor(value)}, {})
+    checkpoint = newest_whole(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.path.name == "step-00000005.3"
+    assert checkpoint.read("w").item() == 3.0
+
+
+def test_floats_are_converted_and_others_are_not(tmp_path: Path) -> None:
+    with Saver(tmp_path) as saver:
+        saver.save(1, {("w", "weight"): torch.tensor([[1.5, 2.5]]), ("n", "buffer"): torch.tensor(7)}, {})
+    checkpoint = newest_whole(tmp_path)
+    assert checkpoint is not None
+    half = torch.zeros(1, 2, dtype=torch.bfloat16)
+    checkpoint.load_into({("w", "weight"): half})
+    assert half.tolist() == [[1.5, 2.5]]
+    scalar = torch.tensor(0)
+    checkpoint.load_into({("n", "buffer"): scalar})
+    assert scalar.item() == 7
+    for wrong in (
+        {("n", "buffer"): torch.tensor(0.0)},
+        {("w", "weight"): torch.zeros(2, 1)},
+        {("v", "weight"): torch.zeros(1)},
+        {("w", "exp_avg"): torch.zeros(1, 2)},
+    ):
+        with pytest.raises(UserError, match="step-00000001"):
+            checkpoint.load_into(wrong)
+    with pytest.raises(UserError, match="did you mean 'w'"):
+        open_checkpoint(checkpoint.path).read("W")
+
+
+def test_meta_must_be_plain_json(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    with pytest.raises(TypeError):
+        saver.save(1, {}, {"device": torch.device("cpu")})
+    with pytest.raises(ValueError, match="JSON"):
+        saver.save(1, {}, {"loss": float("nan")})
+    saver.save(1, {}, {"fine": True})
+    saver.wait()
+    assert latest(tmp_path) is not None
+
+
+def test_nothing_saved_and_no_such_folder(tmp_path: Path) -> None:
+    assert latest(tmp_path / "nowhere") is None
+    assert newest_whole(tmp_path) is None
+    with pytest.raises(UserError, match="no such folder"):
+        open_checkpoint(tmp_path / "step-00000001")
+    with pytest.raises(DamagedCheckpoint, match="COMMITTED"):
+        open_checkpoint(tmp_path)
+
+
+def test_strided_slices_of_a_large_tensor(tmp_path: Path) -> None:
+    whole = torch.arange(3 * CHUNK_BYTES // 4, dtype=torch.int32).view(-1, 1024)
+    path = save_parts(tmp_path, 1, [[Shard(("w", "weight"), tuple(whole.shape), (0, 0), whole)]])
+    checkpoint = open_checkpoint(path)
+    for rows, columns in [
+        (slice(1000, 2000), slice(None)),
+        (slice(5, 9), slice(3, 4)),
+        (slice(None), slice(-1, None)),
+    ]:
+        assert equal(checkpoint.read("w", slices=(rows, columns)), whole[rows, columns])
+    assert checkpoint.read("w", slices=(slice(7, 7),)).shape == (0, 1024)
+
+
+cuts = st.lists(st.floats(0, 1), max_size=3)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int16, torch.bool])
+
+
+def grid(
+    shape: tuple[int, ...], cuts_by_axis: list[list[float]]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Boxes (offset, sizes) that cut `shape` at the given fractions of each axis; some may be empty."""
+    axes = []
+    for size, fractions in zip(shape, cuts_by_axis, strict=True):
+        edges = [0, *sorted(round(f * size) for f in fractions), size]
+        axes.append([(a, b - a) for a, b in itertools.pairwise(edges)])
+    return [(tuple(a for a, _ in box), tuple(n for _, n in box)) for box in itertools.product(*axes)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_cut_is_read_in_any_other(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(0, 9), max_size=3)))
+    dtype = data.draw(dtypes)
+    whole = torch.randint(0, 100, shape).to(dtype)
+    written = grid(shape, [data.draw(cuts) for _ in shape])
+    key = ("w", "weight")
+    shards = [
+        Shard(key, shape, offset, whole[tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))])
+        for offset, sizes in written
+    ]
+    data.draw(st.randoms()).shuffle(shards)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = open_checkpoint(save_parts(Path(folder), 1, [[shard] for shard in shards]))
+        assert equal(checkpoint.read("w"), whole)
+        for offset, sizes in grid(shape, [data.draw(cuts) for _ in shape]):
+            box = tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))
+            assert equal(checkpoint.read("w", slices=box), whole[box])
+        verify(checkpoint.path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_holes_and_overlaps_are_seen(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+    boxes = [box for box in grid(shape, [data.draw(cuts) for _ in shape]) if 0 not in box[1]]
+    index = data.draw(st.integers(0, len(boxes) - 1))
+    offset, sizes = boxes[index]
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    grown = (offset, tuple(n + (i == axis) for i, n in enumerate(sizes)))
+    moved = (tuple(o + (i == axis) for i, o in enumerate(offset)), sizes)
+
+    def entry(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Entry:
+        return Entry("w", "weight", "F32", shape, tuple(Piece("f", "k", o, n, 0, ()) for o, n in boxes))
+
+    check_tiling(entry(boxes))
+    for wrong in (
+        [*boxes, boxes[index]],
+        boxes[:index] + boxes[index + 1 :],
+        *([*boxes[:index], other, *boxes[index + 1 :]] for other in (grown, moved)),
+    ):
+        with pytest.raises(DamagedCheckpoint):
+            check_tiling(entry(wrong))
+
+
+def test_a_missing_part_is_not_committed(tmp_path: Path) -> None:
+    half = Shard(("w", "weight"), (4,), (0,), torch.ones(2))
+    with pytest.raises(MachineError, match="do not make up"):
+        save_parts(tmp_path, 1, [[half]])
+    assert latest(tmp_path) is None
+
+
+def test_equal_boxes_of_two_ranks_count_once(tmp_path: Path) -> None:
+    whole = Shard(("w", "weight"), (4,), (0,), torch.arange(4))
+    checkpoint = open_checkpoint(save_parts(tmp_path, 1, [[whole], [whole]]))
+    assert checkpoint.read("w").tolist() == [0, 1, 2, 3]
