@@ -1,0 +1,1 @@
+"""Machines as data: what was measured of this one. Nothing here imports torch."""
