@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from colossus.errors import UserError
+from colossus.evaluation.eager import eagerly
 from colossus.evaluation.windows import IGNORED, Windows, batches, windows
 
 COMPRESSORS = ("gzip", "bz2", "xz")
@@ -96,18 +97,24 @@ class Validation:
     def num_documents(self) -> int:
         return len(self._start)
 
+    def num_tokens(self, num_documents: int | None = None) -> int:
+        """Tokens that are predicted in the first `num_documents`, or in all."""
+        return int((self._num_tokens[:num_documents] - 1).sum())
+
     def num_positions(self) -> np.ndarray:
-        """Forward positions that the first 1, 2, ... documents take, without padding."""
+        """Forward positions that the first 1, 2, ... documents take, without padding: up to two a token."""
         table = windows(self._num_tokens, self.seq_len)
         return np.cumsum(np.bincount(table.document, table.length, self.num_documents)).astype(np.int64)
 
-    def choose_part(self, seconds_per_token: float, budget_seconds: float) -> int:
+    def choose_part(self, seconds_per_position: float, budget_seconds: float) -> int:
         """How many documents, from the first on, are evaluated within `budget_seconds`; at least one.
 
-        A run decides this once and keeps it, so that all its points are of the same documents.
+        seconds_per_position: a result's seconds / num_positions. A run decides this once and keeps it, so
+        that all its points are of the same documents.
         """
-        costs = self.num_positions() * seconds_per_token
-        return int(min(self.num_documents, max(1, np.searchsorted(costs, budget_seconds, side="right"))))
+        costs = self.num_positions() * seconds_per_position
+        fits = int(np.searchsorted(costs, budget_seconds, side="right"))
+        return min(self.num_documents, max(1, fits))
 
     def plan(self, num_documents: int | None = None) -> Windows:
         """The windows of the first `num_documents`, or of all."""
@@ -132,7 +139,7 @@ class Validation:
         """`nats`: the sum of -log p over every predicted token of the first `num_documents`."""
         totals = {name: int(column[:num_documents].sum()) for name, column in self._bytes.items()}
         num_bytes, count = max(1, totals["num"]), len(self._start[:num_documents])
-        num_tokens = int(self._num_tokens[:num_documents].sum()) - count
+        num_tokens = self.num_tokens(num_documents)
         bits = {f"{name}_bits_per_byte": 8 * totals[name] / num_bytes for name in COMPRESSORS}
         return ValidationResult(
             loss=nats / max(1, num_tokens),
@@ -174,7 +181,7 @@ def evaluate(
     model.eval()
     nats = torch.zeros((), dtype=torch.float64, device=device)
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with eagerly():
             for rows, length in parts[rank::size]:
                 if before_batch is not None:
                     before_batch()

@@ -1,0 +1,123 @@
+"""The charts of a report."""
+
+from __future__ import annotations
+
+from colossus.events import number
+from colossus.monitor.charts import Chart, Line, draw, smoothed
+from colossus.monitor.view import COMPRESSORS, RunView
+from colossus.monitor.words import count, percent
+
+
+def learning(view: RunView) -> str:
+    """Loss, bits per byte, rate, speed, gradient and waiting over the steps of a run."""
+    if not view.steps:
+        return ""
+    charts = [_loss(view), _bits_per_byte(view), _speed(view), _lr(view), _grad_norm(view), _data_wait(view)]
+    drawn = [html for html in (draw(chart) for chart in charts if chart is not None) if html]
+    return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
+
+
+def _loss(view: RunView) -> Chart:
+    x, y = _series(view, "loss")
+    lines = [Line("each step", x, y, "one faint quiet"), Line("training, smoothed", x, smoothed(y), "one")]
+    if view.validations:
+        steps = [float(e["step"]) for e in view.validations]
+        losses = [number(e["loss"]) for e in view.validations]
+        lines.append(Line("held out", steps, losses, "two dots"))
+    marks = [(float(e.get("step") or 0), "resumed") for e in view.starts[1:]]
+    return Chart(
+        "Loss",
+        lines,
+        "nats a token",
+        _plain,
+        marks=marks,
+        x_max=_x_max(view),
+        x_tokens=_tokens_at(view),
+        top_quantile=0.97,
+        wide=True,
+    )
+
+
+def _bits_per_byte(view: RunView) -> Chart | None:
+    if len(view.validations) < 2:
+        return None
+    last = view.validations[-1]
+    steps = [float(e["step"]) for e in view.validations]
+    values = [number(e["bits_per_byte"]) for e in view.validations]
+    levels = [(tool.split()[0], number(last[f"{key}_bits_per_byte"])) for key, tool in COMPRESSORS]
+    partial = [e for e in view.validations if not e.get("whole")]
+    note = "Points within the run are of a fixed part of the held-out documents." if partial else ""
+    return Chart(
+        "Bits per byte",
+        [Line("held out", steps, values, "two dots")],
+        "on held-out documents, less is better",
+        lambda value: f"{value:.2f}",
+        levels=levels,
+        x_max=_x_max(view),
+        x_tokens=_tokens_at(view),
+        wide=True,
+        note=note,
+    )
+
+
+def _speed(view: RunView) -> Chart:
+    x, y = _series(view, "tokens_per_second")
+    mfu = view.typical("mfu")
+    note = f"tokens/s; the median is {percent(mfu)} MFU" if mfu else "tokens/s"
+    return Chart("Speed", [Line("tokens/s", x, y)], note, _thousands, x_max=_x_max(view), from_zero=True)
+
+
+def _lr(view: RunView) -> Chart:
+    x, y = _series(view, "lr")
+    return Chart("Learning rate", [Line("lr", x, y, "three")], "", _plain, x_max=_x_max(view), from_zero=True)
+
+
+def _grad_norm(view: RunView) -> Chart:
+    x, y = _series(view, "grad_norm")
+    return Chart(
+        "Gradient norm",
+        [Line("gradient norm", x, y, "four")],
+        "before clipping",
+        _plain,
+        x_max=_x_max(view),
+        from_zero=True,
+        top_quantile=0.99,
+    )
+
+
+def _data_wait(view: RunView) -> Chart:
+    x, y = _series(view, "data_wait_seconds")
+    return Chart(
+        "Waiting for data",
+        [Line("wait", x, [1000 * value for value in y], "two")],
+        "ms a step",
+        _plain,
+        x_max=_x_max(view),
+        from_zero=True,
+    )
+
+
+def _series(view: RunView, name: str) -> tuple[list[float], list[float]]:
+    pairs = [(float(e["step"]), number(e[name])) for e in view.steps if name in e]
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def _x_max(view: RunView) -> float:
+    return float(max(1, view.num_steps))
+
+
+def _tokens_at(view: RunView):
+    """Step -> tokens learned from by then, in words."""
+    sums, total = [0], 0
+    for event in view.steps:
+        total += event["tokens"]
+        sums.append(total)
+    return lambda step: f"{count(sums[min(len(sums) - 1, round(step))])} tokens" if step else "0 tokens"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.3g}" if value else "0"
+
+
+def _thousands(value: float) -> str:
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"

@@ -1,0 +1,79 @@
+"""Events in words: one line each, the same in a terminal, a log and the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from colossus.events import number
+from colossus.monitor.words import duration, plural, size
+
+YARDSTICKS = (("gzip", "gzip -9"), ("bz2", "bz2 -9"), ("xz", "xz -9e"))
+
+
+def of(event: dict[str, Any]) -> str | None:
+    """The line that is worth a person's while; none for most kinds."""
+    phrase = _PHRASES.get(event["kind"])
+    try:
+        return phrase(event) if phrase else None
+    except (KeyError, TypeError, ValueError):  # of another version: what it lacks isn't said
+        return None
+
+
+def decision(name: str, value: Any) -> str:
+    """What was decided, in a sentence."""
+    if name == "decay" and isinstance(value, dict):
+        return f"the learning rate falls from step {value['begin_step']:,} to {value['end_step']:,}, the last"
+    known = {
+        "validation_documents": "each validation takes the first {} held-out documents",
+        "compile": "blocks are compiled: {}",
+        "type": "matrix products in {}",
+        "threads": "threads: {}",
+        "follow": "the decisions of another run are followed: {}",
+    }
+    text = {True: "yes", False: "no"}.get(value) if isinstance(value, bool) else None
+    return known.get(name, f"{name.replace('_', ' ')}: {{}}").format(text or value)
+
+
+def _validation(event: dict[str, Any]) -> str:
+    beside = ", ".join(f"{tool} {number(event[f'{key}_bits_per_byte']):.3f}" for key, tool in YARDSTICKS)
+    which = "all " if event.get("whole") else ""
+    return (
+        f"step {event['step']:,}: {number(event['bits_per_byte']):.3f} bits per byte on "
+        f"{which}{plural(event['num_documents'], 'held-out document')} ({beside}), "
+        f"loss {number(event['loss']):.3f}, in {duration(number(event['seconds']))}"
+    )
+
+
+def _checkpoint(event: dict[str, Any]) -> str:
+    return (
+        f"step {event['step']:,}: saved {event['path']}, {size(event['bytes'])} in "
+        f"{duration(number(event['seconds']))}; training stood still for "
+        f"{duration(number(event['blocked_seconds']))}"
+    )
+
+
+def _decision(event: dict[str, Any]) -> str:
+    return f"step {event['first_step']:,}: decided: {decision(event['name'], event['value'])}"
+
+
+def _start(event: dict[str, Any]) -> str:
+    begin = "training" if event["kind"] == "start" else f"going on from step {event['step']:,}"
+    ranks = event.get("num_ranks", 1)
+    return f"{begin} on {event['processor']}" + (f", {plural(ranks, 'rank')}" if ranks > 1 else "")
+
+
+def _end(event: dict[str, Any]) -> str:
+    after = f"after {plural(event['step'], 'step')}"
+    if event["reason"] == "finished":
+        return f"finished {after} and {duration(number(event['run_seconds']))}"
+    return f"stopped by {event['reason']} {after}; what was learned is saved, running again goes on"
+
+
+_PHRASES = {
+    "start": _start,
+    "resume": _start,
+    "validation": _validation,
+    "checkpoint": _checkpoint,
+    "decision": _decision,
+    "end": _end,
+}

@@ -1,0 +1,91 @@
+"""What is printed when a run ends."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from colossus.events import number
+from colossus.monitor.view import COMPRESSORS, RunView, beats
+from colossus.monitor.words import count, duration, percent, plural
+
+BAR_WIDTH = 32
+SAMPLE_LINES = 12
+
+
+def summary(run_folder: str | Path) -> str:
+    """The outcome of a run in a screenful: what it reached, what it took, a sample, where things lie."""
+    view = RunView.read(run_folder)
+    folder = shlex.quote(str(run_folder))
+    blocks = [_yardstick(view), _figures(view), _sample(view), _places(view, folder)]
+    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+
+
+def verdict(view: RunView) -> str:
+    """One sentence on what the bits per byte mean."""
+    if view.final is None:
+        return ""
+    ours, beaten = number(view.final["bits_per_byte"]), beats(view.final)
+    if not ours < float("inf"):
+        return "The model's predictions are not finite: the training went wrong."
+    if len(beaten) == len(COMPRESSORS):
+        best = min(number(view.final[f"{key}_bits_per_byte"]) for key, _ in COMPRESSORS)
+        return f"{percent(1 - ours / best)} fewer bits than the best compressor needs, on text that the model never saw."
+    if beaten:
+        return f"On text that it never saw, the model does better than {' and '.join(reversed(beaten))}."
+    return "On text that it never saw, the compressors still do better: the model wants more training."
+
+
+def _yardstick(view: RunView) -> list[str]:
+    final = view.final
+    if final is None:
+        return []
+    rows = [("this model", number(final["bits_per_byte"]))]
+    rows += [(tool, number(final[f"{key}_bits_per_byte"])) for key, tool in COMPRESSORS]
+    finite = [value for _, value in rows if value < float("inf")]
+    longest = max(finite, default=1.0)
+    documents = plural(final["num_documents"], "held-out document")
+    lines = [f"Bits per byte on {'all ' if final.get('whole') else ''}{documents}, less is better:", ""]
+    for name, value in sorted(rows, key=lambda row: row[1]):
+        bar = "█" * round(BAR_WIDTH * value / longest) if value < float("inf") else ""
+        mark = ">" if name == "this model" else " "
+        lines.append(f"  {mark} {name:<11}{value:6.3f}  {bar}")
+    return [*lines, "", verdict(view)]
+
+
+def _figures(view: RunView) -> list[str]:
+    if not view.steps:
+        return ["No step was taken."]
+    speed, mfu = view.typical("tokens_per_second"), view.typical("mfu")
+    parts = [
+        f"{plural(view.num_steps, 'step')}, {count(view.num_tokens)} tokens in {duration(view.run_seconds)}",
+        f"loss {number(view.steps[-1]['loss']):.3f}",
+    ]
+    parts += [f"{count(speed)} tokens/s"] if speed else []
+    parts += [f"MFU {percent(mfu)} of the measured matrix rate"] if mfu else []
+    lines = [", ".join(parts)]
+    if view.outcome not in ("finished",):
+        lines.append(f"Not finished ({view.outcome}).")
+    return lines
+
+
+def _sample(view: RunView) -> list[str]:
+    samples = view.of("sample")
+    if not samples:
+        return []
+    text = (samples[-1]["prompt"] + samples[-1]["text"]).splitlines()
+    lines = ["A sample of what it writes:", "", *(f"  | {line}" for line in text[:SAMPLE_LINES])]
+    return lines + (["  | ..."] if len(text) > SAMPLE_LINES else [])
+
+
+def _places(view: RunView, folder: str) -> list[str]:
+    samples = view.of("sample")
+    prompt = shlex.quote(samples[-1]["prompt"]) if samples else '"Once"'
+    checkpoints = view.of("checkpoint")
+    rows = [("report", f"{folder}/report.html"), ("events", f"{folder}/events.jsonl")]
+    rows += [("checkpoint", f"{folder}/{checkpoints[-1]['path']}")] if checkpoints else []
+    if view.outcome == "finished":
+        rows.append(("try", f"colossus generate {folder} {prompt}"))
+    else:
+        rows.append(("go on", f"colossus train {folder}"))
+    return [f"{name:<11}{value}" for name, value in rows]

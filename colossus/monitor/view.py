@@ -1,0 +1,160 @@
+"""A run as its event log tells it: what the report and the summary show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from colossus.events import number, read_events
+
+Event = dict[str, Any]
+COMPRESSORS = (("xz", "xz -9e"), ("bz2", "bz2 -9"), ("gzip", "gzip -9"))
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of the time, and what it went to."""
+
+    name: str
+    seconds: float
+
+
+@dataclass
+class RunView:
+    """The events of a run, sorted by what they tell.
+
+    steps: of the last attempt that took each step, in order. repeated: steps that a later attempt took
+    again. starts: one an attempt.
+    """
+
+    LEDGER = (
+        "training steps",
+        "first steps: compiling, warming up",
+        "steps taken again after a restart",
+        "waiting for data",
+        "validation",
+        "saving, while training stood still",
+        "everything else",
+    )
+
+    folder: Path
+    events: list[Event]
+    steps: list[Event] = field(default_factory=list)
+    repeated: list[Event] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        last: dict[int, Event] = {}
+        for event in self.of("step"):
+            if event["step"] in last:
+                self.repeated.append(last[event["step"]])
+            last[event["step"]] = event
+        self.steps = [last[step] for step in sorted(last)]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> RunView:
+        """From a run's folder; a log that is missing, empty or torn gives a view of what there is."""
+        return cls(Path(folder), read_events(folder))
+
+    def of(self, *kinds: str) -> list[Event]:
+        """Events of these kinds that have what is shown of them."""
+        return [e for e in self.events if e["kind"] in kinds and _NEEDED.get(e["kind"], set()) <= e.keys()]
+
+    @cached_property
+    def starts(self) -> list[Event]:
+        return self.of("start", "resume")
+
+    @cached_property
+    def start(self) -> Event:
+        """The newest start; empty where there is none."""
+        return self.starts[-1] if self.starts else {}
+
+    @cached_property
+    def validations(self) -> list[Event]:
+        """One a step and scope, the newest."""
+        newest = {(e["step"], bool(e.get("whole"))): e for e in self.of("validation")}
+        return [newest[key] for key in sorted(newest)]
+
+    @cached_property
+    def final(self) -> Event | None:
+        """The validation that counts: the newest on all documents, else the newest."""
+        whole = [e for e in self.validations if e.get("whole")]
+        return next(reversed(whole or self.validations), None)
+
+    @cached_property
+    def decisions(self) -> list[Event]:
+        newest = {(e["name"], e["first_step"]): e for e in self.of("decision")}
+        return sorted(newest.values(), key=lambda e: e["first_step"])
+
+    @property
+    def outcome(self) -> str:
+        """ "finished", the signal that stopped it, "running or killed", or "not started"."""
+        if not self.events:
+            return "not started"
+        last = self.events[-1]
+        return str(last.get("reason", "finished")) if last["kind"] == "end" else "running, or killed"
+
+    @property
+    def num_steps(self) -> int:
+        return self.steps[-1]["step"] + 1 if self.steps else 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the weights have learned from."""
+        return sum(e["tokens"] for e in self.steps)
+
+    @property
+    def run_seconds(self) -> float:
+        """Of training, over all attempts; downtime is not counted."""
+        return max((number(e["run_seconds"]) for e in self.events), default=0.0)
+
+    @property
+    def downtime_seconds(self) -> float:
+        """Between the last event of an attempt and the start of the next."""
+        ends = {e["attempt"]: e for e in self.events}
+        starts = {e["attempt"]: e for e in reversed(self.events)}
+        return sum(max(0.0, starts[a]["time"] - ends[a - 1]["time"]) for a in starts if a - 1 in ends)
+
+    def typical(self, name: str) -> float | None:
+        """The median of a step's figure, the first tenth left out: it holds warming up and compiling."""
+        values = [number(e[name]) for e in self.steps[len(self.steps) // 10 :] if name in e]
+        return median(values) if values else None
+
+    def time_ledger(self) -> list[Share]:
+        """Where the seconds of training went; they add up to `run_seconds`."""
+        typical = self.typical("step_seconds") or 0.0
+        firsts = {e["attempt"]: e for e in reversed(self.of("step"))}.values()
+        compiling = sum(max(0.0, number(e["step_seconds"]) - 2 * typical) for e in firsts)
+        steps = _total(self.steps, "step_seconds")
+        seconds = [
+            max(0.0, steps - compiling),
+            compiling,
+            _total(self.repeated, "step_seconds"),
+            _total([*self.steps, *self.repeated], "data_wait_seconds"),
+            _total(self.of("validation"), "seconds"),
+            _total(self.of("checkpoint"), "blocked_seconds"),
+        ]
+        seconds.append(max(0.0, self.run_seconds - sum(seconds)))
+        return [Share(*row) for row in zip(self.LEDGER, seconds, strict=True) if row[1] > 0]
+
+
+def beats(final: Event) -> list[str]:
+    """The compressors that needed more bits than the model, by their commands."""
+    ours = number(final["bits_per_byte"])
+    return [tool for key, tool in COMPRESSORS if ours < number(final[f"{key}_bits_per_byte"])]
+
+
+def _total(events: Iterable[Event], name: str) -> float:
+    return sum(number(e[name]) for e in events if name in e)
+
+
+_NEEDED = {
+    "step": {"step", "loss", "tokens", "step_seconds"},
+    "validation": {"step", "loss", "bits_per_byte", *(f"{key}_bits_per_byte" for key, _ in COMPRESSORS)},
+    "checkpoint": {"step", "path"},
+    "decision": {"name", "value", "first_step"},
+    "sample": {"prompt", "text"},
+}

@@ -1,0 +1,67 @@
+import io
+
+from made_run import write_run
+
+from colossus.events import read_events
+from colossus.monitor.live import LiveView
+
+
+def shown(folder, monkeypatch, *, terminal, columns=100):
+    """What a person saw, with the clock of the events."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out, clock = io.StringIO(), [0.0]
+    view = LiveView(out, terminal=terminal, now=lambda: clock[0])
+    for event in read_events(folder):
+        clock[0] = event["run_seconds"]
+        view.show(event)
+    return out.getvalue()
+
+
+def test_plain_lines_come_ten_seconds_apart(tmp_path, monkeypatch):
+    text = shown(write_run(tmp_path, steps=1800), monkeypatch, terminal=False)
+    assert "\r" not in text and "\x1b" not in text
+    steps = [line for line in text.splitlines() if line.startswith("step ") and "tokens/s" in line]
+    assert 20 <= len(steps) <= 35
+    assert "bits/byte" in steps[-1] and "MFU 5" in steps[-1] and "left" in steps[-1]
+    assert steps[-1].startswith("step 1,7") and "/1,800" in steps[-1]
+    for said in ("training on AMD EPYC", "bits per byte on 14 held-out documents (gzip -9 1.602",
+                 "on all 33 held-out", "saved checkpoints/step-00000450, 15.8 MB", "decided: the learning rate falls",
+                 "finished after 1,800 steps and 5 min"):  # fmt: skip
+        assert said in text, said
+
+
+def test_in_a_terminal_one_line_changes_in_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = shown(write_run(tmp_path, steps=300), monkeypatch, terminal=True, columns=80)
+    drawn = [part.split("\n")[0] for part in text.split("\r\x1b[2K")[1:]]
+    assert len(drawn) > 100
+    progress = [line for line in drawn if "█" in line or "░" in line]
+    assert all(len(line) < 80 for line in progress) and all(" left" in line for line in progress[5:])
+    assert text.endswith("\n") and "finished" in text.splitlines()[-1]
+
+
+def test_a_narrow_terminal_keeps_what_matters(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = shown(write_run(tmp_path, steps=300), monkeypatch, terminal=True, columns=40)
+    assert all(len(part.split("\n")[0]) < 40 for part in text.split("\r\x1b[2K")[1:] if "░" in part)
+
+
+def test_an_event_of_another_version_breaks_nothing():
+    out = io.StringIO()
+    view = LiveView(out, terminal=False)
+    common = {"run_seconds": 0.0, "attempt": 0, "step": 0}
+    for kind in ("start", "validation", "checkpoint", "decision", "unheard-of", "step", "end"):
+        view.show(common | {"kind": kind})
+
+
+def test_a_run_of_steps_tells_the_time_left_from_their_pace():
+    out = io.StringIO()
+    view = LiveView(out, terminal=False, now=iter(range(0, 1000, 11)).__next__)
+    view.show(
+        {"kind": "start", "run_seconds": 0.0, "attempt": 0, "step": 0, "total_steps": 100, "processor": "x"}
+    )
+    for step in range(10):
+        figures = {"loss": 2.0, "tokens": 10, "step_seconds": 2.0, "data_wait_seconds": 0.5, "mfu": 0.5}
+        view.show({"kind": "step", "run_seconds": 2.5 * step, "attempt": 0, "step": step} | figures)
+    last = out.getvalue().splitlines()[-1]
+    assert last == "step 10/100  loss 2.000  4 tokens/s  MFU 50%  waiting for data 20%  3:45 left"

@@ -1,0 +1,42 @@
+import pytest
+
+from colossus.monitor import words
+from colossus.monitor.charts import nice_ticks, smoothed
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.0123, "0.012 s"), (1.25, "1.2 s"), (12.4, "12 s"), (59.7, "1 min"), (312, "5 min 12 s"), (3600, "1 h"),
+     (12_000, "3 h 20 min"), (187_200, "2 d 4 h"), (float("nan"), "nan")],
+)  # fmt: skip
+def test_durations(seconds, said):
+    assert words.duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "0"), (1234, "1,234"), (12_340, "12.3k"), (999_999, "1M"), (1_312_896, "1.31M"), (405e9, "405B"),
+     (1.5e13, "15T")],
+)  # fmt: skip
+def test_counts(number, said):
+    assert words.count(number) == said
+
+
+def test_sizes_rates_and_shares():
+    assert words.size(999) == "999 bytes" and words.size(15_754_752) == "15.8 MB"
+    assert words.rate(183e9) == "183 GFLOP/s"
+    assert [words.percent(x) for x in (0, 0.0001, 0.042, 0.54, 1)] == ["0%", "<0.1%", "4.2%", "54%", "100%"]
+    assert words.clock(151) == "2:31" and words.clock(3751) == "1:02:31"
+    assert words.plural(1, "step") == "1 step" and words.plural(2, "step") == "2 steps"
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (1.4, 8.1), (0, 3e-5), (-2, 1e9), (5, 5 + 1e-6)])
+def test_ticks_enclose_in_a_few_round_numbers(low, high):
+    ticks = nice_ticks(low, high, 4)
+    assert ticks[0] <= low + 1e-9 * abs(low) and ticks[-1] >= high * (1 - 1e-9) and 2 <= len(ticks) <= 7
+
+
+def test_smoothing_keeps_a_straight_line_and_skips_what_is_not_finite():
+    line = [2.0 * i for i in range(100)]
+    assert smoothed(line) == pytest.approx(line)
+    assert smoothed([1.0, float("nan"), 1.0, float("inf"), 1.0], share=0.3)[2] == 1.0
