@@ -106,7 +106,8 @@ class Saver:
         start = self._world.broadcast(self._clean() if self._world.rank == 0 else None)
         if isinstance(start, str):
             raise MachineError(start)
-        self._attempt, self._names, self._first_serial = start
+        self._attempt, names, self._first_serial = start
+        self._names = set(names)
 
     def prepare(self, tensors: Mapping[Key, torch.Tensor]) -> None:
         """Touches the memory that a save of these will need, in a thread, so that the first is quick too."""
@@ -210,7 +211,7 @@ class Saver:
         while name in self._names:
             name = f"{plain}.{again}"
             again += 1
-        self._names.append(name)
+        self._names.add(name)
         return name
 
     def _finish(self) -> None:

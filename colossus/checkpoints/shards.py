@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from colossus.checkpoints.format import Key
 
@@ -57,14 +56,40 @@ class Shard:
 
 def shard_of(key: Key, tensor: torch.Tensor) -> Shard:
     """A view of the local part of a plain tensor or a DTensor; shares its memory."""
-    tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
-        return Shard(key, tuple(tensor.shape), (0,) * tensor.ndim, tensor)
-    assert not any(p.is_partial() for p in tensor.placements), f"{key} holds sums that are not reduced yet"
-    local = tensor.to_local()
-    sizes, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    assert tuple(sizes) == tuple(local.shape), f"{key}: {tuple(local.shape)} is not {tuple(sizes)}"
-    return Shard(key, tuple(tensor.shape), tuple(offset), local)
+        return Shard(key, tuple(tensor.shape), (0,) * tensor.ndim, tensor.detach())
+    local = tensor.to_local().detach()
+    offset, sizes = _local_box(tensor)
+    assert sizes == tuple(local.shape), f"{key}: the local part is {tuple(local.shape)}, not {sizes}"
+    return Shard(key, tuple(tensor.shape), offset, local)
+
+
+def _local_box(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offset and sizes of this rank's part of a DTensor; parts may be uneven or empty.
+
+    `_StridedShard` (FSDP over tensor parallel) first cuts into `split_factor` pieces and takes its chunk of
+    each. What follows on later axes of the mesh must make that one box again, as FSDP's placements do.
+    """
+    coordinates = tensor.device_mesh.get_coordinate()
+    if coordinates is None:
+        return (0,) * tensor.ndim, (0,) * tensor.ndim
+    indices = dict[int, torch.Tensor]()  # by dimension: which of its elements are here
+    for axis, placement in enumerate(tensor.placements):
+        assert not placement.is_partial(), "sums that are not reduced yet cannot be saved"
+        if not placement.is_replicate():
+            dim, pieces = getattr(placement, "dim"), getattr(placement, "split_factor", 1)  # noqa: B009
+            index = indices.setdefault(dim, torch.arange(tensor.shape[dim]))
+            chunks = [piece.chunk(tensor.device_mesh.size(axis)) for piece in index.chunk(pieces)]
+            here = [chunk[coordinates[axis]] for chunk in chunks if coordinates[axis] < len(chunk)]
+            indices[dim] = torch.cat(here) if here else index[:0]
+    offset, sizes = [0] * tensor.ndim, list(tensor.shape)
+    for dim, index in indices.items():
+        sizes[dim] = len(index)
+        offset[dim] = int(index[0]) if len(index) else 0
+        assert torch.equal(index, torch.arange(offset[dim], offset[dim] + len(index))), (
+            f"the local part of a DTensor placed as {tensor.placements} is no box"
+        )
+    return tuple(offset), tuple(sizes)
 
 
 def writes(key: Key, tensor: torch.Tensor, rank: int, world_size: int) -> bool:
