@@ -151,7 +151,9 @@ def test_what_is_no_box_is_refused() -> None:
         every_second = (Shard(0), _StridedShard(0, split_factor=2))
         shard_of(
             ("w", "weight"),
-            DTensor.from_local(torch.zeros(2), mesh, every_second, run_check=False, shape=(8,), stride=(1,)),
+            DTensor.from_local(
+                torch.zeros(2), mesh, every_second, run_check=False, shape=torch.Size((8,)), stride=(1,)
+            ),
         )
 
 
