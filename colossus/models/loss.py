@@ -1,0 +1,96 @@
+"""Cross entropy over a large vocabulary that never holds all logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+IGNORED = -100  # the target of a position that is not scored
+CHUNK_LOGITS = 2**22  # logits that exist at once, unless that is less than MIN_CHUNK tokens
+MIN_CHUNK = 512
+
+
+def cross_entropy(
+    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, z_loss: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed cross entropy (nats) of the logits x W^T, and the number of targets that are not ignored.
+
+    Tokens are taken in chunks, and each chunk's gradient is computed with its loss: logits are computed
+    once and live for one chunk. z_loss adds z_loss * logsumexp(logits)^2 for every target, which keeps
+    logits from drifting (PaLM, section 5). Sums are in fp32 or better. The products are of x's type; the
+    weight's gradient is summed in the weight's own type or fp32, whichever is wider.
+    """
+    with_gradient = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
+    loss = _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N, z_loss, with_gradient)
+    return loss, (targets_N != IGNORED).sum()
+
+
+def chunk_tokens(vocab_size: int) -> int:
+    """Tokens of a chunk: enough that adding to the weight's gradient once a chunk costs little."""
+    return max(MIN_CHUNK, CHUNK_LOGITS // vocab_size)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The gradients of a loss of 1 wait for the backward pass, which scales them; it can run once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        z_loss: float,
+        with_gradient: bool,
+    ) -> torch.Tensor:
+        exact = torch.promote_types(x_ND.dtype, torch.float32)
+        product_VD = weight_VD.to(x_ND.dtype)
+        loss = torch.zeros((), dtype=exact, device=x_ND.device)
+        grad_x_ND = torch.empty_like(x_ND) if with_gradient else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if with_gradient else None
+        for start in range(0, x_ND.shape[0], chunk_tokens(weight_VD.shape[0])):
+            rows = slice(start, start + chunk_tokens(weight_VD.shape[0]))
+            x_CD = x_ND[rows]
+            chunk_loss, grad_logits_CV = _loss_and_gradient(
+                torch.mm(x_CD, product_VD.t()).to(exact), targets_N[rows], z_loss
+            )
+            loss = loss + chunk_loss
+            if grad_x_ND is not None and grad_weight_VD is not None:
+                grad_logits_CV = grad_logits_CV.to(x_ND.dtype)
+                torch.mm(grad_logits_CV, product_VD, out=grad_x_ND[rows])
+                _add_product(grad_weight_VD, grad_logits_CV.t(), x_CD)
+        ctx.gradients = (grad_x_ND, grad_weight_VD)
+        ctx.weight_type = weight_VD.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        assert ctx.gradients is not None, "this loss was propagated back already"
+        (grad_x_ND, grad_weight_VD), ctx.gradients = ctx.gradients, None
+        # In place: at a vocabulary of 128k and width 4,096 a second copy would be 2 GiB.
+        return grad_x_ND.mul_(grad_loss), grad_weight_VD.mul_(grad_loss).to(ctx.weight_type), None, None, None
+
+
+def _loss_and_gradient(
+    logits_CV: torch.Tensor, targets_C: torch.Tensor, z_loss: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss of a chunk, and its gradient by the logits, which it overwrites."""
+    scored_C = targets_C != IGNORED
+    index_C1 = targets_C.where(scored_C, 0).unsqueeze(1)
+    target_logit_C = logits_CV.gather(1, index_C1).squeeze(1)
+    log_sum_C = logits_CV.logsumexp(-1)
+    loss_C = log_sum_C - target_logit_C + z_loss * log_sum_C.square()
+    loss = loss_C.where(scored_C, 0).sum()
+    softmax_CV = logits_CV.sub_(log_sum_C.unsqueeze(1)).exp_()
+    scale_C = (1 + 2 * z_loss * log_sum_C) * scored_C
+    grad_CV = softmax_CV.mul_(scale_C.unsqueeze(1))
+    grad_CV.scatter_add_(1, index_C1, -scored_C.to(grad_CV.dtype).unsqueeze(1))
+    return loss, grad_CV
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right; the product is of the factors' type, the sum of `total`'s."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(torch.mm(left, right))

@@ -1,0 +1,36 @@
+"""fp32, or bf16 over fp32 weights.
+
+Under bf16 the weights stay in fp32 (they are the master weights, and what a checkpoint holds); each product
+takes them cast to bf16, and their gradients are fp32. Norms, rotations' angles, softmax and losses are
+computed in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from colossus.errors import UserError
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def torch_type(name: str) -> torch.dtype:
+    """The type of matrix products that `precision.type` names.
+
+    Raises:
+        UserError: it is neither "fp32" nor "bf16".
+    """
+    if name not in TYPES:
+        raise UserError.field("precision.type", name, f"must be one of {', '.join(TYPES)}", TYPES)
+    return TYPES[name]
+
+
+def apply_precision(model: nn.Module, name: str) -> nn.Module:
+    """Makes `model` (a Decoder, or a stage of one) compute in the type that `name` says; weights stay.
+
+    Raises:
+        UserError: `name` is no type.
+    """
+    model.compute_dtype = torch_type(name)
+    return model
