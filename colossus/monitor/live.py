@@ -48,6 +48,10 @@ class LiveView:
             return
         if (line := phrases.of(event)) is not None:
             self._write_line(line)
+        if event["kind"] in ("start", "resume") and self._terminal:
+            self._out.write("the first step ...")
+            self._out.flush()
+            self._line_open = True
         if event["kind"] == "end":
             self.close()
 
@@ -141,11 +145,11 @@ class Progress:
         parts = [f"step {self._step:,}{of}", f"loss {self._mean('loss'):.3f}"]
         if self._bits_per_byte is not None:
             parts.append(f"{self._bits_per_byte:.3f} bits/byte")
-        waited = self._sum("data_wait_seconds")
-        seconds = self._sum("step_seconds") + waited
+        waited, seconds = self._sum("data_wait_seconds"), sum(map(_seconds, self._recent))
         if seconds:
             parts.append(f"{count(self._sum('tokens') / seconds)} tokens/s")
-            parts.append(f"MFU {percent(self._mean('mfu'))}")
+            flops = sum(number(e.get("mfu", 0.0)) * _seconds(e) for e in self._recent)
+            parts.append(f"MFU {percent(flops / seconds)}")
             if (waiting := waited / seconds) >= 0.01:
                 parts.append(f"waiting for data {percent(waiting)}")
         if (left := self.seconds_left) is not None:
@@ -158,3 +162,8 @@ class Progress:
     def _mean(self, name: str) -> float:
         values = [number(e[name]) for e in self._recent if name in e]
         return sum(values) / len(values) if values else float("nan")
+
+
+def _seconds(event: dict[str, Any]) -> float:
+    """Of a step, from asking for its batch to its update."""
+    return number(event.get("step_seconds", 0.0)) + number(event.get("data_wait_seconds", 0.0))
