@@ -140,6 +140,7 @@ def _continue(
     """Continues rows position by position. One whose prompt goes on is fed its own token there: no row is
     padded, none sees another, and each gets what it would get alone."""
     device, window = next(model.parameters()).device, model.arch.max_seq_len
+    vocab_size = tokenizer.vocab_size  # the model's may be larger: padded, never trained
     prompts = [len(row.tokens) for row in rows]
     position = min(prompts)
     open_rows = [row for row in rows if row.end > len(row.tokens)]
@@ -150,7 +151,7 @@ def _continue(
             begin = fed = window_begin(position, window)
             cache = KVCache(model.arch, len(rows), min(window, last - begin), model.compute_dtype, device)
         known = [(row.tokens + [0] * (position - len(row.tokens)))[fed:position] for row in rows]
-        logits_BV = _read(model, torch.tensor(known, device=device), cache)[:, : tokenizer.vocab_size]
+        logits_BV = _read(model, torch.tensor(known, device=device), cache)[:, :vocab_size]
         fed = position
         for row, prompt, logits_V in zip(rows, prompts, logits_BV, strict=True):
             if row not in open_rows or position < prompt:
