@@ -1,0 +1,188 @@
+"""Token shards on disk, read through memory maps.
+
+A folder holds one corpus: `manifest.json` (written last; without it there is nothing), and for each shard
+of each split the tokens (`.bin`, 16 or 32 bits), where documents start (`.starts.npy`) and, where not every
+token is learned, a mask (`.mask`, one byte a token). Held-out documents come in a fixed shuffled order with
+their sizes in bytes, plain and compressed (`validation.documents.npy`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from bisect import bisect_right
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from colossus.errors import MachineError, UserError
+
+SCHEMA = 1
+HELD_OUT = np.dtype([(n, np.int64) for n in ("start", "num_bytes", "gzip_bytes", "bz2_bytes", "xz_bytes")])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One stretch of a split: files by name, each with its size and CRC32."""
+
+    num_tokens: int
+    num_documents: int
+    num_bytes: int  # of text
+    files: dict[str, dict[str, Any]]  # "tokens", "starts", "mask" -> {name, bytes, crc32}
+
+
+class ShardedTokens:
+    """One split of a corpus as a single stream of tokens. A `TokenSource`.
+
+    Raises:
+        UserError: there is no whole corpus at `folder`, or a file has another size than was written.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder, self.split = folder, split
+        manifest = read_manifest(folder)
+        self.manifest = manifest
+        self.fingerprint: str = manifest["fingerprint"]
+        self._dtype = np.dtype(manifest["dtype"])
+        self.shards = [Shard(**shard) for shard in manifest["splits"][split]]
+        for shard in self.shards:
+            for file in shard.files.values():
+                path = folder / file["name"]
+                size = path.stat().st_size if path.is_file() else -1
+                if size != file["bytes"]:
+                    found = "missing" if size < 0 else f"{size} bytes"
+                    raise UserError(f"{path}: {found}, written with {file['bytes']}; build the data again")
+        self._first = np.cumsum([0] + [s.num_tokens for s in self.shards]).tolist()
+        self._tokens = [self._map(s, "tokens", self._dtype) for s in self.shards]
+        self._masks = [self._map(s, "mask", np.dtype(np.uint8)) for s in self.shards]
+        self._starts = [np.load(folder / s.files["starts"]["name"], mmap_mode="r") for s in self.shards]
+
+    @property
+    def num_tokens(self) -> int:
+        return self._first[-1]
+
+    @property
+    def num_documents(self) -> int:
+        return sum(shard.num_documents for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the text that the tokens stand for."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to `stop`: a view where one shard holds them."""
+        return self._slice(self._tokens, start, stop)
+
+    def mask(self, start: int, stop: int) -> np.ndarray | None:
+        """1 where a token is learned; None where all are."""
+        return None if self._masks[0] is None else self._slice(self._masks, start, stop)
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Positions in [start, stop) where a document begins."""
+        found = []
+        for i in range(bisect_right(self._first, start) - 1, len(self.shards)):
+            first = self._first[i]
+            if first >= stop:
+                break
+            low, high = np.searchsorted(self._starts[i], [start - first, stop - first])
+            found.append(self._starts[i][low:high] + first)
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def documents(self) -> np.ndarray:
+        """The held-out documents (dtype HELD_OUT), in the order that makes any first n a fair part."""
+        return np.load(self.folder / "validation.documents.npy")
+
+    def verify(self) -> None:
+        """Reads every byte. Raises UserError that names the file whose bytes changed."""
+        for shard in self.shards:
+            for file in shard.files.values():
+                if crc32(self.folder / file["name"]) != file["crc32"]:
+                    raise UserError(
+                        f"{self.folder / file['name']}: its bytes changed since it was built; "
+                        "remove the folder and build the data again"
+                    )
+
+    def _slice(self, arrays: list[Any], start: int, stop: int) -> np.ndarray:
+        i = bisect_right(self._first, start) - 1
+        first = self._first[i]
+        if stop <= self._first[i + 1]:
+            return arrays[i][start - first : stop - first]
+        pieces = []
+        while start < stop:
+            first, end = self._first[i], min(stop, self._first[i + 1])
+            pieces.append(arrays[i][start - first : end - first])
+            start, i = end, i + 1
+        return np.concatenate(pieces)
+
+    def _map(self, shard: Shard, kind: str, dtype: np.dtype) -> np.ndarray | None:
+        if kind not in shard.files:
+            return None
+        return np.memmap(self.folder / shard.files[kind]["name"], dtype, mode="r", shape=(shard.num_tokens,))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a corpus, checked against its own checksum.
+
+    Raises:
+        UserError: there is none (nothing was built, or a build did not end), or it was changed.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no token shards here (no manifest.json); build them first") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    checksum = manifest.pop("checksum", None)
+    if checksum != _checksum(manifest):
+        raise UserError(f"{path}: its bytes changed since it was built; build the data again")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest last and whole: from then on the folder is a corpus."""
+    text = json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1)
+    write_synced(folder / "manifest.json", text.encode())
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a file that is either whole or not there.
+
+    Raises:
+        MachineError: no space, no permission.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def crc32(path: Path) -> int:
+    """CRC32 of a file's bytes."""
+    value = 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(2**22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def fingerprint(splits: dict[str, list[dict[str, Any]]], tokenizer: str) -> str:
+    """What these shards hold: it changes with any byte of them."""
+    return hashlib.sha256(json.dumps([splits, tokenizer], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
