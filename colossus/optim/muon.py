@@ -1,0 +1,90 @@
+"""Muon: momentum whose matrices are made orthogonal before they are applied.
+
+Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); the size of an update follows Liu et al.
+2025 (arXiv 2502.16982): 0.2 x sqrt(larger side), about the root mean square that AdamW's has, so that one
+rate serves matrices of every shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.tensor import DTensor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at zero, all values to [0.7, 1.2]
+ITERATIONS = 5
+RMS = 0.2
+
+
+class Muon:
+    """Updates matrices [out, in], sharded or not. State: one fp32 momentum a matrix.
+
+    matmul_type: of the orthogonalisation's products, the quickest of the machine.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[torch.Tensor],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        matmul_type: torch.dtype,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.momentum = [torch.zeros_like(p) for p in self.parameters]
+        self._lr, self._beta, self._weight_decay = lr, momentum, weight_decay
+        self._matmul_type = matmul_type
+
+    @torch.no_grad()
+    def step(self, lr_factor: float) -> None:
+        """One update from the gradients that are there."""
+        lr = self._lr * lr_factor
+        by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for parameter, momentum in zip(self.parameters, self.momentum, strict=True):
+            assert parameter.grad is not None
+            grad, local = _local(parameter.grad), _local(momentum)
+            local.lerp_(grad, 1 - self._beta)
+            nesterov = grad.lerp(local, self._beta)
+            by_shape.setdefault(tuple(parameter.shape), []).append((parameter, _whole(nesterov, parameter)))
+        for shape, pairs in by_shape.items():
+            size = lr * RMS * math.sqrt(max(shape))
+            updates = orthogonalised(torch.stack([update for _, update in pairs]), self._matmul_type)
+            for (parameter, _), update in zip(pairs, updates, strict=True):
+                local = _local(parameter)
+                local.mul_(1 - lr * self._weight_decay).add_(_part(update, parameter), alpha=-size)
+
+
+def orthogonalised(matrices_NOI: torch.Tensor, matmul_type: torch.dtype) -> torch.Tensor:
+    """Each matrix with its singular values brought near 1 by Newton-Schulz iterations, same type and shape."""
+    a, b, c = COEFFICIENTS
+    tall = matrices_NOI.shape[1] > matrices_NOI.shape[2]
+    x = matrices_NOI.mT if tall else matrices_NOI
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)).to(matmul_type)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices_NOI.dtype)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The whole matrix of which `local` is this rank's part: gathered where `like` is sharded."""
+    if not isinstance(like, DTensor):
+        return local
+    shape, stride = like.shape, like.stride()
+    return DTensor.from_local(local, like.device_mesh, like.placements, shape=shape, stride=stride).full_tensor()
+
+
+def _part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a matrix that all ranks hold."""
+    if not isinstance(like, DTensor):
+        return whole
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    return whole[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]

@@ -1,0 +1,95 @@
+"""The optimizer of a run: AdamW for all, or Muon for the layers' matrices and AdamW for the rest.
+
+Groups come from the parameter table: `weight_decay` applies to matrices of the layers; embeddings, the
+output head and norms have none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from colossus.architecture import Architecture, parameter_table
+from colossus.job import Optimizer as Settings
+from colossus.models.init import logical_name
+from colossus.optim.muon import Muon
+
+
+class Optimizer:
+    """All optimizers of a model as one. State is named (parameter, kind), and made at once, so that it can
+    be loaded before the first step."""
+
+    def __init__(self, model: nn.Module, arch: Architecture, settings: Settings, matmul_type: torch.dtype) -> None:
+        table = {parameter.name: parameter for parameter in parameter_table(arch)}
+        named = [(logical_name(name), parameter) for name, parameter in model.named_parameters()]
+        matrices = {n: p for n, p in named if table[n].group == "matrix"}
+        others = {n: p for n, p in named if n not in matrices}
+        self._muon: Muon | None = None
+        groups = [{"params": list(others.values()), "weight_decay": 0.0}]
+        self._adamw_names = list(others)
+        if settings.name == "muon":
+            self._muon_names = list(matrices)
+            self._muon = Muon(
+                list(matrices.values()),
+                lr=settings.matrix_lr,
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay,
+                matmul_type=matmul_type,
+            )
+        else:
+            groups.append({"params": list(matrices.values()), "weight_decay": settings.weight_decay})
+            self._adamw_names += list(matrices)
+        self._lr = settings.lr
+        betas = (settings.beta1, settings.beta2)
+        self._adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
+        self._adamw_parameters = [p for group in self._adamw.param_groups for p in group["params"]]
+        for parameter in self._adamw_parameters:
+            self._adamw.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        self._num_steps = 0
+
+    @property
+    def num_steps(self) -> int:
+        """Updates made so far: with `state()`, all that an optimizer knows."""
+        return self._num_steps
+
+    @num_steps.setter
+    def num_steps(self, count: int) -> None:
+        self._num_steps = count
+        for parameter in self._adamw_parameters:
+            self._adamw.state[parameter]["step"].fill_(float(count))
+
+    def step(self, lr_factor: float) -> None:
+        """One update, at `lr_factor` of the rates."""
+        for group in self._adamw.param_groups:
+            group["lr"] = self._lr * lr_factor
+        self._adamw.step()
+        if self._muon is not None:
+            self._muon.step(lr_factor)
+        self._num_steps += 1
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients."""
+        self._adamw.zero_grad(set_to_none=True)
+        if self._muon is not None:
+            for parameter in self._muon.parameters:
+                parameter.grad = None
+
+    def state(self) -> dict[tuple[str, str], torch.Tensor]:
+        """The tensors themselves, by (parameter, "exp_avg" | "exp_avg_sq" | "momentum")."""
+        state: dict[tuple[str, str], torch.Tensor] = {}
+        for name, parameter in zip(self._adamw_names, self._adamw_parameters, strict=True):
+            for kind in ("exp_avg", "exp_avg_sq"):
+                state[name, kind] = self._adamw.state[parameter][kind]
+        if self._muon is not None:
+            for name, momentum in zip(self._muon_names, self._muon.momentum, strict=True):
+                state[name, "momentum"] = momentum
+        return state
+
+
+def build(model: nn.Module, arch: Architecture, settings: Settings, matmul_type: torch.dtype) -> Optimizer:
+    """The optimizer that `settings` names, over the parameters of `model`, sharded or not."""
+    return Optimizer(model, arch, settings, matmul_type)

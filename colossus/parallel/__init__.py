@@ -1,0 +1,1 @@
+"""From a layout to a mesh of ranks, and to a model that is spread over it."""

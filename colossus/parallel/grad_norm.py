@@ -1,0 +1,38 @@
+"""The norm of all gradients, and clipping by it, whatever meshes the parameters lie on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+
+@torch.no_grad()
+def clip(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scales the gradients in place so that their norm is at most `max_norm`; returns the norm before.
+
+    The squares are summed in float64 by mesh and placement: shards are summed over the ranks that hold
+    them, replicas are counted once (`clip_grad_norm_` mixes meshes up, PyTorch issue 180346).
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    by_place: dict[object, list[torch.Tensor]] = {}
+    for grad in grads:
+        place = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
+        by_place.setdefault(place, []).append(grad.to_local() if isinstance(grad, DTensor) else grad)
+    total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
+    for place, local in by_place.items():
+        squares = torch.stack(torch._foreach_norm(local)).double().square().sum()
+        if place is not None:
+            mesh, placements = place  # type: ignore[misc]
+            for axis, placement in enumerate(placements):
+                if placement.is_shard():
+                    dist.all_reduce(squares, group=mesh.get_group(axis))
+        total += squares
+    norm = total.sqrt()
+    if norm > max_norm:
+        scale = (max_norm / norm).item()
+        for local in by_place.values():
+            torch._foreach_mul_(local, scale)
+    return norm

@@ -1,0 +1,83 @@
+"""The ranks of a job, and what they say to each other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from colossus.errors import UserError
+from colossus.layout import Layout
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of its job. A world of one has no process group and no mesh."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def join(cls, layout: Layout, device: str) -> Iterator[World]:
+        """Meets the other ranks, whose number and addresses the launcher put into the environment.
+
+        Raises:
+            UserError: so many processes were not started as the layout has ranks.
+        """
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != layout.num_ranks:
+            raise UserError(
+                f"layout: needs {layout.num_ranks} ranks (dp_replicate x dp_shard x pp x cp x tp), "
+                f"but {started} were started; start {layout.num_ranks}, or set layout.dp_shard={started}"
+            )
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+        if device == "cuda":
+            torch.cuda.set_device(place)
+        if started == 1:
+            yield cls(0, 1, place)
+            return
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        try:
+            axes = ("dp_replicate", "dp_shard")
+            mesh = init_device_mesh(device, (layout.dp_replicate, layout.dp_shard), mesh_dim_names=axes)
+            yield cls(dist.get_rank(), dist.get_world_size(), place, mesh)
+        finally:
+            dist.destroy_process_group()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over the ranks in float64, in one collective."""
+        if self.size == 1:
+            return [float(v) for v in values]
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return self.sum([float(flag)])[0] > 0
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        self.sum([0.0])
