@@ -228,8 +228,8 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
     return dataclasses.replace(job, made=made)
 
 
-def save_job(job: Job, path: Path) -> None:
-    """Writes a resolved job as TOML, each value marked where it was derived; `load_job` reads it back."""
+def to_toml(job: Job) -> str:
+    """A job as a job file, each value marked with its origin; `load_job` reads it back."""
     lines = ["# What this run follows. A value marked 'derived' was not asked for."]
     for section in SECTIONS:
         lines += ["", f"[{section}]"]
@@ -242,7 +242,12 @@ def save_job(job: Job, path: Path) -> None:
     lines += ["", "[origins]", f"derived = {_toml(names)}"]
     if job.made:
         lines += ["", "[made]", *(f"{name} = {_toml(value)}" for name, value in job.made.items())]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines) + "\n"
+
+
+def save_job(job: Job, path: Path) -> None:
+    """Writes a resolved job as a job file."""
+    path.write_text(to_toml(job), encoding="utf-8")
 
 
 def preset_names(section: str) -> list[str]:

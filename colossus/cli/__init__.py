@@ -1,0 +1,75 @@
+"""The command line: every verb parses, calls one function and shows the result.
+
+Nothing heavy is imported before a verb needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from colossus.cli import data, doctor, generate, models, train
+from colossus.errors import MachineError, UserError
+
+USER_ERROR, MACHINE_ERROR, INTERRUPTED = 2, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the verb that `arguments` (by default the process's own) name, and returns the exit code.
+
+    0 done; 2 what the user gave is wrong; 3 the machine or its storage failed, running again goes on;
+    130 and 143 stopped by a signal. Anything else that is raised is a bug, and keeps its traceback.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        code = app()(args=words, prog_name="colossus", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except UserError as error:
+        return _say(str(error), USER_ERROR)
+    except MachineError as error:
+        return _say(str(error), MACHINE_ERROR)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # `colossus models | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        # What is wrong in the words themselves; the module of this error differs between releases of typer.
+        format_message = getattr(error, "format_message", None)
+        if format_message is None:
+            raise
+        return _say(format_message(), USER_ERROR)
+
+
+def app() -> typer.Typer:
+    """The verbs."""
+    verbs = typer.Typer(
+        help="Trains language models from one job description, on the CPU of a laptop as on GPUs.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    verbs.command("train")(train.train)
+    verbs.command("generate")(generate.generate)
+    verbs.add_typer(data.app(), name="data")
+    verbs.command("doctor")(doctor.doctor)
+    verbs.command("models")(models.models)
+    verbs.callback(invoke_without_command=True)(_version)
+    return verbs
+
+
+def _version(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+    if version:
+        from colossus import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def _say(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,104 @@
+"""A job in a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from colossus.job import Job
+from colossus.monitor.words import clock, count, plural, short
+
+
+def brief(job: Job) -> str:
+    """What will happen, a line a subject, and what of it was asked for; what isn't known yet is left out."""
+    subjects = {
+        "model": _model(job),
+        "data": _data(job),
+        "steps": _steps(job),
+        "optimizer": _optimizer(job),
+        "machine": _machine(job),
+        "asked": _asked(job),
+    }
+    return "\n".join(f"{name:<10}{', '.join(parts)}" for name, parts in subjects.items() if parts)
+
+
+def _model(job: Job) -> list[str]:
+    from colossus.architecture import num_parameters
+
+    model = job.model
+    parts = [model.preset] if model.preset else []
+    if not any(name.startswith("model.") for name in job.missing()):
+        parts.append(f"{count(num_parameters(model))} parameters")
+    return parts + _known(
+        (model.num_layers, lambda n: plural(n, "layer")),
+        (model.hidden_size, lambda n: f"width {n:,}"),
+        (model.vocab_size, lambda n: f"vocabulary {n:,}"),
+    )
+
+
+def _data(job: Job) -> list[str]:
+    data = job.data
+    return _known(
+        (data.corpus, " + ".join),
+        (data.tokenizer, lambda t: f"tokenizer {t}"),
+        (data.seq_len, lambda n: f"samples of {n:,} tokens"),
+        (data.mask_documents or None, lambda _: "each document by itself"),
+    )
+
+
+def _steps(job: Job) -> list[str]:
+    run, seq_len = job.run, job.data.seq_len
+    batch = run.global_batch
+    return _known(
+        (run.minutes, lambda m: f"{clock(60 * m)} of training"),
+        (run.steps, lambda n: plural(n, "step")),
+        (run.tokens, lambda n: f"{count(n)} tokens"),
+        (
+            batch,
+            lambda n: f"{plural(n, 'sample')} a step" + (f" ({n * seq_len:,} tokens)" if seq_len else ""),
+        ),
+        (run.seed, lambda n: f"seed {n}"),
+    )
+
+
+def _optimizer(job: Job) -> list[str]:
+    optimizer = job.optimizer
+    muon = optimizer.name == "muon"
+    return _known(
+        (optimizer.name, {"muon": "Muon and AdamW", "adamw": "AdamW"}.get),
+        (optimizer.matrix_lr if muon else None, lambda x: f"matrices at {short(x)}"),
+        (optimizer.lr, lambda x: f"the rest at {short(x)}" if muon else f"at {short(x)}"),
+        (optimizer.schedule, str),
+        (optimizer.warmup_steps, lambda n: f"{plural(n, 'step')} of warm-up"),
+    )
+
+
+def _machine(job: Job) -> list[str]:
+    layout = job.layout
+    return _known(
+        (job.fleet.device, str),
+        (job.precision.type, str),
+        (layout.num_ranks if layout.num_ranks > 1 else None, lambda n: plural(n, "rank")),
+        (job.run.threads, lambda n: plural(n, "thread")),
+        (layout.micro_batch, lambda n: f"{plural(n, 'sample')} at once"),
+        (layout.compile, lambda c: "compiled" if c else "not compiled"),
+        (layout.recompute if layout.recompute != "none" else None, lambda _: "activations recomputed"),
+    )
+
+
+def _asked(job: Job) -> list[str]:
+    names = sorted(name for name, origin in job.origins.items() if origin in ("argument", "file"))
+    asked = [f"{name}={_short(job.get(name))}" for name in names if not name.endswith(".preset")]
+    presets = [f"{s}={getattr(job, s).preset}" for s in ("model", "fleet") if getattr(job, s).preset]
+    return [*presets, *asked]
+
+
+def _known(*pairs: tuple[Any, Any]) -> list[str]:
+    """The words of each value that is not None."""
+    return [words(value) for value, words in pairs if value is not None]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return "[" + ",".join(map(_short, value)) + "]"
+    return str(value)

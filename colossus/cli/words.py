@@ -1,0 +1,31 @@
+"""The grammar that every verb with a job shares: a path, and `section.field=value`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from colossus.errors import UserError
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[JOB.toml|RUN] [section.field=value|section=PRESET ...]",
+        help="A job file, or the folder of a run, and values that are stronger than the ones in it.",
+        show_default=False,
+    ),
+]
+
+
+def split(words: list[str] | None) -> tuple[Path | None, list[str]]:
+    """The path among `words`, if there is one, and the overrides.
+
+    Raises:
+        UserError: there are two paths.
+    """
+    paths = [word for word in words or () if "=" not in word or Path(word).exists()]
+    if len(paths) > 1:
+        raise UserError(f"{' and '.join(paths)}: one job at a time; values are written section.field=value")
+    return (Path(paths[0]) if paths else None), [word for word in words or () if word not in paths]
