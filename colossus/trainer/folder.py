@@ -1,0 +1,82 @@
+"""The folder of a run: its name, its job, and the lock that keeps a second process out."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+from colossus.architecture import Architecture, num_parameters
+from colossus.errors import MachineError, UserError
+from colossus.job import Job, load_job, save_job
+
+
+def new_folder(job: Job, root: Path = Path("runs")) -> Path:
+    """`runs/<model>-<date>-<n>`, the first n that is free."""
+    stem = f"{model_name(job.model)}-{date.today().isoformat()}"
+    return next(p for n in range(1, 10**9) if not (p := root / f"{stem}-{n}").exists())
+
+
+def model_name(arch: Architecture) -> str:
+    """The preset's name, or the family with its size: `llama-1.3m`."""
+    if arch.preset:
+        return arch.preset
+    size, units = float(num_parameters(arch)), ["", "k", "m", "b", "t"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{arch.family}-{size:.3g}{units[0]}"
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is the folder of a run."""
+    return (path / "job.toml").is_file()
+
+
+def prepare(folder: Path, job: Job) -> None:
+    """Makes the folder of a new run and keeps the job there, or checks that it holds this job.
+
+    Raises:
+        UserError: the folder holds another job (the fields that differ are named), or other files.
+        MachineError: it cannot be written.
+    """
+    try:
+        if is_run(folder):
+            differing = [line for line in load_job(folder / "job.toml").differing(job) if "run.folder" not in line]
+            if differing:
+                raise UserError(
+                    f"run.folder={folder}: holds another job; differing (there, asked): " + "; ".join(differing)
+                )
+            return
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"run.folder={folder}: not empty, and not the folder of a run; name a new one")
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / "job.toml.part"
+        save_job(job, temporary)
+        temporary.replace(folder / "job.toml")
+    except FileExistsError as error:
+        raise UserError(f"run.folder={folder}: a part of this path is a file, not a folder") from error
+    except OSError as error:
+        raise MachineError(f"run.folder={folder}: cannot be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the run for this process; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        UserError: another process is training in the folder.
+    """
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise UserError(f"run.folder={folder}: process {holder} is training in it; wait for it or stop it") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,16 @@
+"""The hooks of every run, in their order: they start in it, act in it, and finish in the reverse."""
+
+from __future__ import annotations
+
+from colossus.job import Job
+from colossus.trainer.hooks import Hook
+from colossus.trainer.hooks.guard import Guard
+from colossus.trainer.hooks.log import Log
+from colossus.trainer.hooks.save import Save
+from colossus.trainer.hooks.stop import StopOnSignal
+from colossus.trainer.hooks.validate import Validate
+
+
+def default_hooks(job: Job) -> list[Hook]:
+    """At the end: validate, save, write the end of the log, give the signals back."""
+    return [StopOnSignal(), Log(), Guard(), Save(), Validate()]

@@ -1,0 +1,37 @@
+"""A run as its reader sees it: a folder, its events and what came out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from colossus.events import number, read_events
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk, finished or not; everything is read from its event log."""
+
+    folder: Path
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """Its events in order, all or those of one kind."""
+        return [event for event in read_events(self.folder) if kind is None or event["kind"] == kind]
+
+    @property
+    def loss(self) -> dict[int, float]:
+        """Step -> training loss in nats a token, of the last attempt that took the step."""
+        return {event["step"]: number(event["loss"]) for event in self.events("step")}
+
+    @property
+    def outcome(self) -> str:
+        """"finished", "SIGINT" or "SIGTERM" (stopped after saving), or "unfinished"."""
+        last = self.events()[-1:]
+        return last[0]["reason"] if last and last[0]["kind"] == "end" else "unfinished"
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """On the held-out documents, of the newest validation."""
+        validations = self.events("validation")
+        return number(validations[-1]["bits_per_byte"]) if validations else None

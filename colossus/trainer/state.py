@@ -1,0 +1,66 @@
+"""What training changes: weights, optimizer state, and how many steps were taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from colossus import optim
+from colossus.architecture import Architecture
+from colossus.checkpoints.load import Checkpoint
+from colossus.job import Job
+from colossus.models import Decoder
+from colossus.optim import Optimizer
+from colossus.parallel.apply import apply
+from colossus.parallel.world import World
+from colossus.precision import torch_type
+
+LogicalTensors = dict[tuple[str, str], torch.Tensor]
+
+
+@dataclass
+class TrainState:
+    """Model, optimizer and the number of updates taken; `step` is also the next step's number."""
+
+    arch: Architecture
+    model: nn.Module
+    optimizer: Optimizer
+    step: int = 0
+
+    @classmethod
+    def build(cls, job: Job, world: World) -> TrainState:
+        """Builds on the meta device, shards, and initialises this rank's part: nothing is allocated twice."""
+        with torch.device("meta"):
+            model = Decoder(job.model)
+        model = apply(model, job, world)
+        optimizer = optim.build(model, job.model, job.optimizer, torch_type(job.precision.type))
+        return cls(job.model, model, optimizer)
+
+    def tensors(self) -> LogicalTensors:
+        """(name, kind) -> tensor, for checkpoints: weights in fp32, buffers, optimizer state."""
+        weights = {(name, "weight"): p.detach() for name, p in logical(self.model.named_parameters())}
+        buffers = {(n, "buffer"): b for n, b in logical(self.model.named_buffers()) if n in self.model.state_dict()}
+        return weights | buffers | self.optimizer.state()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Takes weights, optimizer state and step from a checkpoint of any layout."""
+        checkpoint.load_into(self.tensors())
+        self.optimizer.num_steps = checkpoint.meta["optimizer_steps"]
+        self.step = checkpoint.meta["step"]
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors."""
+        return {
+            "step": self.step,
+            "optimizer_steps": self.optimizer.num_steps,
+            "architecture": self.arch.model_dump(),
+        }
+
+
+def logical(named: Any) -> Any:
+    """Names as the parameter table has them, without what wrappers put in."""
+    for name, tensor in named:
+        yield name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", ""), tensor

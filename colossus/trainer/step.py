@@ -1,0 +1,71 @@
+"""One update of the weights: forward, backward, clip, update. Knows no schedule and no mesh."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from colossus.data.loader import Batch, micro_batches
+from colossus.job import Job
+from colossus.parallel.apply import accumulate
+from colossus.parallel.grad_norm import clip
+from colossus.parallel.world import World
+from colossus.trainer.state import TrainState
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update did.
+
+    step: the number of updates taken before it. loss: nats a target token, over the global batch.
+    skipped: the gradient was not finite, and the weights stayed as they were.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr_factor: float
+    num_tokens: int
+    num_targets: int
+    seconds: float
+    data_wait_seconds: float
+    skipped: bool
+
+
+def train_step(
+    state: TrainState, batch: Batch, num_targets: int, lr_factor: float, job: Job, world: World
+) -> StepResult:
+    """Takes one step on this rank's slice `batch` of a global batch of `num_targets` targets.
+
+    Each micro batch's summed loss is divided once, by the targets of the whole global batch, so that
+    accumulation, padding and the number of ranks leave loss and gradient alone.
+    """
+    started = time.perf_counter()
+    state.model.train()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    parts = micro_batches(batch, job.layout.micro_batch)
+    for index, (tokens_BT, targets_BT, documents_BT) in enumerate(parts):
+        with accumulate(state.model, last=index == len(parts) - 1):
+            loss, _ = state.model(tokens_BT, targets_BT, documents_BT, z_loss=job.optimizer.z_loss)
+            (loss / num_targets).backward()
+        loss_sum += loss.detach()
+    grad_norm = float(clip(state.model.parameters(), job.optimizer.grad_clip))
+    (total,) = world.sum([float(loss_sum)])
+    skipped = not (grad_norm < float("inf"))
+    if not skipped:
+        state.optimizer.step(lr_factor)
+    state.optimizer.zero_grad()
+    state.step += 1
+    return StepResult(
+        step=state.step - 1,
+        loss=total / num_targets,
+        grad_norm=grad_norm,
+        lr_factor=lr_factor,
+        num_tokens=batch.num_tokens_global,
+        num_targets=num_targets,
+        seconds=time.perf_counter() - started,
+        data_wait_seconds=batch.wait_seconds,
+        skipped=skipped,
+    )
