@@ -66,6 +66,14 @@ def test_nodes_logs_are_merged(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
     log.write("start")
     log.close()
-    line = {"schema": 1, "time": 0, "run_seconds": 9.0, "attempt": 0, "rank": 3, "step": None, "kind": "fault"}
+    line = {
+        "schema": 1,
+        "time": 0,
+        "run_seconds": 9.0,
+        "attempt": 0,
+        "rank": 3,
+        "step": None,
+        "kind": "fault",
+    }
     (tmp_path / "events" / "node-1.jsonl").write_text(json.dumps(line) + "\n{torn")
     assert [e["kind"] for e in read_events(tmp_path)] == ["start", "fault"]

@@ -97,7 +97,9 @@ def test_text_that_looks_like_a_number_stays_text() -> None:
     masked=st.booleans(),
 )
 def test_what_is_saved_is_what_is_loaded(tmp_path_factory, folder, lr, seed, schedule, masked) -> None:
-    job = load_job().put({"run.folder": folder, "optimizer.lr": lr, "run.batch_schedule": schedule}, "argument")
+    job = load_job().put(
+        {"run.folder": folder, "optimizer.lr": lr, "run.batch_schedule": schedule}, "argument"
+    )
     job = job.derive(**{"run.seed": seed, "data.mask_documents": masked})
     path = tmp_path_factory.mktemp("job") / "job.toml"
     save_job(job, path)

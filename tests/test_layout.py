@@ -14,7 +14,9 @@ SIZES = st.integers(1, 6)
 
 
 def layout(**values: int) -> Layout:
-    return Layout(**({"dp_replicate": 1, "dp_shard": 1, "tp": 1, "pp": 1, "cp": 1, "ep": 1, "micro_batch": 1} | values))
+    return Layout(
+        **({"dp_replicate": 1, "dp_shard": 1, "tp": 1, "pp": 1, "cp": 1, "ep": 1, "micro_batch": 1} | values)
+    )
 
 
 @given(rows=st.lists(st.tuples(SIZES, SIZES, SIZES, SIZES, st.integers(1, 12)), min_size=1, max_size=20))
@@ -38,4 +40,9 @@ def test_every_broken_rule_is_named_with_what_would_do() -> None:
     with pytest.raises(UserError) as error:
         check(layout(tp=2, dp_shard=4, micro_batch=9), global_batch=2)
     text = str(error.value)
-    assert "layout.tp=2" in text and "layout.dp_shard=2" in text and "layout.micro_batch=9" in text and "at most 1" in text
+    assert (
+        "layout.tp=2" in text
+        and "layout.dp_shard=2" in text
+        and "layout.micro_batch=9" in text
+        and "at most 1" in text
+    )

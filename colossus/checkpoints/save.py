@@ -241,7 +241,7 @@ class Saver:
         except (OSError, MachineError) as error:
             save.error = MachineError(self._give_up(save, error))
             save.error.__cause__ = error
-        except BaseException as error:  # noqa: BLE001 - a bug: raised in the caller's thread
+        except BaseException as error:
             self._give_up(save, error)
             save.error = error
         finally:

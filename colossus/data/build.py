@@ -78,7 +78,14 @@ def build(request: Request, folder: Path, progress: Progress = lambda done, tota
         for index, corpus in enumerate(request.corpora):
             target = corpus_folder(folder, index)
             if not (target / "manifest.json").is_file():
-                _build_corpus(request, corpus, target, folder / "tokenizer", tokenizer, lambda n, d=done: progress(d + n, total))
+                _build_corpus(
+                    request,
+                    corpus,
+                    target,
+                    folder / "tokenizer",
+                    tokenizer,
+                    lambda n, d=done: progress(d + n, total),
+                )
             done += corpus.num_bytes
         progress(total, total)
     return folder
@@ -92,7 +99,11 @@ def corpus_folder(folder: Path, index: int) -> Path:
 def _claim(folder: Path, request: Request) -> None:
     """Notes what is being built here; another request in the same folder is refused, not mixed in."""
     path = folder / "request.json"
-    wanted = {"key": request.key, "corpora": [c.name for c in request.corpora], "tokenizer": request.tokenizer}
+    wanted = {
+        "key": request.key,
+        "corpora": [c.name for c in request.corpora],
+        "tokenizer": request.tokenizer,
+    }
     if path.is_file():
         there = json.loads(path.read_text())
         if there["key"] != wanted["key"]:
@@ -161,7 +172,9 @@ def _build_corpus(
         for i, parts in enumerate(_grouped(corpus))
     ]
     results = _run(tasks, request.workers, progress)
-    splits = {split: [r[split] for r in results if r[split]["num_tokens"]] for split in ("train", "validation")}
+    splits = {
+        split: [r[split] for r in results if r[split]["num_tokens"]] for split in ("train", "validation")
+    }
     if not splits["train"] and not splits["validation"]:
         raise UserError(f"data.corpus={corpus.name}: empty; it holds no text")
     _hold_out(results, splits, folder, dtype, corpus)
@@ -248,7 +261,9 @@ def _run(tasks: Sequence[Task], workers: int, progress: Callable[[int], None]) -
                 results[index] = future.result()
                 progress(done := done + size[index])
         except BrokenProcessPool:
-            raise MachineError("a process of the build was killed (out of memory?); run it again to go on") from None
+            raise MachineError(
+                "a process of the build was killed (out of memory?); run it again to go on"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -256,7 +271,11 @@ def _run(tasks: Sequence[Task], workers: int, progress: Callable[[int], None]) -
 
 
 def _hold_out(
-    results: Sequence[dict[str, Any]], splits: dict[str, list[dict[str, Any]]], folder: Path, dtype: str, corpus: Corpus
+    results: Sequence[dict[str, Any]],
+    splits: dict[str, list[dict[str, Any]]],
+    folder: Path,
+    dtype: str,
+    corpus: Corpus,
 ) -> None:
     """Writes the table of held-out documents; a corpus too small to spare one is held out and learned."""
     if not splits["validation"] or not splits["train"]:
@@ -279,7 +298,11 @@ def _hold_out(
 
 
 def _sizes_of_all(
-    shards: Sequence[dict[str, Any]], folder: Path, dtype: str, results: Sequence[dict[str, Any]], corpus: Corpus
+    shards: Sequence[dict[str, Any]],
+    folder: Path,
+    dtype: str,
+    results: Sequence[dict[str, Any]],
+    corpus: Corpus,
 ) -> None:
     """Sizes of documents that were encoded as learned ones, read again from the corpus."""
     from colossus.data.encode import sizes_of

@@ -90,7 +90,9 @@ def _no_such_path(name: str, path: Path) -> UserError:
 
 
 def _local(name: str, path: Path, text_field: str) -> Corpus:
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _visible(p, path))
+    files = (
+        [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _visible(p, path))
+    )
     if path.is_dir() and (path / "dataset_info.json").is_file():
         return _hugging_face(f"hf:{path}", text_field)
     parts: list[Part] = []
@@ -119,7 +121,9 @@ def _visible(file: Path, root: Path) -> bool:
 
 def _kind(file: Path) -> str:
     suffixes = [s for s in file.suffixes if s not in COMPRESSIONS]
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(suffixes[-1] if suffixes else "", "text")
+    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(
+        suffixes[-1] if suffixes else "", "text"
+    )
 
 
 def _parts_of(file: Path, label: str, kind: str, text_field: str) -> list[Part]:
@@ -145,7 +149,7 @@ def open_bytes(path: str) -> BinaryIO:
         import pyarrow
 
         return pyarrow.CompressedInputStream(pyarrow.OSFile(path), "zstd")
-    return openers.get(suffix, lambda p: open(p, "rb"))(path)  # noqa: SIM115
+    return openers.get(suffix, lambda p: open(p, "rb"))(path)
 
 
 def _binary_byte(file: Path) -> int | None:
@@ -225,7 +229,10 @@ class _Jsonl:
         names = list(row) if isinstance(row, dict) else []
         if self.text_field not in names or not isinstance(row[self.text_field], str):
             raise UserError.field(
-                "data.text_field", self.text_field, f"no text under this name at {where}; it has {names}", names
+                "data.text_field",
+                self.text_field,
+                f"no text under this name at {where}; it has {names}",
+                names,
             )
         return row[self.text_field]
 
@@ -295,7 +302,10 @@ class _Streamed:
         for row in _stream(self.where, self.split).shard(num_shards=self.count, index=self.index):
             if self.text_field not in row:
                 raise UserError.field(
-                    "data.text_field", self.text_field, f"no such field in hf:{self.where}; it has {list(row)}", row
+                    "data.text_field",
+                    self.text_field,
+                    f"no such field in hf:{self.where}; it has {list(row)}",
+                    row,
                 )
             yield row[self.text_field]
 
@@ -316,10 +326,15 @@ class _Called:
         try:
             module = importlib.import_module(self.module)
         except ImportError as error:
-            raise UserError(f"data.corpus={self.module}:{self.attribute}: cannot be imported ({error})") from None
+            raise UserError(
+                f"data.corpus={self.module}:{self.attribute}: cannot be imported ({error})"
+            ) from None
         if not callable(getattr(module, self.attribute, None)):
             raise UserError.field(
-                "data.corpus", f"{self.module}:{self.attribute}", f"{self.module} has no such callable", dir(module)
+                "data.corpus",
+                f"{self.module}:{self.attribute}",
+                f"{self.module} has no such callable",
+                dir(module),
             )
         return getattr(module, self.attribute)
 

@@ -151,6 +151,9 @@ class Batches:
 
 def micro_batches(batch: Batch, micro_batch: int) -> list[tuple[Any, Any, Any]]:
     """(tokens_BT, targets_BT, documents_BT or None) of each pass of a step, `micro_batch` rows each."""
-    parts = [t.split(micro_batch) if t is not None else None for t in (batch.tokens_BT, batch.targets_BT, batch.documents_BT)]
+    parts = [
+        t.split(micro_batch) if t is not None else None
+        for t in (batch.tokens_BT, batch.targets_BT, batch.documents_BT)
+    ]
     count = len(batch.tokens_BT) // micro_batch
     return [tuple(part[i] if part is not None else None for part in parts) for i in range(count)]  # type: ignore[misc]

@@ -122,7 +122,9 @@ class Order:
         phase_of = np.searchsorted(np.array(self._first), positions, side="right") - 1
         for i in np.unique(phase_of):
             rows = np.flatnonzero(phase_of == i)
-            corpora, counts = self._mixtures[i].draw_many((positions[rows] - self._first[i]).astype(np.uint64))
+            corpora, counts = self._mixtures[i].draw_many(
+                (positions[rows] - self._first[i]).astype(np.uint64)
+            )
             drawn = np.array(self._drawn[i])[corpora] + counts
             windows = np.array(self._windows[i])[corpora]
             epochs, places = np.divmod(drawn, windows)

@@ -93,7 +93,9 @@ class JsonTokenizer:
         return [np.array(e.ids, np.uint32) for e in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([i for i in ids if i not in (self.bos_id, self.eos_id)], skip_special_tokens=False)
+        return self._tokenizer.decode(
+            [i for i in ids if i not in (self.bos_id, self.eos_id)], skip_special_tokens=False
+        )
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,8 +126,17 @@ class JsonTokenizer:
 
         state = json.loads(self._text)
         split = state.get("pre_tokenizer") or {}
-        plain = state["model"]["type"] == "BPE" and not state.get("normalizer") and not state["model"].get("dropout")
-        if not plain or split.get("type") != "ByteLevel" or split.get("add_prefix_space") or not split.get("use_regex", True):
+        plain = (
+            state["model"]["type"] == "BPE"
+            and not state.get("normalizer")
+            and not state["model"].get("dropout")
+        )
+        if (
+            not plain
+            or split.get("type") != "ByteLevel"
+            or split.get("add_prefix_space")
+            or not split.get("use_regex", True)
+        ):
             return None
         special = {token["content"] for token in state["added_tokens"]}
         byte_of = {character: byte for byte, character in _byte_characters().items()}
@@ -181,7 +192,9 @@ def load_tokenizer(path: str | Path) -> JsonTokenizer | BytesTokenizer:
         state = json.loads(text)
         special = {token["content"]: token["id"] for token in state["added_tokens"]}
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.tokenizer={path}: cannot be read ({error}); bpe, bytes or a tokenizer.json") from None
+        raise UserError(
+            f"data.tokenizer={path}: cannot be read ({error}); bpe, bytes or a tokenizer.json"
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"data.tokenizer={path}: not a tokenizer.json") from None
     bos, eos = _document_tokens(path.parent, special)

@@ -95,7 +95,9 @@ class Decoder(nn.Module):
         """The normalised output of the last layer, x_BTD in compute_dtype."""
         num_cached, num_new = 0 if cache is None else cache.length, tokens_BT.shape[1]
         positions_T = torch.arange(num_cached, num_cached + num_new, device=tokens_BT.device)
-        rotations_2TE = rotations(self.arch, positions_T, torch.promote_types(self.compute_dtype, torch.float32))
+        rotations_2TE = rotations(
+            self.arch, positions_T, torch.promote_types(self.compute_dtype, torch.float32)
+        )
         if documents_BT is not None:
             assert cache is None, "packed documents have no cache"
             mask = document_mask(documents_BT)

@@ -77,7 +77,9 @@ def _whole(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if not isinstance(like, DTensor):
         return local
     shape, stride = like.shape, like.stride()
-    return DTensor.from_local(local, like.device_mesh, like.placements, shape=shape, stride=stride).full_tensor()
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, shape=shape, stride=stride
+    ).full_tensor()
 
 
 def _part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,9 @@ class Optimizer:
     """All optimizers of a model as one. State is named (parameter, kind), and made at once, so that it can
     be loaded before the first step."""
 
-    def __init__(self, model: nn.Module, arch: Architecture, settings: Settings, matmul_type: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, arch: Architecture, settings: Settings, matmul_type: torch.dtype
+    ) -> None:
         table = {parameter.name: parameter for parameter in parameter_table(arch)}
         named = [(logical_name(name), parameter) for name, parameter in model.named_parameters()]
         matrices = {n: p for n, p in named if table[n].group == "matrix"}

@@ -48,7 +48,9 @@ class Decisions:
             log.write("decision", step=decision.first_step, synced=True, **asdict(decision))
         self._all.append(decision)
 
-    def decide(self, name: str, first_step: int, choose: Callable[[], Any], world: World, log: EventLog | None) -> Any:
+    def decide(
+        self, name: str, first_step: int, choose: Callable[[], Any], world: World, log: EventLog | None
+    ) -> Any:
         """The value of `name` at `first_step`: what an earlier attempt decided, else what rank 0 chooses now."""
         known = [d.value for d in self._all if d.name == name and d.first_step == first_step]
         if known:

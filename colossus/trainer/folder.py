@@ -44,10 +44,13 @@ def prepare(folder: Path, job: Job) -> None:
     """
     try:
         if is_run(folder):
-            differing = [line for line in load_job(folder / "job.toml").differing(job) if "run.folder" not in line]
+            differing = [
+                line for line in load_job(folder / "job.toml").differing(job) if "run.folder" not in line
+            ]
             if differing:
                 raise UserError(
-                    f"run.folder={folder}: holds another job; differing (there, asked): " + "; ".join(differing)
+                    f"run.folder={folder}: holds another job; differing (there, asked): "
+                    + "; ".join(differing)
                 )
             return
         if folder.is_dir() and any(folder.iterdir()):
@@ -75,7 +78,9 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise UserError(f"run.folder={folder}: process {holder} is training in it; wait for it or stop it") from None
+            raise UserError(
+                f"run.folder={folder}: process {holder} is training in it; wait for it or stop it"
+            ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

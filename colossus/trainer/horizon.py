@@ -94,7 +94,11 @@ class Deadline:
             return self._last_step(step, factor) if left <= 0 and current is None else None
         fits = int(left / step_seconds)
         if current is None:
-            wanted = max(1, math.ceil(step * self._fraction / (1 - self._fraction))) if self._fraction < 1 else step + 1
+            wanted = (
+                max(1, math.ceil(step * self._fraction / (1 - self._fraction)))
+                if self._fraction < 1
+                else step + 1
+            )
             return None if fits > wanted else Decay(step, step + max(1, fits), factor, self._floor)
         late = (current.end_step - step) * step_seconds - left
         if late <= max(step_seconds, 0.01 * self._budget_seconds) or current.end_step - step <= 1:

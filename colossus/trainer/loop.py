@@ -36,7 +36,12 @@ def train(job: Job, folder: Path, hooks: Sequence[Hook] = (), listeners: Iterabl
             for hook in all_hooks:
                 hook.before_step(training)
             result = train_step(
-                training.state, batch, num_targets, training.horizon.factor(training.step), job, training.world
+                training.state,
+                batch,
+                num_targets,
+                training.horizon.factor(training.step),
+                job,
+                training.world,
             )
             for hook in all_hooks:
                 hook.after_step(training, result)

@@ -26,7 +26,7 @@ class Run:
 
     @property
     def outcome(self) -> str:
-        """"finished", "SIGINT" or "SIGTERM" (stopped after saving), or "unfinished"."""
+        """ "finished", "SIGINT" or "SIGTERM" (stopped after saving), or "unfinished"."""
         last = self.events()[-1:]
         return last[0]["reason"] if last and last[0]["kind"] == "end" else "unfinished"
 

@@ -42,7 +42,9 @@ class TrainState:
     def tensors(self) -> LogicalTensors:
         """(name, kind) -> tensor, for checkpoints: weights in fp32, buffers, optimizer state."""
         weights = {(name, "weight"): p.detach() for name, p in logical(self.model.named_parameters())}
-        buffers = {(n, "buffer"): b for n, b in logical(self.model.named_buffers()) if n in self.model.state_dict()}
+        buffers = {
+            (n, "buffer"): b for n, b in logical(self.model.named_buffers()) if n in self.model.state_dict()
+        }
         return weights | buffers | self.optimizer.state()
 
     def restore(self, checkpoint: Checkpoint) -> None:

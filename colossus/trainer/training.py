@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from colossus.data.sources import TrainingData
 
 from colossus.checkpoints.load import newest_whole
 from colossus.checkpoints.save import Saver
-from colossus.data.loader import Batch, Batches
+from colossus.data.loader import Batch
 from colossus.data.order import BatchSchedule
-from colossus.data.sources import TrainingData
 from colossus.errors import MachineError, UserError
 from colossus.events import EventLog, Listener, read_events
 from colossus.job import Job
@@ -63,7 +63,9 @@ class Training:
                 stack.callback(log.close)
             data = TrainingData.open(job)
             state = TrainState.build(job, world)
-            saver = stack.enter_context(Saver(folder, world, keep=job.checkpoint.keep, keep_every=job.checkpoint.keep_every))
+            saver = stack.enter_context(
+                Saver(folder, world, keep=job.checkpoint.keep, keep_every=job.checkpoint.keep_every)
+            )
             schedule = BatchSchedule(job.run.batch_schedule)
             checkpoint = newest_whole(folder)
             saved = checkpoint.meta["decisions"] if checkpoint is not None else []
@@ -99,7 +101,9 @@ class Training:
         proposal = self._propose_decay()
         codes = {None: 0, "SIGINT": 1, "SIGTERM": 2}
         stop = codes.get(self.stop_asked, 3)
-        sums = self.world.sum([float(batch.num_targets), float(proposal is not None), *(float(stop == c) for c in (1, 2, 3))])
+        sums = self.world.sum(
+            [float(batch.num_targets), float(proposal is not None), *(float(stop == c) for c in (1, 2, 3))]
+        )
         if sums[1]:
             self.decisions.decide("decay", self.step, lambda: proposal, self.world, self.log)
         reasons = [r for r, count in zip(("SIGINT", "SIGTERM", "asked"), sums[2:], strict=True) if count]
@@ -140,4 +144,11 @@ def replay(decisions: Sequence[dict[str, Any]], log: EventLog) -> None:
     follow = {"name": CLOCK_FOLLOWS, "value": True, "first_step": 0}
     for entry in [follow, *decisions]:
         known = Decision(entry["name"], entry["value"], entry["first_step"])
-        log.write("decision", step=known.first_step, synced=True, name=known.name, value=known.value, first_step=known.first_step)
+        log.write(
+            "decision",
+            step=known.first_step,
+            synced=True,
+            name=known.name,
+            value=known.value,
+            first_step=known.first_step,
+        )

@@ -53,7 +53,7 @@ def fork(live: Callable[[], Any]) -> int:
     if child == 0:
         try:
             live()
-        except BaseException as error:  # noqa: BLE001 - a child must never return into its parent's code
+        except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)
         os._exit(0)

@@ -87,7 +87,9 @@ def test_packed_documents_equal_each_document_alone(tied: bool) -> None:
     model = build(architecture(tie_embeddings=tied), seed=2, dtype=torch.float64)
     alone = build(architecture(tie_embeddings=tied), seed=2, dtype=torch.float64)
     tokens_BT, targets_BT = random_tokens(model.arch, 2, 24), random_tokens(model.arch, 2, 24, seed=3)
-    documents_BT = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
+    documents_BT = torch.stack(
+        [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]
+    )
 
     loss, _ = model(tokens_BT, targets_BT, documents_BT.int())
     loss.backward()

@@ -58,7 +58,7 @@ def write_run(folder: Path, *, steps: int = 1800, interrupted: bool = False, fin
             log.attempt, log.downtime = 1, 420.0
             log.write("resume", step, **start_fields, total_steps=None)
         seconds = 0.149 * (1 + 0.06 * noise.random()) + (
-            6.5 if step == 0 or step == back_to and killed else 0
+            6.5 if step == 0 or (step == back_to and killed) else 0
         )
         wait = 0.0004 + (0.05 if noise.random() < 0.01 else 0)
         log.run_seconds += seconds + wait

@@ -37,7 +37,9 @@ def test_a_batch_equals_its_matrices_one_by_one() -> None:
     matrices = torch.randn(4, 12, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     batch = orthogonalised(matrices, torch.float64)
     for matrix, found in zip(matrices, batch, strict=True):
-        torch.testing.assert_close(found, orthogonalised(matrix[None], torch.float64)[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            found, orthogonalised(matrix[None], torch.float64)[0], rtol=1e-12, atol=1e-12
+        )
 
 
 def test_a_step_is_momentum_orthogonalised_and_scaled() -> None:

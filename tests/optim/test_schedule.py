@@ -24,7 +24,9 @@ def test_wsd_is_flat_until_it_decays_in_a_line() -> None:
 
 
 @given(st.integers(0, 500), st.integers(0, 50), st.integers(0, 300), st.integers(1, 200), st.floats(0, 1))
-def test_a_share_is_never_outside_0_and_1(step: int, warmup: int, begin: int, length: int, floor: float) -> None:
+def test_a_share_is_never_outside_0_and_1(
+    step: int, warmup: int, begin: int, length: int, floor: float
+) -> None:
     assert 0 <= wsd_factor(step, warmup, Decay(begin, begin + length, 1.0, floor)) <= 1
     assert 0 <= cosine_factor(step, warmup, begin + length, floor) <= 1
 

@@ -38,14 +38,31 @@ SMALL = [
 ]
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "colossus.trainer.loop", "torch.distributed.fsdp", "colossus.launcher.local"])
+_processes.set_forkserver_preload(
+    ["torch", "colossus.trainer.loop", "torch.distributed.fsdp", "colossus.launcher.local"]
+)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some forty documents of words in an order that can be learned."""
     folder = tmp_path_factory.mktemp("corpus")
-    words = "the run goes on from the last whole checkpoint and no step is lost".split()
+    words = [
+        "the",
+        "run",
+        "goes",
+        "on",
+        "from",
+        "the",
+        "last",
+        "whole",
+        "checkpoint",
+        "and",
+        "no",
+        "step",
+        "is",
+        "lost",
+    ]
     for n in range(40):
         text = " ".join(words[(n * 3 + i * i) % len(words)] for i in range(60 + n))
         (folder / f"{n:02}.txt").write_text(text)
@@ -57,7 +74,11 @@ def small_job(corpus: Path, tmp_path: Path) -> Callable[..., Job]:
     """Resolves a small job in `tmp_path / name` with overrides on top."""
 
     def make(name: str, *overrides: str) -> Job:
-        places = [f"data.corpus={corpus}", f"data.folder={tmp_path / 'shards'}", f"run.folder={tmp_path / name}"]
+        places = [
+            f"data.corpus={corpus}",
+            f"data.folder={tmp_path / 'shards'}",
+            f"run.folder={tmp_path / name}",
+        ]
         names = {o.partition("=")[0] for o in overrides}
         base = [o for o in SMALL if o.partition("=")[0] not in names]
         if names & {"run.minutes", "run.tokens"}:
@@ -74,7 +95,8 @@ def train_in_processes(job: Job, hooks: Sequence[Hook] = ()) -> list[int]:
         port = probe.getsockname()[1]
     ranks = job.layout.num_ranks
     started = [
-        _processes.Process(target=_rank, args=(job, list(hooks), rank, ranks, port), daemon=True) for rank in range(ranks)
+        _processes.Process(target=_rank, args=(job, list(hooks), rank, ranks, port), daemon=True)
+        for rank in range(ranks)
     ]
     for process in started:
         process.start()

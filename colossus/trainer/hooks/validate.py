@@ -42,8 +42,12 @@ class Validate(Hook):
     def _validate(self, training: Training, num_documents: int | None) -> None:
         result = self._evaluate(training, num_documents)
         whole = num_documents is None or num_documents >= self._validation.num_documents
-        training.costs["validation"] = result.seconds * self._validation.num_tokens() / max(1, result.num_tokens)
+        training.costs["validation"] = (
+            result.seconds * self._validation.num_tokens() / max(1, result.num_tokens)
+        )
         training.event("validation", whole=whole, **asdict(result))
 
     def _evaluate(self, training: Training, num_documents: int | None) -> ValidationResult:
-        return evaluate(training.state.model, self._validation, num_documents=num_documents, world=training.world)
+        return evaluate(
+            training.state.model, self._validation, num_documents=num_documents, world=training.world
+        )
