@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from colossus.architecture import Architecture, num_parameters, parameter_table
@@ -132,16 +133,20 @@ def peer_saves(folder: Path, state: State, steps: Steps, num: int) -> tuple[list
     for step in range(num):
 
         def save(step: int = step) -> Callable[[], bool]:
-            writer = dcp.FileSystemWriter(folder / str(step), thread_count=2)
-            future = dcp.async_save(named, storage_writer=writer, async_stager=stager, no_dist=True)
+            writer = FileSystemWriter(folder / str(step), thread_count=2)
+            future = state_dict_saver.async_save(
+                named, storage_writer=writer, async_stager=stager, no_dist=True
+            )
             return future.done  # type: ignore[union-attr]
 
         costs.append(steps.beside(save))
         shutil.rmtree(folder / str(step - 1), ignore_errors=True)
     into = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
-    seconds = min(
-        timed(lambda: dcp.load(into, checkpoint_id=folder / str(num - 1), no_dist=True)) for _ in range(3)
-    )
+
+    def load() -> None:
+        state_dict_loader.load(into, checkpoint_id=folder / str(num - 1), no_dist=True)
+
+    seconds = min(timed(load) for _ in range(3))
     assert all(torch.equal(into[name], tensor) for name, tensor in named.items())
     return costs, seconds
 

@@ -13,9 +13,8 @@ from colossus.events import EventLog, Listener
 from colossus.job import Job
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from colossus.data.tokenizer import Tokenizer
+    from colossus.models import Decoder
     from colossus.trainer.hooks import Hook
     from colossus.trainer.run import Run
 
@@ -99,14 +98,14 @@ def train(
     folders.prepare(folder, job)
     if follow is not None and is_new:
         log = EventLog(folder)
-        replay([e for e in Run(Path(follow)).events("decision")], log)
+        replay(list(Run(Path(follow)).events("decision")), log)
         log.close()
     launch(job, folder, hooks, listeners)
     write_report(folder)
     return Run(folder)
 
 
-def load_model(path: str | Path) -> tuple[nn.Module, Tokenizer]:
+def load_model(path: str | Path) -> tuple[Decoder, Tokenizer]:
     """The model and the tokenizer of a run, or of one of its checkpoints.
 
     Raises:
@@ -118,7 +117,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Tokenizer]:
 
 
 def generate(
-    model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int = 64, **sampling: Any
+    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int = 64, **sampling: Any
 ) -> list[str]:
     """Continues each prompt by up to `max_tokens` tokens; see `colossus.generation.generate`."""
     from colossus.generation import generate as continue_prompts

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ValidationError
 
 from colossus.architecture import Architecture
 from colossus.errors import UserError, nearest
@@ -158,7 +158,7 @@ class Job:
         for dotted, value in values.items():
             section, name = dotted.split(".")
             changed.setdefault(section, {})[name] = value
-        sections = {
+        sections: dict[str, Any] = {
             section: _validated(section, getattr(self, section).model_dump(exclude_unset=True) | fields)
             for section, fields in changed.items()
         }
@@ -308,16 +308,13 @@ def _value(dotted: str, text: str) -> Any:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-    if not isinstance(value, str):
-        try:
-            TypeAdapter(SECTIONS[section].model_fields[name].annotation).validate_python(value)
-        except ValidationError:
-            return text if _takes_text(section, name) else value
-    return value
+    takes_text = SECTIONS[section].model_fields[name].annotation in (str, list[str])
+    return text if takes_text and not _is_text(value) else value
 
 
-def _takes_text(section: str, name: str) -> bool:
-    return SECTIONS[section].model_fields[name].annotation in (str, list[str])
+def _is_text(value: Any) -> bool:
+    """Whether `value` is a string or a list of them."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
 
 
 def _one_length(layers: dict[str, dict[str, Any]]) -> None:

@@ -38,6 +38,7 @@ FLOORS = {
     "section": 0,
     "events": 0,
     "errors": 0,
+    "words": 0,
     "hardware": 0,
     "presets": 0,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -59,12 +60,9 @@ def announce(folder: Path, rank: int, save_id: str, part: Part) -> None:
 
 def announce_failure(folder: Path, rank: int, save_id: str, message: str) -> None:
     """Tells rank 0, if that can be done, not to wait for this rank."""
-    try:
-        write_synced(
-            folder / announcement_name(rank), json.dumps({"save": save_id, "failed": message}).encode()
-        )
-    except OSError:  # the storage that failed is also the way to tell
-        pass
+    announcement = json.dumps({"save": save_id, "failed": message}).encode()
+    with contextlib.suppress(OSError):  # the storage that failed is also the way to tell
+        write_synced(folder / announcement_name(rank), announcement)
 
 
 def collect(folder: Path, save_id: str, world_size: int, patience_seconds: float) -> list[Part]:

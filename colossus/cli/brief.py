@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from colossus.job import Job
-from colossus.monitor.words import clock, count, plural, short
+from colossus.words import clock, count, plural, short
 
 
 def brief(job: Job) -> str:

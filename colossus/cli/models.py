@@ -10,7 +10,7 @@ def models() -> None:
 
     from colossus.architecture import num_parameters
     from colossus.job import load_job, preset_names
-    from colossus.monitor.words import count
+    from colossus.words import count
 
     table = Table(box=None, pad_edge=False)
     table.add_column("model=", no_wrap=True)

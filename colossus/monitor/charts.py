@@ -107,11 +107,13 @@ def draw(chart: Chart) -> str:
     )
     unit = f' <span class="unit">{escape(chart.unit)}</span>' if chart.unit else ""
     note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
+    classes = "chart" + " wide" * bool(chart.wide) + " levels" * bool(chart.levels)
+    title = escape(chart.title, quote=True)
     return (
-        f'<figure class="chart{" wide" if chart.wide else ""}{" levels" if chart.levels else ""}"><figcaption><b>{escape(chart.title)}</b>{unit}'
+        f'<figure class="{classes}"><figcaption><b>{title}</b>{unit}'
         f'<span class="legend">{legend}</span></figcaption>'
         f'<div class="plot" data-plot="{packed}"><svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" '
-        f'preserveAspectRatio="none" role="img" aria-label="{escape(chart.title, quote=True)}">{"".join(svg)}</svg>'
+        f'preserveAspectRatio="none" role="img" aria-label="{title}">{"".join(svg)}</svg>'
         f"{''.join(html)}</div>{note}</figure>"
     )
 
@@ -182,9 +184,8 @@ def _level_labels(chart: Chart, py: Callable[[float], float]) -> list[str]:
     for name, value in sorted(chart.levels, key=lambda level: -level[1]):
         y = max(py(value), previous + least)
         previous = y
-        labels.append(
-            f'<div class="level-name" style="top:{_share(y, HEIGHT)}">{escape(name)} {escape(chart.say(value))}</div>'
-        )
+        text = escape(f"{name} {chart.say(value)}")
+        labels.append(f'<div class="level-name" style="top:{_share(y, HEIGHT)}">{text}</div>')
     return labels
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from colossus.events import number
 from colossus.monitor.charts import Chart, Line, draw, smoothed
 from colossus.monitor.view import COMPRESSORS, RunView
-from colossus.monitor.words import count, percent
+from colossus.words import count, percent
 
 
 def learning(view: RunView) -> str:
@@ -106,7 +108,7 @@ def _x_max(view: RunView) -> float:
     return float(max(1, view.num_steps))
 
 
-def _tokens_at(view: RunView):
+def _tokens_at(view: RunView) -> Callable[[float], str]:
     """Step -> tokens learned from by then, in words."""
     sums, total = [0], 0
     for event in view.steps:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from colossus.events import number
 from colossus.monitor import phrases
-from colossus.monitor.words import clock, count, percent
+from colossus.words import clock, count, percent
 
 REDRAW_SECONDS = 0.1
 PLAIN_SECONDS = 10.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from colossus.events import number
-from colossus.monitor.words import duration, plural, size
+from colossus.words import duration, plural, size
 
 YARDSTICKS = (("gzip", "gzip -9"), ("bz2", "bz2 -9"), ("xz", "xz -9e"))
 

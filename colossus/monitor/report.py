@@ -12,7 +12,7 @@ from colossus.monitor import curves, phrases
 from colossus.monitor.subject import Subject
 from colossus.monitor.summary import verdict
 from colossus.monitor.view import COMPRESSORS, RunView
-from colossus.monitor.words import count, duration, percent, plural, rate, size
+from colossus.words import count, duration, percent, plural, rate, size
 
 UNCOMPRESSED = 8.0
 
@@ -47,7 +47,8 @@ def render(view: RunView) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_e(subject.title)}</title><style>\n{css}</style></head>\n<body><main>\n"
         + "\n".join(part for part in body if part)
-        + f"\n<footer>Drawn by Colossus from events.jsonl.</footer></main>\n<script>\n{script}</script></body></html>\n"
+        + "\n<footer>Drawn by Colossus from events.jsonl.</footer></main>\n"
+        f"<script>\n{script}</script></body></html>\n"
     )
 
 
@@ -56,7 +57,8 @@ def _head(view: RunView, subject: Subject) -> str:
     kind = "good" if outcome == "finished" else "" if outcome.startswith(("running", "not")) else "bad"
     said = outcome if kind != "bad" else f"stopped by {outcome}"
     return (
-        f'<header><div class="top"><span>{_e(view.folder.name)}</span><span class="badge {kind}">{_e(said)}</span>'
+        f'<header><div class="top"><span>{_e(view.folder.name)}</span>'
+        f'<span class="badge {kind}">{_e(said)}</span>'
         f"<span>{_e(subject.when)}</span></div><h1>{_e(subject.title)}</h1>"
         f'<p class="lead">{_e(subject.lead)}</p></header>'
     )
@@ -84,7 +86,8 @@ def _yardstick(view: RunView) -> str:
     which = "all " if final.get("whole") else "the first "
     documents = f"{which}{plural(final['num_documents'], 'held-out document')} ({size(final['num_bytes'])})"
     return (
-        f'<section class="card hero"><div><div class="big">{ours:.2f}</div><div class="of">bits per byte</div>'
+        f'<section class="card hero"><div><div class="big">{ours:.2f}</div>'
+        '<div class="of">bits per byte</div>'
         f'<p class="soft">{_e(verdict(view))}</p></div><div class="bars">{"".join(bars)}'
         f'<p class="note">Bits to store a byte of {_e(documents)}; plain text takes {UNCOMPRESSED:.0f}, '
         "less is better. A model that predicts text well could store it in few bits.</p></div></section>"
@@ -119,8 +122,8 @@ def _time(view: RunView) -> str:
         for s in shares
     )
     rows = "".join(
-        f'<tr><td><i class="swatch {colours[s.name]}"></i>{_e(s.name)}</td><td class="n">{_e(duration(s.seconds))}</td>'
-        f'<td class="n">{percent(s.seconds / total)}</td></tr>'
+        f'<tr><td><i class="swatch {colours[s.name]}"></i>{_e(s.name)}</td>'
+        f'<td class="n">{_e(duration(s.seconds))}</td><td class="n">{percent(s.seconds / total)}</td></tr>'
         for s in shares
     )
     down = view.downtime_seconds
@@ -158,8 +161,8 @@ def _job(subject: Subject) -> str:
         if rows:
             sections.append(f"<section><h3>{_e(section)}</h3><dl>{''.join(rows)}</dl></section>")
     return (
-        f'<div class="card"><p class="note">In blue, with where it came from: what was asked for. The rest was '
-        f'derived.</p><div class="fields">{"".join(sections)}</div></div>'
+        '<div class="card"><p class="note">In blue, with where it came from: what was asked for. '
+        f'The rest was derived.</p><div class="fields">{"".join(sections)}</div></div>'
     )
 
 
@@ -167,7 +170,8 @@ def _history(view: RunView) -> str:
     parts = []
     if view.decisions:
         rows = "".join(
-            f'<tr><td class="n">{e["first_step"]:,}</td><td>{_e(phrases.decision(e["name"], e["value"]))}</td></tr>'
+            f'<tr><td class="n">{e["first_step"]:,}</td>'
+            f"<td>{_e(phrases.decision(e['name'], e['value']))}</td></tr>"
             for e in view.decisions
         )
         parts.append(_table("Decisions", [("from step", True), ("", False)], rows))

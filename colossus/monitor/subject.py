@@ -10,7 +10,7 @@ from colossus.architecture import Architecture, num_parameters
 from colossus.errors import UserError
 from colossus.events import number
 from colossus.monitor.view import RunView
-from colossus.monitor.words import count, plural, rate, size
+from colossus.words import count, plural, rate, size
 
 
 @dataclass(frozen=True)

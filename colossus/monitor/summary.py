@@ -7,7 +7,7 @@ from pathlib import Path
 
 from colossus.events import number
 from colossus.monitor.view import COMPRESSORS, RunView, beats
-from colossus.monitor.words import count, duration, percent, plural
+from colossus.words import count, duration, percent, plural
 
 BAR_WIDTH = 32
 SAMPLE_LINES = 12
@@ -30,7 +30,8 @@ def verdict(view: RunView) -> str:
         return "The model's predictions are not finite: the training went wrong."
     if len(beaten) == len(COMPRESSORS):
         best = min(number(view.final[f"{key}_bits_per_byte"]) for key, _ in COMPRESSORS)
-        return f"{percent(1 - ours / best)} fewer bits than the best compressor needs, on text that the model never saw."
+        saved = percent(1 - ours / best)
+        return f"{saved} fewer bits than the best compressor needs, on text that the model never saw."
     if beaten:
         return f"On text that it never saw, the model does better than {' and '.join(reversed(beaten))}."
     return "On text that it never saw, the compressors still do better: the model wants more training."

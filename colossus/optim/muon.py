@@ -57,7 +57,7 @@ class Muon:
 
 
 def orthogonalised(matrices_NOI: torch.Tensor, matmul_type: torch.dtype) -> torch.Tensor:
-    """Each matrix with its singular values brought near 1 by Newton-Schulz iterations, same type and shape."""
+    """Each matrix, its singular values brought near 1 by Newton-Schulz iterations; type and shape stay."""
     a, b, c = COEFFICIENTS
     tall = matrices_NOI.shape[1] > matrices_NOI.shape[2]
     x = matrices_NOI.mT if tall else matrices_NOI

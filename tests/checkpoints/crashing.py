@@ -66,7 +66,7 @@ def outcome(child: int) -> int:
 
 
 def die_at(call: int) -> None:
-    """Makes this process kill itself before its `call`-th call of the system; a write is half done by then."""
+    """Makes this process kill itself before its `call`-th call of the system, or midway if it is a write."""
     count = 0
 
     def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:

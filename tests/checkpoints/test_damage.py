@@ -107,12 +107,14 @@ def test_the_message_names_file_and_tensor(tmp_path: Path) -> None:
         lambda: checkpoint.read("large"),
         lambda: checkpoint.load_into(state()),
     ):
-        with pytest.raises(DamagedCheckpoint, match=r"pieces-00000.safetensors is damaged: large \(weight\)"):
+        with pytest.raises(
+            DamagedCheckpoint, match=r"pieces-00000\.safetensors is damaged: large \(weight\)"
+        ):
             read()
     first_rows = checkpoint.read("large", slices=(slice(0, 1000),))  # lies in the first chunk alone
     assert equal(first_rows, state()["large", "weight"][:1000])
     assert latest(tmp_path) == path  # which reads no data
-    with pytest.raises(DamagedCheckpoint, match="no checkpoint in .* is whole"):
+    with pytest.raises(DamagedCheckpoint, match=r"no checkpoint in .* is whole"):
         newest_whole(tmp_path)
 
 

@@ -36,7 +36,7 @@ class Corpus:
     def texts(self):
         """The tokens of each document, in the fixed order."""
         starts = self._documents["start"]
-        ends = {s: e for s, e in zip(sorted(starts), [*sorted(starts)[1:], self.num_tokens], strict=True)}
+        ends = dict(zip(sorted(starts), [*sorted(starts)[1:], self.num_tokens], strict=True))
         return [self._tokens[s : ends[s]].astype(np.int64) for s in starts]
 
 

@@ -106,9 +106,13 @@ def test_the_model_is_left_as_it_was(model):
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"temperature": -1.0}, "temperature=-1.0"), ({"top_k": 0}, "top_k=0"), ({"top_p": 1.5}, "top_p=1.5"),
-     ({"max_tokens": -2}, "max_tokens=-2")],
-)  # fmt: skip
+    [
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"max_tokens": -2}, "max_tokens=-2"),
+    ],
+)
 def test_wrong_numbers_are_named(model, wrong, said):
     with pytest.raises(UserError, match=said):
         generate(model, TOKENIZER, ["abc"], **wrong)

@@ -53,7 +53,7 @@ def test_the_type_of_the_products_can_be_chosen(tmp_path):
 def test_what_is_no_model_is_said_in_words(tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "llama-1").mkdir()
-    with pytest.raises(UserError, match="did you mean .*llama-1'"):
+    with pytest.raises(UserError, match=r"did you mean .*llama-1'"):
         load_model(tmp_path / "runs" / "llama-2")
     with pytest.raises(UserError, match="neither a run"):
         load_model(tmp_path / "runs" / "llama-1")

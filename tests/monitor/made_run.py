@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import tomllib
 from pathlib import Path
 
 GZIP, BZ2, XZ = 1.602, 1.512, 1.508
@@ -136,26 +137,67 @@ SAMPLE = '''_get_name(self, name):
     def __repr__(self):
         return '<%s: %r>' % (self.__class__.__name__, self.name)
 '''
-JOB = {
-    "model": {
-        "family": "llama", "vocab_size": 2048, "hidden_size": 128, "num_layers": 4, "num_heads": 4,
-        "num_kv_heads": 2, "head_dim": 32, "intermediate_size": 384, "max_seq_len": 512,
-        "rope_theta": 10000.0, "norm_eps": 1e-5, "tie_embeddings": True, "qk_norm": True,
-        "initializer_range": 0.02,
-    },
-    "data": {
-        "corpus": ["python"], "weights": [1.0], "tokenizer": "bpe", "seq_len": 512,
-        "mask_documents": False, "validation_fraction": 0.02,
-    },
-    "optimizer": {
-        "name": "muon", "lr": 3e-3, "matrix_lr": 0.02, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95,
-        "grad_clip": 1.0, "schedule": "wsd", "warmup_steps": 90, "decay_fraction": 0.3,
-        "final_lr_fraction": 0.02,
-    },
-    "layout": {"dp_replicate": 1, "dp_shard": 1, "micro_batch": 4, "recompute": "none", "compile": False},
-    "precision": {"type": "fp32"},
-    "checkpoint": {"minutes": 10, "keep": 2},
-    "fleet": {"device": "cpu"},
-    "run": {"minutes": 5, "seed": 0, "global_batch": 4, "threads": 2, "validate_every": 225, "prompt": "def "},
-}  # fmt: skip
+JOB = tomllib.loads("""
+[model]
+family = "llama"
+vocab_size = 2048
+hidden_size = 128
+num_layers = 4
+num_heads = 4
+num_kv_heads = 2
+head_dim = 32
+intermediate_size = 384
+max_seq_len = 512
+rope_theta = 10000.0
+norm_eps = 1e-5
+tie_embeddings = true
+qk_norm = true
+initializer_range = 0.02
+
+[data]
+corpus = ["python"]
+weights = [1.0]
+tokenizer = "bpe"
+seq_len = 512
+mask_documents = false
+validation_fraction = 0.02
+
+[optimizer]
+name = "muon"
+lr = 3e-3
+matrix_lr = 0.02
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0
+schedule = "wsd"
+warmup_steps = 90
+decay_fraction = 0.3
+final_lr_fraction = 0.02
+
+[layout]
+dp_replicate = 1
+dp_shard = 1
+micro_batch = 4
+recompute = "none"
+compile = false
+
+[precision]
+type = "fp32"
+
+[checkpoint]
+minutes = 10
+keep = 2
+
+[fleet]
+device = "cpu"
+
+[run]
+minutes = 5
+seed = 0
+global_batch = 4
+threads = 2
+validate_every = 225
+prompt = "def "
+""")
 ORIGINS = {"run.minutes": "argument", "run.seed": "file", "model.family": "preset"}

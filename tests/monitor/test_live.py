@@ -24,9 +24,14 @@ def test_plain_lines_come_ten_seconds_apart(tmp_path, monkeypatch):
     assert 20 <= len(steps) <= 35
     assert "bits/byte" in steps[-1] and "MFU 5" in steps[-1] and "left" in steps[-1]
     assert steps[-1].startswith("step 1,7") and "/1,800" in steps[-1]
-    for said in ("training on AMD EPYC", "bits per byte on 14 held-out documents (gzip -9 1.602",
-                 "on all 33 held-out", "saved checkpoints/step-00000450, 15.8 MB", "decided: the learning rate falls",
-                 "finished after 1,800 steps and 5 min"):  # fmt: skip
+    for said in (
+        "training on AMD EPYC",
+        "bits per byte on 14 held-out documents (gzip -9 1.602",
+        "on all 33 held-out",
+        "saved checkpoints/step-00000450, 15.8 MB",
+        "decided: the learning rate falls",
+        "finished after 1,800 steps and 5 min",
+    ):
         assert said in text, said
 
 

@@ -1,23 +1,39 @@
 import pytest
 
-from colossus.monitor import words
+from colossus import words
 from colossus.monitor.charts import nice_ticks, smoothed
 
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(0.0123, "0.012 s"), (1.25, "1.2 s"), (12.4, "12 s"), (59.7, "1 min"), (312, "5 min 12 s"), (3600, "1 h"),
-     (12_000, "3 h 20 min"), (187_200, "2 d 4 h"), (float("nan"), "nan")],
-)  # fmt: skip
+    [
+        (0.0123, "0.012 s"),
+        (1.25, "1.2 s"),
+        (12.4, "12 s"),
+        (59.7, "1 min"),
+        (312, "5 min 12 s"),
+        (3600, "1 h"),
+        (12_000, "3 h 20 min"),
+        (187_200, "2 d 4 h"),
+        (float("nan"), "nan"),
+    ],
+)
 def test_durations(seconds, said):
     assert words.duration(seconds) == said
 
 
 @pytest.mark.parametrize(
     ("number", "said"),
-    [(0, "0"), (1234, "1,234"), (12_340, "12.3k"), (999_999, "1M"), (1_312_896, "1.31M"), (405e9, "405B"),
-     (1.5e13, "15T")],
-)  # fmt: skip
+    [
+        (0, "0"),
+        (1234, "1,234"),
+        (12_340, "12.3k"),
+        (999_999, "1M"),
+        (1_312_896, "1.31M"),
+        (405e9, "405B"),
+        (1.5e13, "15T"),
+    ],
+)
 def test_counts(number, said):
     assert words.count(number) == said
 
