@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -15,8 +20,8 @@ class Rate:
     """What a square matrix product of one type reaches on so many threads."""
 
     type: str
-    threads: int
-    flops_per_second: float
+    threads: Count
+    flops_per_second: Positive
 
 
 @dataclass(frozen=True)
@@ -24,23 +29,29 @@ class Gpu:
     """One accelerator, and what its bf16 products reach."""
 
     name: str
-    memory_bytes: int
-    bf16_flops_per_second: float
+    memory_bytes: Count
+    bf16_flops_per_second: Positive
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A measured machine. Rates that depend on the moment (free memory) are read when asked."""
+    """A measured machine. What depends on the moment (free memory) is read when asked.
+
+    compiler: what torch.compile would use on the processor; None where it can't.
+    quiet: no other program held the cores while the rates were measured.
+    seconds: what measuring took.
+    """
 
     processor: str
-    cores: int
-    rates: tuple[Rate, ...]
-    memory_bandwidth_bytes_per_second: float
-    memory_bytes: int
-    dispatch_seconds: float
+    cores: Count
+    rates: Annotated[tuple[Rate, ...], Field(min_length=1)]
+    memory_bandwidth_bytes_per_second: Positive
+    memory_bytes: Count
+    dispatch_seconds: Positive
     compiler: str | None
     gpus: tuple[Gpu, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    quiet: bool = True
     seconds: float = 0.0
 
     @property
@@ -61,12 +72,8 @@ class Machine:
     def best_threads(self) -> int:
         """The fewest threads that come within 3% of the best rate."""
         best = self.best
-        near = [
-            r
-            for r in self.rates
-            if r.type == best.type and r.flops_per_second >= 0.97 * best.flops_per_second
-        ]
-        return min(rate.threads for rate in near)
+        same = (rate for rate in self.rates if rate.type == best.type)
+        return min(rate.threads for rate in same if rate.flops_per_second >= 0.97 * best.flops_per_second)
 
     @property
     def peak_flops_per_second(self) -> float:
@@ -77,15 +84,32 @@ class Machine:
         """The best rate of one type; 0 where it was not measured."""
         return max((rate.flops_per_second for rate in self.rates if rate.type == type), default=0.0)
 
+    def with_best_of(self, other: Machine) -> Machine:
+        """This machine with the better of each figure of both: what else ran only made them worse."""
+        rates = {(rate.type, rate.threads): rate for rate in other.rates}
+        for rate in self.rates:
+            kept = rates.setdefault((rate.type, rate.threads), rate)
+            if rate.flops_per_second > kept.flops_per_second:
+                rates[rate.type, rate.threads] = rate
+        bandwidths = (m.memory_bandwidth_bytes_per_second for m in (self, other))
+        return replace(
+            self,
+            rates=tuple(rates.values()),
+            memory_bandwidth_bytes_per_second=max(bandwidths),
+            dispatch_seconds=min(self.dispatch_seconds, other.dispatch_seconds),
+            quiet=self.quiet or other.quiet,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(self.to_dict(), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Machine:
-        values: dict[str, Any] = json.loads(text)
-        values["rates"] = tuple(Rate(**rate) for rate in values["rates"])
-        values["gpus"] = tuple(Gpu(**gpu) for gpu in values["gpus"])
-        return cls(**values)
+        """Reads what `to_json` wrote. Raises ValueError where that is damaged."""
+        return TypeAdapter(cls).validate_json(text)
 
 
 def cache_folder() -> Path:

@@ -1,6 +1,10 @@
 """Measures this machine in about a second, and keeps the result under its processor's name.
 
 Processors differ by more than two orders of magnitude in the same type, so nothing is taken from a name.
+
+What else runs only makes a probe slower. So each takes the quickest of many runs, and where its threads did
+not get the processor time that they asked for, it tries once more. A table that was disturbed all the same is
+measured again once it is ten minutes old; each figure keeps the better of both.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -20,23 +26,34 @@ import torch
 
 from colossus.hardware.machine import Gpu, Machine, Rate, cache_folder, slug
 
+CGROUP = Path("/sys/fs/cgroup")  # the limits of a container, where this is one
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZE = 1024  # of the square products
+GPU_SIZE = 8192
 SMALL = 128  # a product that shows a hopeless type within milliseconds
 PROBE_SECONDS = 0.1
 SMALL_SECONDS = 0.01
+QUIET = 0.85  # of the processor time that a probe's threads ask for: with less, other programs ran too
+ATTEMPTS = 2  # at a probe that was disturbed
+DISTURBED_SECONDS = 600.0  # for so long a disturbed table does
 HOPELESS = 0.1  # of the best type's rate on small products: a type below it is not timed at full size
 
 
 @lru_cache(maxsize=1)
 def this_machine() -> Machine:
-    """The machine from its cached table, or measured now."""
-    return _cached() or measure_again()
+    """The machine from its kept table, or measured now."""
+    kept = _kept()
+    if kept is None or not (kept.quiet or _age_seconds(_table()) < DISTURBED_SECONDS):
+        return measure_again()
+    return kept
 
 
 def measure_again() -> Machine:
     """Measures, and keeps the table where the cache can be written."""
-    machine = measure_machine()
+    machine, kept = measure_machine(), _kept()
+    if kept is not None and not machine.quiet:
+        machine = machine.with_best_of(kept)
+    this_machine.cache_clear()
     path = _table()
     with contextlib.suppress(OSError):  # where nothing can be kept, measuring again costs a second
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,8 +66,9 @@ def measure_again() -> Machine:
 def measure_machine() -> Machine:
     """Times matrix products by type and threads, memory and dispatch; restores the thread count."""
     started, threads = time.perf_counter(), torch.get_num_threads()
+    cores = available_cores()
     try:
-        rates = _rates(available_cores())
+        rates, quiet = _rates(cores)
         best = max(rates, key=lambda rate: rate.flops_per_second)
         torch.set_num_threads(best.threads)
         bandwidth, dispatch = _memory_bandwidth(), _dispatch_seconds()
@@ -58,7 +76,7 @@ def measure_machine() -> Machine:
         torch.set_num_threads(threads)
     return Machine(
         processor=processor_name(),
-        cores=available_cores(),
+        cores=cores,
         rates=tuple(rates),
         memory_bandwidth_bytes_per_second=bandwidth,
         memory_bytes=memory_bytes(),
@@ -66,6 +84,7 @@ def measure_machine() -> Machine:
         compiler=compiler(),
         gpus=_gpus(),
         versions={"torch": str(torch.__version__), "python": platform.python_version()},
+        quiet=quiet,
         seconds=round(time.perf_counter() - started, 3),
     )
 
@@ -74,7 +93,7 @@ def available_cores() -> int:
     """Cores that this process may use: its affinity, and a container's share."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = (CGROUP / "cpu.max").read_text().split()
         if quota != "max":
             return min(cores, max(1, round(int(quota) / int(period))))
     return cores
@@ -84,33 +103,40 @@ def memory_bytes() -> int:
     """Memory of the machine, or a container's limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        return min(total, int(limit)) if limit != "max" else total
-    except (OSError, ValueError):
+        return min(total, int((CGROUP / "memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit: "max"
         return total
 
 
 def free_memory_bytes() -> int:
-    """Memory that can be taken now; the whole where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        return min(available, memory_bytes())
-    except (OSError, StopIteration):
-        return memory_bytes()
+    """Memory that can be taken now, within a container's limit; the whole where the system does not say."""
+    free = memory_bytes()
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        free = min(free, 1024 * _numbers(Path("/proc/meminfo"))["MemAvailable"])
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        files = _numbers(CGROUP / "memory.stat")["inactive_file"]  # given back when memory is short
+        used = int((CGROUP / "memory.current").read_text()) - files
+        free = min(free, max(0, memory_bytes() - used))
+    return free
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """`name 123` or `name: 123 kB` of each line."""
+    lines = (line.replace(":", " ").split() for line in file.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1}
 
 
 def processor_name() -> str:
     """As the system calls it; it names the table, and decides nothing."""
-    try:
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         fields = dict(line.split(":", 1) for line in lines if ":" in line)
         names = {key.strip(): value.strip() for key, value in fields.items()}
         if "model name" in names:
             model = f"{names.get('cpu family', '')}.{names.get('model', '')}"
             return f"{names['model name']} (family {model})"
-    except OSError:
-        pass
+        if "CPU part" in names:  # arm has numbers instead of a name
+            return f"{platform.machine()} (implementer {names['CPU implementer']}, part {names['CPU part']})"
     if platform.system() == "Darwin":
         asked = subprocess.run(
             ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
@@ -121,47 +147,74 @@ def processor_name() -> str:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that torch.compile would use on a processor."""
-    names = [os.environ.get("CXX", ""), "g++", "clang++"]
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+    """The C++ compiler that torch.compile would use on a processor; None where it lacks something."""
+    return None if compiler_lacks() else shutil.which(_compiler_name())
+
+
+def compiler_lacks() -> str | None:
+    """What torch.compile misses on this machine, in words; None where it has all."""
+    if shutil.which(_compiler_name()) is None:
+        return f"the C++ compiler {_compiler_name()}"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "the headers of Python (Python.h)"  # what it compiles is a module of Python
+    return None
+
+
+def _compiler_name() -> str:
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
 def _table() -> Path:
-    key = (
-        f"{processor_name()} {available_cores()} cores torch {torch.__version__} {torch.cuda.device_count()}"
-    )
-    return cache_folder() / "machines" / f"{slug(key)}.json"
+    gpus = torch.cuda.device_count()
+    name = f"{processor_name()} {available_cores()} cores torch {torch.__version__} {gpus} gpus"
+    return cache_folder() / "machines" / f"{slug(name)}.json"
 
 
-def _cached() -> Machine | None:
+def _age_seconds(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
+
+
+def _kept() -> Machine | None:
     try:
         machine = Machine.from_json(_table().read_text())
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError):
         return None
     return dataclasses.replace(machine, compiler=compiler(), memory_bytes=memory_bytes())
 
 
-def _rates(cores: int) -> list[Rate]:
-    """Every type on 1, half and all cores; a type that is hopeless on one thread is not timed further."""
+def _rates(cores: int) -> tuple[list[Rate], bool]:
+    """Every type on 1, half and all cores, and whether nothing disturbed that.
+
+    A type that is hopeless on one thread is not timed further.
+    """
     torch.set_num_threads(1)
-    small = {name: _product_rate(SMALL, dtype, SMALL_SECONDS) for name, dtype in TYPES.items()}
+    small = {
+        name: _flops(SMALL) / _fastest(_product(SMALL, dtype), SMALL_SECONDS) for name, dtype in TYPES.items()
+    }
     rates: list[Rate] = []
+    quiet = True
     for name, dtype in TYPES.items():
         if small[name] < HOPELESS * max(small.values()):
             rates.append(Rate(name, 1, small[name]))
             continue
         for threads in sorted({1, max(1, cores // 2), cores}):
             torch.set_num_threads(threads)
-            rates.append(Rate(name, threads, _product_rate(SIZE, dtype, PROBE_SECONDS)))
-    return rates
+            seconds, undisturbed = _fastest_undisturbed(_product(SIZE, dtype), threads)
+            rates.append(Rate(name, threads, _flops(SIZE) / seconds))
+            quiet = quiet and undisturbed
+    return rates, quiet
 
 
-def _product_rate(size: int, dtype: torch.dtype, seconds: float) -> float:
+def _product(size: int, dtype: torch.dtype) -> Callable[[], object]:
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(size, size, generator=generator).to(dtype)
     right = torch.randn(size, size, generator=generator).to(dtype)
     out = torch.empty(size, size, dtype=dtype)
-    return 2 * size**3 / _fastest(lambda: torch.mm(left, right, out=out), seconds)
+    return lambda: torch.mm(left, right, out=out)
+
+
+def _flops(size: int) -> float:
+    return 2.0 * size**3
 
 
 def _memory_bandwidth() -> float:
@@ -180,9 +233,23 @@ def _dispatch_seconds() -> float:
     return _fastest(hundred, 0.02) / 100
 
 
+def _fastest_undisturbed(act: Callable[[], object], threads: int) -> tuple[float, bool]:
+    """The quickest run in seconds, and whether the last attempt had the cores for itself."""
+    # Threads of OpenMP wait in a loop: all of them ask for time throughout. Elsewhere one surely does.
+    asking = threads if sys.platform == "linux" else 1
+    best, undisturbed = float("inf"), False
+    for _ in range(ATTEMPTS):
+        wall, processor = time.perf_counter(), time.process_time()
+        best = min(best, _fastest(act, PROBE_SECONDS))
+        wall, processor = time.perf_counter() - wall, time.process_time() - processor
+        undisturbed = processor >= QUIET * asking * wall
+        if undisturbed:
+            break
+    return best, undisturbed
+
+
 def _fastest(act: Callable[[], object], seconds: float) -> float:
-    """The quickest of the runs that fit into `seconds`, after one that warms up: what else runs on the
-    machine only makes a run slower."""
+    """The quickest of the runs that fit into `seconds`, after one that warms up."""
     act()
     times: list[float] = []
     end = time.perf_counter() + seconds
@@ -196,16 +263,17 @@ def _fastest(act: Callable[[], object], seconds: float) -> float:
 def _gpus() -> tuple[Gpu, ...]:
     gpus: list[Gpu] = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        size, device = 8192, torch.device("cuda", index)
-        left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-
-        def product(
-            left: torch.Tensor = left, right: torch.Tensor = right, device: torch.device = device
-        ) -> None:
-            _ = left @ right
-            torch.cuda.synchronize(device)
-
         properties = torch.cuda.get_device_properties(index)
-        rate = 2 * size**3 / _fastest(product, PROBE_SECONDS)
+        rate = _flops(GPU_SIZE) / _fastest(_gpu_product(torch.device("cuda", index)), PROBE_SECONDS)
         gpus.append(Gpu(properties.name, properties.total_memory, rate))
     return tuple(gpus)
+
+
+def _gpu_product(device: torch.device) -> Callable[[], object]:
+    left, right = (torch.randn(GPU_SIZE, GPU_SIZE, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def product() -> None:
+        _ = left @ right
+        torch.cuda.synchronize(device)
+
+    return product
