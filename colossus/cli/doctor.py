@@ -12,8 +12,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="The measured table as JSON.")] = False,
 ) -> None:
     """Show what this machine has and lacks, as measured, and what follows from it."""
+    from colossus import api
     from colossus.measure.doctor import report
     from colossus.measure.machine import measure_again, this_machine
 
     machine = measure_again() if refresh else this_machine()
-    print(machine.to_json() if as_json else report(machine))
+    print(machine.to_json() if as_json else report(machine, api.resolve(api.load_job())))

@@ -4,7 +4,7 @@ Processors differ by more than two orders of magnitude in the same type, so noth
 
 What else runs only makes a probe slower. So each takes the quickest of many runs, and where its threads did
 not get the processor time that they asked for, it tries once more. A table that was disturbed all the same is
-measured again once it is ten minutes old; each figure keeps the better of both.
+measured again once it is two minutes old; each figure keeps the better of both.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROBE_SECONDS = 0.1
 SMALL_SECONDS = 0.01
 QUIET = 0.85  # of the processor time that a probe's threads ask for: with less, other programs ran too
 ATTEMPTS = 2  # at a probe that was disturbed
-DISTURBED_SECONDS = 600.0  # for so long a disturbed table does
+DISTURBED_SECONDS = 120.0  # for so long a disturbed table does
 HOPELESS = 0.1  # of the best type's rate on small products: a type below it is not timed at full size
 
 
