@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import bz2
-import errno
-import gzip
-import hashlib
+import contextlib
+import fcntl
 import json
-import lzma
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from colossus.data.corpus import Document, Part
-from colossus.data.shards import Shard, write_synced
+from colossus.data.corpus import Document, Part, text_of
+from colossus.data.shards import Shard, crc32, npy_bytes, write_synced
+from colossus.data.split import Split, key_of, sizes_of
 from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer
 from colossus.errors import MachineError
 
@@ -27,13 +25,13 @@ BATCH_BYTES = 2**21  # of text that is encoded at once
 
 @dataclass(frozen=True)
 class Task:
-    """Parts that become shard `index`. held_out: the share of documents that go to validation."""
+    """Parts that become shard `index` of each split. quick: tiktoken was found to agree."""
 
     index: int
     parts: tuple[Part, ...]
     folder: Path
     tokenizer: Path
-    held_out: float
+    split: Split
     dtype: str
     masked: bool
     quick: bool
@@ -43,23 +41,9 @@ class Task:
         """Written when the shard is whole; a build that goes on takes it as it is."""
         return self.folder / f"part-{self.index:05}.json"
 
-
-def text_of(document: Document) -> str:
-    """The whole text of a document."""
-    return document if isinstance(document, str) else "".join(text for text, _ in document)
-
-
-def is_held_out(text: str, share: float) -> bool:
-    """By the text alone, so that equal documents lie on the same side whatever the order."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") < share * 2**64
-
-
-def sizes_of(data: bytes) -> list[int]:
-    """A key that shuffles, and the sizes of a document: plain, and by gzip -9, bz2 -9, xz -9e."""
-    key = int.from_bytes(hashlib.blake2b(data, digest_size=7, key=b"order").digest(), "little")
-    extreme = 9 | lzma.PRESET_EXTREME
-    packed = (gzip.compress(data, 9), bz2.compress(data, 9), lzma.compress(data, preset=extreme))
-    return [key, len(data), *map(len, packed)]
+    def done(self) -> dict[str, Any]:
+        """What the journal says."""
+        return json.loads(self.journal.read_text())
 
 
 def encode_task(task: Task) -> dict[str, Any]:
@@ -69,21 +53,23 @@ def encode_task(task: Task) -> dict[str, Any]:
         MachineError: a file cannot be written. UserError: a part cannot be read.
     """
     if task.journal.is_file():
-        return json.loads(task.journal.read_text())
+        return task.done()
     tokenizer = load_tokenizer(task.tokenizer)
     if task.quick and isinstance(tokenizer, JsonTokenizer):
         tokenizer.quicken([])
     try:
         with _Writer(task, "train", tokenizer) as train, _Writer(task, "validation", tokenizer) as validation:
+            if task.journal.is_file():  # finished meanwhile by a worker of a build that was killed
+                return task.done()
+            train.begin()
+            validation.begin()
             for batch in _batches(task.parts):
-                sides = [is_held_out(text_of(document), task.held_out) for document in batch]
+                sides = [task.split.holds_out(document) for document in batch]
                 train.add([d for d, out in zip(batch, sides, strict=True) if not out])
                 validation.add([d for d, out in zip(batch, sides, strict=True) if out], sizes=True)
             done = {"train": train.finish(), "validation": validation.finish(), "sizes": validation.sizes}
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
-            raise MachineError(f"{task.folder}: cannot be written ({error.strerror})") from None
-        raise
+        raise MachineError(f"{task.folder}: cannot be written ({error.strerror or error})") from error
     write_synced(task.journal, json.dumps(done).encode())
     return done
 
@@ -111,10 +97,12 @@ class _Writer:
         self._names = {"tokens": f"{stem}.bin", "starts": f"{stem}.starts.npy"}
         if task.masked:
             self._names["mask"] = f"{stem}.mask"
-        self._files = {k: (task.folder / n).open("wb") for k, n in self._names.items() if k != "starts"}
+        self._files = {k: (task.folder / n).open("ab") for k, n in self._names.items() if k != "starts"}
+        # A worker of a build that was killed may not have noticed yet: it ends before we write.
+        fcntl.flock(self._files["tokens"], fcntl.LOCK_EX)
         self._crc = dict.fromkeys(self._files, 0)
         self._starts: list[int] = []
-        self._num_tokens = self._num_bytes = 0
+        self._num_tokens = self._num_bytes = self._num_learned = 0
         self.sizes: list[list[int]] = []
 
     def __enter__(self) -> _Writer:
@@ -122,7 +110,13 @@ class _Writer:
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # of bytes that a full disk does not take
+                file.close()
+
+    def begin(self) -> None:
+        """Removes what a build that was killed had written."""
+        for file in self._files.values():
+            file.truncate(0)
 
     def add(self, documents: list[Document], sizes: bool = False) -> None:
         for document, (ids, mask) in zip(documents, self._encoded(documents), strict=True):
@@ -131,22 +125,26 @@ class _Writer:
             self._put("tokens", ids.astype(self._task.dtype).tobytes())
             if self._task.masked:
                 self._put("mask", mask.tobytes())
-            data = text_of(document).encode()
+                self._num_learned += int(mask.sum())
+            text = text_of(document)
+            data = text.encode()
             self._num_bytes += len(data)
             if sizes:
-                self.sizes.append(sizes_of(data))
+                self.sizes.append([key_of(text) >> 1, *sizes_of(data)])
 
     def finish(self) -> dict[str, Any]:
-        """Closes the shard, all of it on disk."""
+        """Closes the shard, all of it on disk. A file that says nothing is removed."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
+        if self._num_learned == self._num_tokens and "mask" in self._names:
+            (self._task.folder / self._names.pop("mask")).unlink()
+        if not self._num_tokens:
+            (self._task.folder / self._names["tokens"]).unlink()
+            return asdict(Shard(0, 0, 0, {}))
         path = self._task.folder / self._names["starts"]
-        with path.open("wb") as file:
-            np.save(file, np.array(self._starts, np.int64))
-            file.flush()
-            os.fsync(file.fileno())
-        crc = self._crc | {"starts": zlib.crc32(path.read_bytes())}
+        write_synced(path, npy_bytes(np.array(self._starts, np.int64)))
+        crc = self._crc | {"starts": crc32(path)}
         files = {
             kind: {"name": name, "bytes": (self._task.folder / name).stat().st_size, "crc32": crc[kind]}
             for kind, name in self._names.items()
@@ -164,10 +162,10 @@ class _Writer:
         pieces = [[(d, True)] if isinstance(d, str) else d for d in documents]
         ids = iter(self._ids([text for document in pieces for text, _ in document]))
         for document in pieces:
-            encoded = [(next(ids), learned) for _, learned in document]
-            last = encoded[-1][1] if encoded else True
-            masks = [np.full(len(part), learned, np.uint8) for part, learned in encoded]
-            mask = np.concatenate([np.zeros(1, np.uint8), *masks, np.array([last], np.uint8)])
+            encoded = [(next(ids), bool(learned)) for _, learned in document]
+            learned = [encoded[0][1], *(piece[1] for piece in encoded), encoded[-1][1]]
+            lengths = [1, *(len(piece[0]) for piece in encoded), 1]
+            mask = np.repeat(np.array(learned, np.uint8), lengths)
             yield np.concatenate([begin, *(part for part, _ in encoded), end]), mask
 
     def _ids(self, texts: list[str]) -> list[np.ndarray]:

@@ -73,6 +73,7 @@ class Batches:
         started = time.perf_counter()
         item = self._ready.get()
         if isinstance(item, BaseException):
+            self._ready.put(item)  # for who asks again: the thread has ended
             raise item
         assert item["step"] == step, f"asked for step {step}, the next is {item['step']}"
         return self._to_tensors(item, time.perf_counter() - started)

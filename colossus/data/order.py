@@ -122,9 +122,7 @@ class Order:
         phase_of = np.searchsorted(np.array(self._first), positions, side="right") - 1
         for i in np.unique(phase_of):
             rows = np.flatnonzero(phase_of == i)
-            corpora, counts = self._mixtures[i].draw_many(
-                (positions[rows] - self._first[i]).astype(np.uint64)
-            )
+            corpora, counts = self._mixtures[i].draw_many(positions[rows] - self._first[i])
             drawn = np.array(self._drawn[i])[corpora] + counts
             windows = np.array(self._windows[i])[corpora]
             epochs, places = np.divmod(drawn, windows)
@@ -165,7 +163,8 @@ def num_windows(num_tokens: int, seq_len: int) -> int:
     windows = (num_tokens - 1) // seq_len
     if windows < 1:
         raise UserError(
-            f"data.seq_len={seq_len}: the corpus has only {num_tokens} tokens; at most {max(1, num_tokens - 1)}"
+            f"data.seq_len={seq_len}: the corpus has only {num_tokens} tokens; "
+            f"at most {max(1, num_tokens - 1)}"
         )
     return windows
 
@@ -205,17 +204,19 @@ class Mixture:
         raise AssertionError("the last corpus takes what is left")
 
     def draw_many(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`draw` of every position (uint64), as int64 arrays."""
-        n = positions.astype(np.uint64)
+        """`draw` of every position (int64), as int64 arrays."""
+        n = positions.astype(np.int64)
         corpora = np.full(len(n), -1, np.int64)
         counts = np.zeros(len(n), np.int64)
         for corpus, (share, rest) in enumerate(self._shares):
-            twice, step, half = np.uint64(2 * share), np.uint64(2 * rest), np.uint64(rest)
-            count = (n * twice + half) // step
-            here = (corpora < 0) & ((n * twice + twice + half) // step > count)
+            # n x share is taken in two parts, so that it fits into 64 bits at any n.
+            rounds, left = np.divmod(n, rest)
+            count = rounds * share + (2 * left * share + rest) // (2 * rest)
+            after = rounds * share + (2 * (left + 1) * share + rest) // (2 * rest)
+            here = (corpora < 0) & (after > count)
             corpora[here] = corpus
             counts[here] = count[here]
-            n -= np.where(corpora < 0, count, np.uint64(0))
+            n -= np.where(corpora < 0, count, 0)
         return corpora, counts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import sysconfig
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 from colossus.data.corpus import Corpus, Part, fingerprint_of
 
 NEAR = 0.8  # share of common lines (Jaccard) from which on two files count as one
-SKETCH = 8  # smallest line hashes of a file; files that share one are compared
+SKETCH = 8  # smallest line hashes of a file; near files share most of them
+SHARED = 3  # of these, from which on two files are compared
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ def python_corpus() -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(p for p in root.rglob("*.py") if not {"site-packages", "dist-packages"} & set(p.parts))
     kept: list[tuple[str, int, int]] = []
-    seen: dict[int, list[frozenset[int]]] = {}
+    seen = _Seen()
     repeats = unreadable = 0
     for file in files:
         try:
@@ -41,7 +43,7 @@ def python_corpus() -> Corpus:
         if not data.strip():
             continue
         lines = frozenset(zlib.crc32(line) for line in map(bytes.strip, data.splitlines()) if line)
-        if _repeats(lines, seen):
+        if seen.repeats(lines):
             repeats += 1
             continue
         kept.append((str(file.relative_to(root)), len(data), zlib.crc32(data)))
@@ -56,12 +58,22 @@ def python_corpus() -> Corpus:
     return Corpus("python", parts, fingerprint, (note,))
 
 
-def _repeats(lines: frozenset[int], seen: dict[int, list[frozenset[int]]]) -> bool:
-    """Whether a file of these lines is near one that was seen; if not, it is seen now."""
-    sketch = sorted(lines)[:SKETCH]
-    for other in (other for key in sketch for other in seen.get(key, ())):
-        if len(lines & other) >= NEAR * len(lines | other):
-            return True
-    for key in sketch:
-        seen.setdefault(key, []).append(lines)
-    return False
+class _Seen:
+    """Files by the hashes of their lines, found again by the smallest of these (Broder 1997)."""
+
+    def __init__(self) -> None:
+        self._files: list[frozenset[int]] = []
+        self._with: dict[int, list[int]] = {}
+
+    def repeats(self, lines: frozenset[int]) -> bool:
+        """Whether a file of these lines is near one that was seen; if not, it is seen now."""
+        sketch = sorted(lines)[:SKETCH]
+        shared = Counter(file for key in sketch for file in self._with.get(key, ()))
+        for file, count in shared.items():
+            other = self._files[file]
+            if count >= min(SHARED, len(sketch)) and len(lines & other) >= NEAR * len(lines | other):
+                return True
+        for key in sketch:
+            self._with.setdefault(key, []).append(len(self._files))
+        self._files.append(lines)
+        return False

@@ -9,19 +9,23 @@ their sizes in bytes, plain and compressed (`validation.documents.npy`).
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import resource
 import zlib
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from colossus.errors import MachineError, UserError
 
-SCHEMA = 1
+SCHEMA = 2
+REMEDY = "remove the folder and build the data again"
 HELD_OUT = np.dtype([(n, np.int64) for n in ("start", "num_bytes", "gzip_bytes", "bz2_bytes", "xz_bytes")])
 
 
@@ -49,17 +53,21 @@ class ShardedTokens:
         self.fingerprint: str = manifest["fingerprint"]
         self._dtype = np.dtype(manifest["dtype"])
         self.shards = [Shard(**shard) for shard in manifest["splits"][split]]
-        for shard in self.shards:
-            for file in shard.files.values():
-                path = folder / file["name"]
-                size = path.stat().st_size if path.is_file() else -1
-                if size != file["bytes"]:
-                    found = "missing" if size < 0 else f"{size} bytes"
-                    raise UserError(f"{path}: {found}, written with {file['bytes']}; build the data again")
+        self._files = [file for shard in self.shards for file in shard.files.values()]
+        if split == "validation":
+            self._files.append(manifest["documents"])
+        for file in self._files:
+            path = folder / file["name"]
+            size = path.stat().st_size if path.is_file() else -1
+            if size != file["bytes"]:
+                found = "missing" if size < 0 else f"{size} bytes"
+                raise UserError(f"{path}: {found}, written with {file['bytes']}; {REMEDY}")
+        _allow_open_files(len(self._files))
         self._first = np.cumsum([0] + [s.num_tokens for s in self.shards]).tolist()
         self._tokens = [self._map(s, "tokens", self._dtype) for s in self.shards]
         self._masks = [self._map(s, "mask", np.dtype(np.uint8)) for s in self.shards]
-        self._starts = [np.load(folder / s.files["starts"]["name"], mmap_mode="r") for s in self.shards]
+        self._has_mask = any("mask" in shard.files for shard in self.shards)
+        self._starts = [self._array(s.files["starts"]["name"], "r") for s in self.shards]
 
     @property
     def num_tokens(self) -> int:
@@ -80,7 +88,7 @@ class ShardedTokens:
 
     def mask(self, start: int, stop: int) -> np.ndarray | None:
         """1 where a token is learned; None where all are."""
-        return None if self._masks[0] is None else self._slice(self._masks, start, stop)
+        return self._slice(self._masks, start, stop) if self._has_mask else None
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Positions in [start, stop) where a document begins."""
@@ -95,17 +103,22 @@ class ShardedTokens:
 
     def documents(self) -> np.ndarray:
         """The held-out documents (dtype HELD_OUT), in the order that makes any first n a fair part."""
-        return np.load(self.folder / "validation.documents.npy")
+        self._verify(self.manifest["documents"])
+        return self._array(self.manifest["documents"]["name"], None)
 
-    def verify(self) -> None:
-        """Reads every byte. Raises UserError that names the file whose bytes changed."""
-        for shard in self.shards:
-            for file in shard.files.values():
-                if crc32(self.folder / file["name"]) != file["crc32"]:
-                    raise UserError(
-                        f"{self.folder / file['name']}: its bytes changed since it was built; "
-                        "remove the folder and build the data again"
-                    )
+    def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
+        """Reads every byte. Raises UserError that names the file whose bytes changed.
+
+        progress: called with the bytes of every file that was read.
+        """
+        for file in self._files:
+            self._verify(file)
+            progress(file["bytes"])
+
+    def _verify(self, file: dict[str, Any]) -> None:
+        path = self.folder / file["name"]
+        if crc32(path) != file["crc32"]:
+            raise UserError(f"{path}: its bytes changed since it was built; {REMEDY}")
 
     def _slice(self, arrays: list[Any], start: int, stop: int) -> np.ndarray:
         i = bisect_right(self._first, start) - 1
@@ -119,10 +132,27 @@ class ShardedTokens:
             start, i = end, i + 1
         return np.concatenate(pieces)
 
-    def _map(self, shard: Shard, kind: str, dtype: np.dtype) -> np.ndarray | None:
+    def _map(self, shard: Shard, kind: str, dtype: np.dtype) -> np.ndarray:
         if kind not in shard.files:
-            return None
+            return np.broadcast_to(np.ones((), dtype), (shard.num_tokens,))  # of ones, in no memory
         return np.memmap(self.folder / shard.files[kind]["name"], dtype, mode="r", shape=(shard.num_tokens,))
+
+    def _array(self, name: str, mode: Literal["r"] | None) -> np.ndarray:
+        try:
+            return np.load(self.folder / name, mmap_mode=mode)
+        except ValueError:
+            raise UserError(f"{self.folder / name}: its bytes changed since it was built; {REMEDY}") from None
+
+
+def _allow_open_files(count: int) -> None:
+    """Makes room for `count` more: a map holds its file open, and the usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    wanted = count + len([*Path("/dev/fd").iterdir()]) + 256
+    if wanted > soft:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -138,9 +168,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no token shards here (no manifest.json); build them first") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    checksum = manifest.pop("checksum", None)
+    checksum = manifest.pop("checksum", None) if isinstance(manifest, dict) else None
     if checksum != _checksum(manifest):
-        raise UserError(f"{path}: its bytes changed since it was built; build the data again")
+        raise UserError(f"{path}: its bytes changed since it was built; {REMEDY}")
+    if manifest["schema"] != SCHEMA:
+        raise UserError(f"{path}: of another version of Colossus (schema {manifest['schema']}); {REMEDY}")
     return manifest
 
 
@@ -168,6 +200,13 @@ def write_synced(path: Path, data: bytes) -> None:
         os.close(descriptor)
     except OSError as error:
         raise MachineError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """An array as the bytes of a .npy file. (`np.save` into a file tells nothing of a full disk.)"""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def crc32(path: Path) -> int:

@@ -1,0 +1,80 @@
+"""Data sets of Hugging Face's `datasets` as a corpus, streamed: from its hub, or from a local folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from colossus.data.corpus import Corpus, Document, Part, fingerprint_of
+from colossus.data.files import text_in
+from colossus.errors import UserError
+
+ROWS_A_PART = 1000  # of a data set that was saved whole, which is cut into up to MAX_PARTS
+MAX_PARTS = 64
+
+
+def stream_corpus(name: str, text_field: str) -> Corpus:
+    """`hf:NAME[:SPLIT]`, where NAME may be a local folder. Its shards are the parts.
+
+    Raises:
+        UserError: the extra is not installed, or there is no such data set or split.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"data.corpus={name}: needs the extra: pip install 'colossus-train[hf]'") from None
+    where, _, split = name.removeprefix("hf:").partition(":")
+    split = split or "train"
+    stream = _stream(where, split)
+    count = stream.num_shards
+    size = _num_bytes(stream, split)
+    parts = [
+        Part(f"{where}@{index}", size // count, _Streamed(where, split, text_field, index, count))
+        for index in range(count)
+    ]
+    entries: list[tuple[Any, ...]] = [(where, split, text_field, count, datasets.__version__)]
+    if Path(where).is_dir():
+        files = sorted(p for p in Path(where).rglob("*") if p.is_file())
+        entries += [(str(p.relative_to(where)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return Corpus(name, tuple(parts), fingerprint_of(entries))
+
+
+def _stream(where: str, split: str) -> Any:
+    import datasets
+
+    try:
+        if any((Path(where) / marker).is_file() for marker in ("dataset_info.json", "dataset_dict.json")):
+            stored = datasets.load_from_disk(where)
+            if isinstance(stored, datasets.DatasetDict):
+                if split not in stored:
+                    raise UserError.field(
+                        "data.corpus", f"hf:{where}:{split}", f"its splits are {list(stored)}", stored
+                    )
+                stored = stored[split]
+            return stored.to_iterable_dataset(num_shards=max(1, min(MAX_PARTS, len(stored) // ROWS_A_PART)))
+        return datasets.load_dataset(where, split=split, streaming=True)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.corpus=hf:{where}:{split}: cannot be opened ({error})") from None
+
+
+def _num_bytes(stream: Any, split: str) -> int:
+    """What the data set says of its size; 0 where it says nothing."""
+    about = (stream.info.splits or {}).get(split)
+    return int(getattr(about, "num_bytes", None) or 0)
+
+
+@dataclass(frozen=True)
+class _Streamed:
+    where: str
+    split: str
+    text_field: str
+    index: int
+    count: int
+
+    def __call__(self) -> Iterator[Document]:
+        for row in _stream(self.where, self.split).shard(num_shards=self.count, index=self.index):
+            yield text_in(row, self.text_field, f"hf:{self.where}")
