@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from pydantic import Field
+
 from colossus.errors import UserError
-from colossus.section import Section, derived
+from colossus.section import Name, Section, derived
 
 Group = Literal["matrix", "embedding", "head", "norm"]
 
@@ -23,16 +25,16 @@ class RopeScaling(Section):
     Source: the reference code of Llama 3.1 (meta-llama/llama-models, `apply_scaling`).
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_seq_len: int
+    factor: float = Field(ge=1, le=10**6)
+    low_freq_factor: float = Field(gt=0, le=10**6)
+    high_freq_factor: float = Field(gt=0, le=10**6)
+    original_max_seq_len: int = Field(ge=1, le=10**8)
 
 
 class Architecture(Section):
     """A decoder language model: the `model` section of a job. Sizes are counts, never bytes."""
 
-    preset: str | None = None
+    preset: Name | None = None
     family: Literal["llama"] = "llama"
     vocab_size: int = derived(ge=2, le=2**31 - 1)
     hidden_size: int = derived(ge=1, le=10**6)
@@ -42,12 +44,12 @@ class Architecture(Section):
     head_dim: int = derived(ge=2, le=10**5)
     intermediate_size: int = derived(ge=1, le=10**7)
     max_seq_len: int = derived(ge=1, le=10**8)
-    rope_theta: float = derived(gt=0)
+    rope_theta: float = derived(gt=0, le=10**12)
     rope_scaling: RopeScaling | None = None
     norm_eps: float = derived(gt=0, lt=1)
     tie_embeddings: bool = derived()
     qk_norm: bool = derived()
-    initializer_range: float = derived(gt=0)
+    initializer_range: float = derived(gt=0, le=10)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Parameter:
 
     axes: the logical axis of each dimension (`vocab`, `model`, `heads`, `kv`, `ffn`), the names that
         placements map to mesh axes.
-    std: standard deviation of the initial values where `init` is "normal".
+    std: standard deviation of the initial values where `init` is "normal"; NaN until it is derived.
     layer: the global index of its layer, None outside the layers.
     active: the share of it that one token visits.
     """
@@ -86,7 +88,7 @@ def parameter_table(arch: Architecture) -> tuple[Parameter, ...]:
     """
     check(arch)
     model, heads, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    ffn, std = arch.intermediate_size, arch.initializer_range
+    ffn, std = arch.intermediate_size, math.nan if arch.initializer_range is None else arch.initializer_range
     residual_std = std / math.sqrt(2 * arch.num_layers)
     size = {"vocab": arch.vocab_size, "model": model, "heads": heads, "kv": kv, "ffn": ffn}
 

@@ -11,46 +11,55 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import date, time
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from colossus.architecture import Architecture
 from colossus.errors import UserError, nearest
 from colossus.layout import Layout
-from colossus.section import Section, derived
+from colossus.section import Name, Section, derived
 
 Origin = Literal["argument", "file", "preset", "derived"]
 _RANK = {"derived": 0, "preset": 1, "file": 2, "argument": 3}
+KEPT_ORIGINS = ("derived", "preset")  # in a job file; the rest of its values are the file's own
 
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, (str, int, float)) else value
 
 
+Names = Annotated[list[Name], BeforeValidator(_as_list), Field(min_length=1)]
+Weights = Annotated[
+    list[Annotated[float, Field(ge=0, le=10**9)]], BeforeValidator(_as_list), Field(min_length=1)
+]
+Pair = tuple[Annotated[int, Field(ge=0, le=10**16)], Annotated[int, Field(ge=1, le=10**16)]]
+
+
 class PhaseChange(Section):
     """From step `from_step` on, samples have another length or come with other weights."""
 
-    from_step: int = derived(ge=0)
-    seq_len: int | None = derived(ge=2)
-    weights: list[float] | None = None
+    from_step: int = derived(ge=0, le=10**9)
+    seq_len: int | None = derived(ge=2, le=10**8)
+    weights: Weights | None = None
 
 
 class Data(Section):
     """What is learned from. A corpus is `python`, a path, `hf:NAME` or `package.module:Name`."""
 
-    corpus: Annotated[list[str], BeforeValidator(_as_list)] = derived(min_length=1)
-    weights: Annotated[list[float], BeforeValidator(_as_list)] = derived(min_length=1)
-    tokenizer: str = derived()  # "bpe", "bytes" or the path of a tokenizer.json
-    text_field: str = derived()
+    corpus: Names = derived()
+    weights: Weights = derived()
+    tokenizer: Name = derived()  # "bpe", "bytes" or the path of a tokenizer.json
+    text_field: Name = derived()
     seq_len: int = derived(ge=2, le=10**8)  # tokens of a sample
     mask_documents: bool = derived()  # attention stays inside a document
     validation_fraction: float = derived(gt=0, lt=1)
-    folder: str = derived()  # where the token shards lie
+    folder: Name = derived()  # where the token shards lie
     phases: list[PhaseChange] = derived()
-    skip: list[tuple[int, int]] = derived()  # half-open intervals of samples never trained on
+    skip: list[Pair] = derived()  # half-open intervals of samples never trained on
 
 
 class Optimizer(Section):
@@ -64,10 +73,10 @@ class Optimizer(Section):
     beta2: float = derived(ge=0, lt=1)
     eps: float = derived(gt=0, lt=1)
     momentum: float = derived(ge=0, lt=1)  # Muon's
-    grad_clip: float = derived(gt=0)
-    z_loss: float = derived(ge=0)
+    grad_clip: float = derived(gt=0, le=10**9)
+    z_loss: float = derived(ge=0, le=10**3)
     schedule: Literal["wsd", "cosine"] = derived()
-    warmup_steps: int = derived(ge=0)
+    warmup_steps: int = derived(ge=0, le=10**9)
     decay_fraction: float = derived(ge=0, le=1)  # of all steps, for wsd
     final_lr_fraction: float = derived(ge=0, le=1)
 
@@ -81,17 +90,17 @@ class Precision(Section):
 class Checkpoint(Section):
     """When the run is saved, and what stays."""
 
-    minutes: float = derived(gt=0)
-    steps: int = derived(ge=0)  # 0: by time alone
-    keep: int = derived(ge=1)  # the newest so many
-    keep_every: int = derived(ge=0)  # every so many steps for good; 0: none
+    minutes: float = derived(gt=0, le=10**7)
+    steps: int = derived(ge=0, le=10**9)  # 0: by time alone
+    keep: int = derived(ge=1, le=10**9)  # the newest so many
+    keep_every: int = derived(ge=0, le=10**9)  # every so many steps for good; 0: none
 
 
 class Fleet(Section):
     """The machines that a job runs on."""
 
-    preset: str | None = None
-    name: str = derived()
+    preset: Name | None = None
+    name: Name = derived()
     device: Literal["cpu", "cuda"] = derived()
 
 
@@ -102,11 +111,11 @@ class RunSection(Section):
     steps: int | None = derived(ge=1, le=10**9)
     tokens: int | None = derived(ge=1, le=10**16)
     seed: int = derived(ge=0, le=2**62)
-    folder: str = derived()
+    folder: Name = derived()
     global_batch: int = derived(ge=1, le=10**7)  # sequences of a step, over all ranks
-    batch_schedule: list[tuple[int, int]] = derived()  # (from step, sequences)
+    batch_schedule: list[Pair] = derived()  # (from step, sequences)
     threads: int = derived(ge=1, le=4096)
-    validate_every: int = derived(ge=0)  # steps; 0: at the end only
+    validate_every: int = derived(ge=0, le=10**9)  # steps; 0: at the end only
     prompt: str = derived()  # what the sample at the end continues
 
 
@@ -119,6 +128,25 @@ SECTIONS: dict[str, type[Section]] = {
     "checkpoint": Checkpoint,
     "fleet": Fleet,
     "run": RunSection,
+}
+MESSAGES = {  # of pydantic's kinds of errors, those that would speak of Python instead of the job
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "dict_type": "must be a table",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a smaller number",
+    "int_type": "must be a whole number",
+    "list_type": "must be a list",
+    "missing": "must be given",
+    "model_type": "must be a table",
+    "string_too_short": "must not be empty",
+    "string_type": "must be text",
+    "too_long": "must have at most {max_length}",
+    "too_short": "must have at least {min_length}",
+    "tuple_type": "must be a list",
 }
 LENGTHS = ("run.minutes", "run.steps", "run.tokens")
 MAY_STAY_OPEN = {*LENGTHS, "model.preset", "model.rope_scaling", "fleet.preset"}
@@ -197,8 +225,7 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
     made: dict[str, str] = {}
     if path is not None:
         tree = _read_toml(Path(path))
-        made = tree.pop("made", {})
-        was_derived = set(tree.pop("origins", {}).get("derived", ()))
+        made, origins = _made(tree.pop("made", {})), _origins(tree.pop("origins", {}))
         for section, value in tree.items():
             _check_section(section)
             if isinstance(value, str):
@@ -207,20 +234,21 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
             if not isinstance(value, dict):
                 raise UserError.field(section, value, "a table of fields, or the name of a preset")
             for name, leaf in value.items():
-                if name == "preset" and f"{section}.preset" not in was_derived and not made:
+                if name == "preset" and not made:
                     layers["preset"] |= _preset(section, leaf)
-                layer = "derived" if f"{section}.{name}" in was_derived else "file"
-                layers[layer][f"{section}.{name}"] = leaf
+                else:
+                    layers[origins.get(f"{section}.{name}", "file")][f"{section}.{name}"] = leaf
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"{override!r}: expected section.field=value or section=PRESET")
-        if "." in name:
+        section, _, leaf = name.partition(".")
+        if leaf and leaf != "preset":
             layers["argument"][_known(name)] = _value(name, text)
         else:
-            _check_section(name)
-            layers["preset"] = {k: v for k, v in layers["preset"].items() if not k.startswith(name + ".")}
-            layers["preset"] |= _preset(name, text)
+            _check_section(section)
+            layers["preset"] = {k: v for k, v in layers["preset"].items() if not k.startswith(section + ".")}
+            layers["preset"] |= _preset(section, text)
     _one_length(layers)
     job = Job()
     for origin in sorted(layers, key=_RANK.__getitem__):
@@ -235,11 +263,11 @@ def to_toml(job: Job) -> str:
         lines += ["", f"[{section}]"]
         for name, value in getattr(job, section).model_dump(exclude_none=True).items():
             origin = job.origins.get(f"{section}.{name}", "derived")
-            lines.append(
-                f"{name} = {_toml(value)}" + ("  # derived" if origin == "derived" else f"  # {origin}")
-            )
-    names = [n for n in fields() if job.get(n) is not None and job.origins.get(n, "derived") == "derived"]
-    lines += ["", "[origins]", f"derived = {_toml(names)}"]
+            lines.append(f"{name} = {_toml(value)}  # {origin}")
+    lines += ["", "[origins]"]
+    for kept in KEPT_ORIGINS:
+        names = [n for n in fields() if job.get(n) is not None and job.origins.get(n, "derived") == kept]
+        lines.append(f"{kept} = {_toml(names)}")
     if job.made:
         lines += ["", "[made]", *(f"{name} = {_toml(value)}" for name, value in job.made.items())]
     return "\n".join(lines) + "\n"
@@ -282,6 +310,22 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"job file {path}: not TOML ({error})") from None
 
 
+def _made(table: Any) -> dict[str, str]:
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise UserError.field("made", _toml(table), "a table of names and texts, as a run's job.toml has")
+    return table
+
+
+def _origins(table: Any) -> dict[str, str]:
+    """Field -> origin, for the fields of which a job file keeps it."""
+    if not isinstance(table, dict) or not all(
+        name in KEPT_ORIGINS and _is_text(v) for name, v in table.items()
+    ):
+        allowed = f"a table of {' and '.join(KEPT_ORIGINS)}, each a list of fields"
+        raise UserError.field("origins", _toml(table), allowed)
+    return {name: origin for origin in table for name in table[origin]}
+
+
 def _check_section(name: str) -> None:
     if name not in SECTIONS:
         raise UserError.field("section", name, f"no such section; one of {', '.join(SECTIONS)}", SECTIONS)
@@ -308,7 +352,7 @@ def _value(dotted: str, text: str) -> Any:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-    takes_text = SECTIONS[section].model_fields[name].annotation in (str, list[str])
+    takes_text = SECTIONS[section].model_fields[name].annotation in (str, list[Name])
     return text if takes_text and not _is_text(value) else value
 
 
@@ -337,7 +381,8 @@ def _validated(section: str, values: dict[str, Any]) -> Section:
     try:
         return SECTIONS[section].model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(section, detail) for detail in error.errors())) from None
+        first = {detail["loc"][:1]: detail for detail in reversed(error.errors())}  # one message for a field
+        raise UserError("\n".join(_explain(section, first[field]) for field in reversed(first))) from None
 
 
 def _explain(section: str, detail: Any) -> str:
@@ -348,16 +393,16 @@ def _explain(section: str, detail: Any) -> str:
     if detail["type"] == "literal_error":
         allowed = detail["ctx"]["expected"]
         options = [option.strip(" '") for option in allowed.replace(" or ", ",").split(",")]
-        return str(UserError.field(where, detail["input"], f"one of {allowed}", options))
-    message = (
-        detail["msg"]
-        .replace("Input should be", "must be")
-        .removesuffix(", unable to parse string as an integer")
-    )
-    return str(UserError.field(where, detail["input"], message[0].lower() + message[1:]))
+        return str(UserError.field(where, detail["input"], f"must be {allowed}", options))
+    said = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = MESSAGES.get(detail["type"], said[:1].lower() + said[1:])
+    shown = detail["input"] if isinstance(detail["input"], str) else _toml(detail["input"])
+    return str(UserError.field(where, shown, message.format(**detail.get("ctx", {}))))
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, date | time):
+        return value.isoformat()
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (str, int, float)):

@@ -19,13 +19,13 @@ AXES = ("dp_replicate", "dp_shard", "pp", "cp", "tp")
 class Layout(Section):
     """The `layout` section of a job. ranks = dp_replicate x dp_shard x pp x cp x tp; `ep` regroups them."""
 
-    dp_replicate: int = derived(ge=1)
-    dp_shard: int = derived(ge=1)
-    tp: int = derived(ge=1)
-    pp: int = derived(ge=1)
-    cp: int = derived(ge=1)
-    ep: int = derived(ge=1)
-    micro_batch: int = derived(ge=1)  # sequences that a rank computes at once
+    dp_replicate: int = derived(ge=1, le=10**7)
+    dp_shard: int = derived(ge=1, le=10**7)
+    tp: int = derived(ge=1, le=10**7)
+    pp: int = derived(ge=1, le=10**7)
+    cp: int = derived(ge=1, le=10**7)
+    ep: int = derived(ge=1, le=10**7)
+    micro_batch: int = derived(ge=1, le=10**7)  # sequences that a rank computes at once
     recompute: Literal["none", "full"] = derived()
     compile: bool = derived()
 

@@ -53,7 +53,7 @@ def test_the_stronger_length_wins_and_two_equals_contradict(tmp_path: Path) -> N
         ("rnu.minutes=5", "did you mean 'run'"),
         ("data.hidden_size=5", "did you mean 'model.hidden_size'"),
         ("run.steps=-3", "run.steps=-3: must be greater than or equal to 1"),
-        ("run.steps=many", "run.steps=many: must be a valid integer"),
+        ("run.steps=many", "run.steps=many: must be a whole number"),
         ("run.steps=2.5", "run.steps=2.5"),
         ("optimizer.lr=nan", "finite"),
         ("optimizer.lr=1e9", "must be less than or equal to 10"),

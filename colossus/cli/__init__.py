@@ -50,6 +50,7 @@ def app() -> typer.Typer:
     verbs = typer.Typer(
         help="Trains language models from one job description, on the CPU of a laptop as on GPUs.",
         add_completion=False,
+        rich_markup_mode=None,  # plain help: rich would double the time until it shows
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )

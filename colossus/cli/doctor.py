@@ -11,7 +11,7 @@ def doctor(
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again, and keep that.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The measured table as JSON.")] = False,
 ) -> None:
-    """Show what this machine has and lacks, as measured, and what follows from it."""
+    """Show what this machine has and lacks, as measured."""
     from colossus import api
     from colossus.measure.doctor import report
     from colossus.measure.machine import measure_again, this_machine

@@ -19,7 +19,7 @@ def models() -> None:
     rows = []
     for name in preset_names("model"):
         arch = load_job(None, [f"model={name}"]).model
-        rows.append((num_parameters(arch.model_copy(update={"initializer_range": 0.02})), name, arch))
+        rows.append((num_parameters(arch), name, arch))
     for parameters, name, arch in sorted(rows, key=lambda row: (row[0], row[1])):
         sizes = (arch.intermediate_size, arch.vocab_size, arch.max_seq_len)
         heads = f"{arch.num_heads}/{arch.num_kv_heads}"

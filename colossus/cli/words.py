@@ -12,8 +12,9 @@ from colossus.errors import UserError
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[JOB.toml|RUN] [section.field=value|section=PRESET ...]",
-        help="A job file, or the folder of a run, and values that are stronger than the ones in it.",
+        metavar="JOB|section.field=value",
+        help="A job file or the folder of a run, and values that are stronger than its own; section=NAME "
+        "takes a preset. Sections: model, data, optimizer, layout, precision, checkpoint, fleet, run.",
         show_default=False,
     ),
 ]
