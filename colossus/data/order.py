@@ -96,7 +96,8 @@ class Order:
         self.phases = sorted(phases, key=lambda phase: phase.first_sample)
         self._seed = seed
         self._skips = _Skips(skips)
-        self._first = [self._skips.position(phase.first_sample) for phase in self.phases]
+        # Right behind the last sample of the phase before, so that its own first samples can be skipped.
+        self._first = [self._skips.position(phase.first_sample - 1) + 1 for phase in self.phases]
         self._mixtures = [Mixture(phase.weights) for phase in self.phases]
         self._windows = [tuple(num_windows(n, p.seq_len) for n in num_tokens) for p in self.phases]
         self._drawn = [(0,) * len(num_tokens)]
@@ -299,6 +300,9 @@ class _Skips:
             self._shifts.append(self._shifts[-1] + stop - first)
 
     def position(self, sample: int) -> int:
+        """Of a sample; -1 of the one before the first."""
+        if sample < 0:
+            return sample
         return sample + self._shifts[bisect_right(self._samples, sample)]
 
     def positions(self, samples: np.ndarray) -> np.ndarray:
