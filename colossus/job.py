@@ -349,8 +349,8 @@ def _value(dotted: str, text: str) -> Any:
     """A TOML value where `text` is one that fits the field, else the text itself."""
     section, _, name = _known(dotted).partition(".")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        (value,) = tomllib.loads(f"value = {text}").values()
+    except ValueError:  # no TOML, or more than one value
         return text
     takes_text = SECTIONS[section].model_fields[name].annotation in (str, list[Name])
     return text if takes_text and not _is_text(value) else value
@@ -390,13 +390,13 @@ def _explain(section: str, detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         guess = nearest(where, fields())
         return f"{where}: no such field" + (f"; did you mean {guess!r}?" if guess else "")
+    shown = detail["input"] if isinstance(detail["input"], str) else _toml(detail["input"])
     if detail["type"] == "literal_error":
         allowed = detail["ctx"]["expected"]
         options = [option.strip(" '") for option in allowed.replace(" or ", ",").split(",")]
-        return str(UserError.field(where, detail["input"], f"must be {allowed}", options))
+        return str(UserError.field(where, shown, f"must be {allowed}", options))
     said = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     message = MESSAGES.get(detail["type"], said[:1].lower() + said[1:])
-    shown = detail["input"] if isinstance(detail["input"], str) else _toml(detail["input"])
     return str(UserError.field(where, shown, message.format(**detail.get("ctx", {}))))
 
 

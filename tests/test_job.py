@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colossus.errors import UserError
-from colossus.job import fields, load_job, save_job
+from colossus.job import SECTIONS, fields, load_job, preset_names, save_job
 
 
 def test_nothing_given_leaves_all_to_be_derived() -> None:
@@ -113,3 +116,121 @@ def test_what_is_saved_is_what_is_loaded(tmp_path_factory, folder, lr, seed, sch
 def test_every_field_has_one_name() -> None:
     names = fields()
     assert len(names) == len(set(names)) and all(name.count(".") == 1 for name in names)
+
+
+NUMBERS = ["-1", "-0.5", "nan", "inf", "-inf", "1e400", "1e30", "9" * 30, "true", "abc", "''", "[true]"]
+
+
+@pytest.mark.parametrize("name", [n for n in fields() if not n.endswith(".preset")])
+def test_absurd_values_of_every_field_are_one_message(name: str) -> None:
+    """What is refused is named in one line; what is taken is a text, a list or a flag."""
+    taken = []
+    for value in [*NUMBERS, "{a=1}", "[[1]]", "[]", "2020-01-01", "[1,2]"]:
+        try:
+            taken.append(load_job(None, [f"{name}={value}"]).get(name))
+        except UserError as error:
+            assert "\n" not in str(error) and str(error).startswith(name), (value, error)
+            assert not any(word in str(error) for word in ("Input", "instance of", "datetime", "tuple"))
+    for value in taken:
+        assert isinstance(value, str | bool | list), name
+
+
+@given(
+    tree=st.dictionaries(
+        st.sampled_from([*SECTIONS, "made", "origins", "modle"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+            lambda inner: (
+                st.lists(inner, max_size=2)
+                | st.dictionaries(
+                    st.sampled_from(["preset", "derived", "steps", "lr", "skip", "hidden_size", "x.y"]), inner
+                )
+            ),
+            max_leaves=5,
+        ),
+        max_size=3,
+    )
+)
+def test_no_job_file_ends_in_a_traceback(tmp_path_factory, tree) -> None:
+    path = tmp_path_factory.mktemp("job") / "job.toml"
+    path.write_text("\n".join(f"{json.dumps(k)} = {as_toml(v)}" for k, v in tree.items()), encoding="utf-8")
+    with contextlib.suppress(UserError):
+        load_job(path)
+
+
+def as_toml(value) -> str:
+    if value is None:
+        return "1979-05-27T07:32:00Z"  # TOML has no null; a date is what else it has
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {as_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_toml, value)) + "]"
+    return json.dumps(value) if isinstance(value, str | bool) else repr(value)
+
+
+def test_one_message_for_a_field_and_one_line_for_each() -> None:
+    with pytest.raises(UserError) as error:
+        load_job(None, ["run.seed=-1", "run.threads=0", "data.skip=[1,2,3]"])
+    assert len(str(error.value).splitlines()) <= 3
+    with pytest.raises(UserError) as error:
+        load_job(None, ["run.batch_schedule=[1,2,3]"])
+    assert str(error.value) == "run.batch_schedule.0=1: must be a list"
+
+
+@pytest.mark.parametrize("words", ["model=llama3.2-1b", "model.preset=llama3.2-1b"])
+def test_a_preset_brings_its_values_however_it_is_named(words: str, tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text('[model]\npreset = "llama3.1-8b"\n')
+    job = load_job(path, [words])
+    assert (job.model.preset, job.model.hidden_size) == ("llama3.2-1b", 2048)
+    assert job.origins["model.preset"] == job.origins["model.hidden_size"] == "preset"
+
+
+def test_a_kept_job_knows_what_came_from_a_preset(tmp_path: Path) -> None:
+    job = load_job(None, ["model=llama3.1-8b", "model.num_layers=3"]).derive(**{"run.seed": 5})
+    path = tmp_path / "job.toml"
+    save_job(dataclasses.replace(job, made={"processor": "x"}), path)
+    again = load_job(path)
+    assert not again.differing(job)
+    origins = {n: again.origins[n] for n in ("model.hidden_size", "model.num_layers", "run.seed")}
+    assert list(origins.values()) == ["preset", "file", "derived"]
+    other = load_job(path, ["model=llama3.2-1b"]).asked()
+    assert (other.model.preset, other.model.hidden_size, other.model.num_layers) == ("llama3.2-1b", 2048, 3)
+    assert other.run.seed is None
+
+
+@given(
+    given_by=st.dictionaries(
+        st.sampled_from(["preset", "file", "argument", "derived"]), st.integers(1, 99), min_size=1
+    )
+)
+def test_the_strongest_origin_wins_whatever_else_is_given(tmp_path_factory, given_by) -> None:
+    path = tmp_path_factory.mktemp("job") / "job.toml"
+    lines = ['preset = "llama3.2-1b"'] if "preset" in given_by else []
+    if "file" in given_by:
+        lines.append(f"num_layers = {given_by['file']}")
+    path.write_text("\n".join(["[model]", *lines]))
+    job = load_job(path, [f"model.num_layers={given_by['argument']}"] if "argument" in given_by else [])
+    if "derived" in given_by:
+        job = job.derive(**{"model.num_layers": given_by["derived"]})
+    strongest = next((o for o in ("argument", "file", "preset", "derived") if o in given_by), None)
+    expected = 16 if strongest == "preset" else given_by[strongest]
+    assert job.model.num_layers == expected and job.origins["model.num_layers"] == strongest
+
+
+@pytest.mark.parametrize("name", preset_names("model"))
+def test_every_preset_of_a_model_is_whole(name: str) -> None:
+    job = load_job(None, [f"model={name}"])
+    assert [n for n in job.missing() if n.startswith("model.")] == ["model.initializer_range"]
+
+
+def test_every_preset_loads() -> None:
+    for section in SECTIONS:
+        for name in preset_names(section):
+            load_job(None, [f"{section}={name}"])
+
+
+def test_a_value_across_lines_stays_text() -> None:
+    assert load_job(None, ["run.prompt='a'\nb = 3"]).run.prompt == "'a'\nb = 3"
+    with pytest.raises(UserError, match=r"run\.steps"):
+        load_job(None, ["run.steps=5\nx = 3"])
