@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,20 +45,25 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
 
 
 def resolve(job: Job, *, exact: bool = False) -> Job:
-    """The job with everything filled in, from this machine as measured.
+    """The job with everything filled in, from this machine as measured; or, where its folder holds a run,
+    the job that this run follows.
 
     What was derived on another processor is derived again, unless `exact`.
+
+    Raises:
+        UserError: what was asked for cannot be, or the folder holds another job.
     """
     from colossus.derive import derive
     from colossus.measure.machine import this_machine
+    from colossus.trainer.folder import continued, is_run
 
     machine = this_machine()
-    here = machine.processor
-    continues = job.run.folder is not None and (Path(job.run.folder) / "job.toml").is_file()
-    if job.made and job.made.get("processor") != here and not exact and not continues:
+    if job.run.folder is not None and is_run(Path(job.run.folder)):
+        job = continued(Path(job.run.folder), job)
+    elif job.made and job.made.get("processor") != machine.processor and not exact:
         job = job.asked()
     job = derive(job, machine)
-    return job if job.made else dataclasses.replace(job, made=made_on(here))
+    return job if job.made else dataclasses.replace(job, made=made_on(machine.processor))
 
 
 def made_on(processor: str) -> dict[str, str]:
@@ -74,17 +79,20 @@ def train(
     *,
     follow: str | Path | None = None,
     listeners: Iterable[Listener] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Run:
-    """Trains as `job` says and returns the run; a job whose folder holds a run of it goes on with that.
+    """Trains as `job` says and returns the run; a job whose folder holds a run of it goes on with that
+    (one that is finished is returned as it is).
 
     hooks: objects with the methods of `colossus.trainer.hooks.Hook`.
     follow: the folder of a run whose decisions are replayed, so that the same steps are taken.
     listeners: called with every event as it is written.
+    progress: called while token shards are built, with bytes of text done and in all.
 
     Raises:
         UserError: the job cannot be; MachineError: the machine or its storage failed.
     """
-    from colossus.data.prepare import prepare_data
+    from colossus.data.prepare import is_prepared, prepare_data
     from colossus.launcher.local import launch
     from colossus.monitor.report import write_report
     from colossus.trainer import folder as folders
@@ -93,12 +101,15 @@ def train(
 
     job = resolve(job, exact=follow is not None)
     folder = Path(job.run.folder) if job.run.folder else folders.new_folder(job)
-    job = prepare_data(job)
     is_new = not folders.is_run(folder)
-    folders.prepare(folder, job)
+    if not is_new and Run(folder).outcome == "finished":
+        return Run(folder)
+    if is_new or not is_prepared(job):
+        job = prepare_data(job, progress)
+    folders.make(folder, job, Path(job.data.folder) / "tokenizer")
     if follow is not None and is_new:
         log = EventLog(folder)
-        replay(list(Run(Path(follow)).events("decision")), log)
+        replay(Run(Path(follow)).events("decision"), log)
         log.close()
     launch(job, folder, hooks, listeners)
     write_report(folder)

@@ -22,6 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".venv"
 PYTHON = FOLDER / "bin" / "python"
 LINK = "machine.pth"  # in the environment's site-packages: where the machine's own packages lie
+COMMAND = """import sys
+
+from colossus.cli import main
+
+if __name__ == "__main__":  # processes that the command starts import it once more
+    sys.exit(main())
+"""
 INSTALL = ["install", "--quiet", "--disable-pip-version-check", "--prefer-binary", "--no-compile"]
 
 
@@ -38,7 +45,7 @@ def main(groups: list[str]) -> int:
                 return 3
     (site / "colossus.pth").write_text(f"{ROOT}\n")
     command = PYTHON.with_name("colossus")
-    command.write_text(f"#!{PYTHON}\nimport sys\n\nfrom colossus.cli import main\n\nsys.exit(main())\n")
+    command.write_text(f"#!{PYTHON}\n{COMMAND}")
     command.chmod(0o755)
     return 0
 

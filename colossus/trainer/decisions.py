@@ -5,7 +5,7 @@ A run is a function of its job and its decisions: resuming, or following another
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class Decisions:
     def __init__(self, earlier: Iterable[Decision] = ()) -> None:
         self._all = list(earlier)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Decision]:
         return iter(self._all)
 
     def get(self, name: str, step: int) -> Any | None:

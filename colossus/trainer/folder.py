@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 from colossus.architecture import Architecture, num_parameters
 from colossus.errors import MachineError, UserError
 from colossus.job import Job, load_job, save_job
+
+MAY_CHANGE = ("layout.", "checkpoint.", "run.threads")  # between the attempts of a run: never what it learns
 
 
 def new_folder(job: Job, root: Path = Path("runs")) -> Path:
@@ -35,31 +39,44 @@ def is_run(path: Path) -> bool:
     return (path / "job.toml").is_file()
 
 
-def prepare(folder: Path, job: Job) -> None:
-    """Makes the folder of a new run and keeps the job there, or checks that it holds this job.
+def continued(folder: Path, asked: Job) -> Job:
+    """The job that the run in `folder` follows, with what may change between its attempts as `asked`.
+
+    That is how it is spread and saved (layout, checkpoints, threads); whatever else was asked for must be
+    what the run was begun with.
 
     Raises:
-        UserError: the folder holds another job (the fields that differ are named), or other files.
+        UserError: it is another job; the fields that differ are named.
+    """
+    kept = load_job(folder / "job.toml")
+    wanted = {n: asked.get(n) for n, origin in asked.origins.items() if origin != "derived"}
+    changed = {n: v for n, v in wanted.items() if n != "run.folder" and v != kept.get(n)}
+    fixed = [n for n in changed if not n.startswith(MAY_CHANGE)]
+    if fixed:
+        differing = "; ".join(f"{n}: {kept.get(n)!r}, {changed[n]!r}" for n in fixed)
+        raise UserError(f"run.folder={folder}: holds another job; differing (there, asked): {differing}")
+    if changed and kept.origins.get("layout.micro_batch") == "derived":
+        kept = dataclasses.replace(kept, layout=kept.layout.model_copy(update={"micro_batch": None}))
+    return kept.put(changed | {"run.folder": str(folder)}, "argument")
+
+
+def make(folder: Path, job: Job, tokenizer: Path) -> None:
+    """Makes the folder of a new run, and keeps the job and the tokenizer there; or those of its next attempt.
+
+    Raises:
+        UserError: the folder holds other files.
         MachineError: it cannot be written.
     """
     try:
-        if is_run(folder):
-            differing = [
-                line for line in load_job(folder / "job.toml").differing(job) if "run.folder" not in line
-            ]
-            if differing:
-                raise UserError(
-                    f"run.folder={folder}: holds another job; differing (there, asked): "
-                    + "; ".join(differing)
-                )
-            return
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"run.folder={folder}: not empty, and not the folder of a run; name a new one")
-        folder.mkdir(parents=True, exist_ok=True)
+        if not is_run(folder):
+            if folder.is_dir() and any(folder.iterdir()):
+                raise UserError(f"run.folder={folder}: not empty, and not the folder of a run; name a new one")
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(tokenizer, folder / "tokenizer")
         temporary = folder / "job.toml.part"
         save_job(job, temporary)
         temporary.replace(folder / "job.toml")
-    except FileExistsError as error:
+    except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"run.folder={folder}: a part of this path is a file, not a folder") from error
     except OSError as error:
         raise MachineError(f"run.folder={folder}: cannot be written ({error.strerror or error})") from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import asdict
 
 from colossus.data.order import BatchSchedule
 from colossus.job import Job
@@ -107,8 +106,3 @@ class Deadline:
 
     def _last_step(self, step: int, factor: float) -> Decay:
         return Decay(step, step + 1, factor, self._floor)
-
-
-def as_value(decay: Decay) -> dict[str, float]:
-    """A decay as the plain value of a decision."""
-    return asdict(decay)

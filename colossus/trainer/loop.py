@@ -24,12 +24,11 @@ def train(job: Job, folder: Path, hooks: Sequence[Hook] = (), listeners: Iterabl
         MachineError: storage failed, or the loss stayed non-finite; what is saved is whole.
     """
     with Training.open(job, folder, listeners) as training:
-        all_hooks = [*default_hooks(job), *hooks]
-        batches = training.batches()
+        all_hooks = [*default_hooks(), *hooks]
         for hook in all_hooks:
             hook.on_start(training)
         while not training.horizon.done(training.step):
-            batch = batches.next(training.step)
+            batch = training.batches.next(training.step)
             num_targets = training.agree(batch)
             if training.stop_reason or training.horizon.done(training.step):
                 break

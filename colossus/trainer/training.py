@@ -4,35 +4,43 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from colossus.data.sources import TrainingData
 
 from colossus.checkpoints.load import newest_whole
 from colossus.checkpoints.save import Saver
-from colossus.data.loader import Batch
+from colossus.data.loader import Batch, Batches
 from colossus.data.order import BatchSchedule
+from colossus.data.sources import TrainingData
+from colossus.derive import choose_for_machine
 from colossus.errors import MachineError, UserError
 from colossus.events import EventLog, Listener, read_events
 from colossus.job import Job
+from colossus.measure.machine import this_machine
 from colossus.parallel.world import World
 from colossus.trainer.decisions import Decision, Decisions
 from colossus.trainer.folder import locked
-from colossus.trainer.horizon import Deadline, Horizon, as_value
+from colossus.trainer.horizon import Deadline, Horizon
 from colossus.trainer.state import TrainState
 
 CLOCK_FOLLOWS = "follow"  # the decision of a run that replays another's: its own clock decides nothing
+STOP_REASONS = ("SIGINT", "SIGTERM", "asked")
+
+
+class Stopped(Exception):
+    """All ranks agreed to stop in the middle of something that can be given up."""
 
 
 @dataclass
 class Training:
     """The state of a run in progress, the same on every rank but for what is rank 0's alone.
 
+    job: with the type, threads and compilation that hold for this attempt.
     costs: seconds that finishing will take, by what (measured: the last save, the whole validation).
-    stop_reason: why the run ends; set by all ranks together.
+    stop_reason: why the run ends before its time; set by all ranks together.
     """
 
     job: Job
@@ -41,12 +49,13 @@ class Training:
     state: TrainState
     data: TrainingData
     schedule: BatchSchedule
+    batches: Batches
     decisions: Decisions
     horizon: Horizon
     saver: Saver
     log: EventLog | None
     deadline: Deadline | None
-    costs: dict[str, float]
+    costs: dict[str, float] = field(default_factory=dict)
     stop_asked: str | None = None
     stop_reason: str | None = None
 
@@ -54,30 +63,46 @@ class Training:
     @contextlib.contextmanager
     def open(cls, job: Job, folder: Path, listeners: Iterable[Listener]) -> Iterator[Training]:
         """Joins the world, takes the folder, builds the model, and restores the last whole checkpoint."""
-        torch.set_num_threads(job.run.threads)
         with contextlib.ExitStack() as stack:
             world = stack.enter_context(World.join(job.layout, job.fleet.device))
-            on_first_rank(world, lambda: stack.enter_context(locked(folder)) and None)
+            on_first_rank(world, lambda: stack.enter_context(locked(folder)))
+            checkpoint = newest_whole(folder, world)
+            step = checkpoint.meta["step"] if checkpoint is not None else 0
+            saved = checkpoint.meta["decisions"] if checkpoint is not None else []
             log = EventLog(folder, listeners=listeners) if world.rank == 0 else None
             if log is not None:
                 stack.callback(log.close)
-            data = TrainingData.open(job)
-            state = TrainState.build(job, world)
-            saver = stack.enter_context(
-                Saver(folder, world, keep=job.checkpoint.keep, keep_every=job.checkpoint.keep_every)
-            )
-            schedule = BatchSchedule(job.run.batch_schedule)
-            checkpoint = newest_whole(folder)
-            saved = checkpoint.meta["decisions"] if checkpoint is not None else []
-            logged = [e for e in read_events(folder) if e["kind"] == "decision"]
+            logged = world.broadcast(_logged_decisions(folder) if world.rank == 0 else None)
             decisions = Decisions.merge(saved, logged)
+            job = _settle_machine(job, decisions, step, world, log)
+            schedule = BatchSchedule(job.run.batch_schedule)
+            data = TrainingData.open(job, schedule, decisions.get("phases", 0))
+            decisions.decide("phases", 0, lambda: [asdict(phase) for phase in data.phases], world, log)
+            state = TrainState.build(job, world)
             if checkpoint is not None:
                 state.restore(checkpoint)
+            every = job.checkpoint
+            saver = stack.enter_context(Saver(folder, world, keep=every.keep, keep_every=every.keep_every))
+            batches = stack.enter_context(
+                Batches(
+                    data.train,
+                    data.order,
+                    schedule,
+                    start_step=step,
+                    rank=world.rank,
+                    size=world.size,
+                    micro_batch=job.layout.micro_batch,
+                    mask_documents=job.data.mask_documents,
+                    device=world.device,
+                )
+            )
             horizon = Horizon(job, schedule, decisions)
+            timed = job.run.minutes is not None and world.rank == 0
             follows = decisions.get(CLOCK_FOLLOWS, 0)
-            timed = job.run.minutes is not None and world.rank == 0 and not follows
-            deadline = Deadline(job) if timed else None
-            yield cls(job, folder, world, state, data, schedule, decisions, horizon, saver, log, deadline, {})
+            deadline = Deadline(job) if timed and not follows else None
+            yield cls(
+                job, folder, world, state, data, schedule, batches, decisions, horizon, saver, log, deadline
+            )
 
     @property
     def step(self) -> int:
@@ -89,6 +114,23 @@ class Training:
         if self.log is not None:
             self.log.write(kind, step=self.step, synced=synced, **fields)
 
+    def decide(self, name: str, choose: Callable[[], Any]) -> Any:
+        """The value of `name` that holds now: decided before, or chosen now by rank 0 for all and for good.
+
+        Every rank calls this; `choose` runs on rank 0 alone.
+        """
+        known = self.decisions.get(name, self.step)
+        if known is not None:
+            return known
+        return self.decisions.decide(name, self.step, choose, self.world, self.log)
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint of this step says beside its tensors."""
+        return self.state.meta() | {
+            "sample": self.schedule.first_sample(self.step),
+            "decisions": self.decisions.to_list(),
+        }
+
     def ask_to_stop(self, reason: str) -> None:
         """Asks, from any rank, that all ranks stop before the next step."""
         self.stop_asked = self.stop_asked or reason
@@ -99,22 +141,32 @@ class Training:
         Takes the clock's decision where rank 0 has one, and learns whether any rank was asked to stop.
         """
         proposal = self._propose_decay()
-        codes = {None: 0, "SIGINT": 1, "SIGTERM": 2}
-        stop = codes.get(self.stop_asked, 3)
-        sums = self.world.sum(
-            [float(batch.num_targets), float(proposal is not None), *(float(stop == c) for c in (1, 2, 3))]
+        targets, proposed, *stops = self.world.sum(
+            [float(batch.num_targets), float(proposal is not None), *self._stop_flags()]
         )
-        if sums[1]:
+        if proposed:
             self.decisions.decide("decay", self.step, lambda: proposal, self.world, self.log)
-        reasons = [r for r, count in zip(("SIGINT", "SIGTERM", "asked"), sums[2:], strict=True) if count]
-        self.stop_reason = reasons[0] if reasons else None
-        return max(1, round(sums[0]))
+        self._take_stop(stops)
+        return max(1, round(targets))
+
+    def check_stop(self) -> None:
+        """Raises `Stopped` on every rank where any was asked to stop. Every rank calls this."""
+        self._take_stop(self.world.sum(self._stop_flags()))
+        if self.stop_reason is not None:
+            raise Stopped(self.stop_reason)
+
+    def _stop_flags(self) -> list[float]:
+        asked = self.stop_asked if self.stop_asked in (None, *STOP_REASONS) else "asked"
+        return [float(asked == reason) for reason in STOP_REASONS]
+
+    def _take_stop(self, counts: Sequence[float]) -> None:
+        self.stop_reason = next((r for r, n in zip(STOP_REASONS, counts, strict=True) if n), None)
 
     def _propose_decay(self) -> dict[str, float] | None:
         if self.deadline is None or self.log is None:
             return None
         if any(d.name == "decay" for d in self.decisions.to_come(self.step)):
-            return None
+            return None  # replayed first
         decay = self.deadline.propose(
             self.step,
             self.log.run_seconds,
@@ -122,33 +174,56 @@ class Training:
             self.horizon.decay(self.step),
             self.horizon.factor(self.step),
         )
-        return as_value(decay) if decay is not None else None
+        return asdict(decay) if decay is not None else None
 
 
-def on_first_rank(world: World, act: Callable[[], Any]) -> Any:
-    """Runs `act` on rank 0 and returns its result, or raises its error, on every rank."""
-    outcome: Any = None
+def _logged_decisions(folder: Path) -> list[dict[str, Any]]:
+    return [event for event in read_events(folder) if event["kind"] == "decision"]
+
+
+def _settle_machine(job: Job, decisions: Decisions, step: int, world: World, log: EventLog | None) -> Job:
+    """The job with the type, threads and compilation of this attempt.
+
+    They are decided at the first step, and again from the step on at which a run goes on with another
+    processor: what was quick there may be a hundred times slower here.
+    """
+    here = world.broadcast(this_machine().processor if world.rank == 0 else None)
+    decided = decisions.get("machine", step)
+    if decided is None:
+        chosen = {
+            "processor": here,
+            "type": job.precision.type,
+            "threads": job.run.threads,
+            "compile": job.layout.compile,
+        }
+    elif decided["processor"] != here:
+        chosen = choose_for_machine(job, this_machine()) | {"processor": here}
+    else:
+        chosen = decided
+    if chosen != decided:
+        chosen = decisions.decide("machine", step, lambda: chosen, world, log)
+    torch.set_num_threads(chosen["threads"])
+    fields = {"precision.type": "type", "run.threads": "threads", "layout.compile": "compile"}
+    changed = {name: chosen[key] for name, key in fields.items() if job.get(name) != chosen[key]}
+    return job.put(changed, "derived")
+
+
+def on_first_rank(world: World, act: Callable[[], Any]) -> None:
+    """Runs `act` on rank 0, and raises its error on every rank."""
+    error: Exception | None = None
     if world.rank == 0:
         try:
-            outcome = (None, act())
-        except (UserError, MachineError) as error:
-            outcome = (error, None)
-    error, result = world.broadcast(outcome)
+            act()
+        except (UserError, MachineError) as raised:
+            error = raised
+    error = world.broadcast(error)
     if error is not None:
         raise error
-    return result
 
 
-def replay(decisions: Sequence[dict[str, Any]], log: EventLog) -> None:
+def replay(decisions: Iterable[dict[str, Any]], log: EventLog) -> None:
     """Writes another run's decisions as those of a new one, which then takes the same steps."""
     follow = {"name": CLOCK_FOLLOWS, "value": True, "first_step": 0}
     for entry in [follow, *decisions]:
         known = Decision(entry["name"], entry["value"], entry["first_step"])
-        log.write(
-            "decision",
-            step=known.first_step,
-            synced=True,
-            name=known.name,
-            value=known.value,
-            first_step=known.first_step,
-        )
+        log.write("decision", step=known.first_step, synced=True, **asdict(known))

@@ -37,7 +37,7 @@ class Ranks:
 
 def build() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))  # rows that 2 doesn't divide
+    return nn.Sequential(nn.Linear(7, 5, bias=False), nn.BatchNorm1d(5), nn.Linear(5, 3))  # 5 rows on 2 ranks
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[Key, torch.Tensor]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 
 import torch
 
+from colossus.architecture import num_parameters
+from colossus.job import SECTIONS
 from colossus.measure.machine import this_machine
 from colossus.perf.flops import model_flops_per_token
 from colossus.trainer.hooks import Hook
@@ -22,20 +25,26 @@ class Log(Hook):
         machine = this_machine()
         self._flops_per_token = model_flops_per_token(job.model, job.data.seq_len)
         self._peak_flops = machine.peak_flops_per_second * (world.size if job.fleet.device == "cuda" else 1)
+        if training.log is None:
+            return
         training.event(
             "resume" if training.step else "start",
             num_ranks=world.size,
             processor=machine.processor,
             device=job.fleet.device,
+            machine=asdict(machine),
             peak_flops_per_second=self._peak_flops,
             model_flops_per_token=self._flops_per_token,
-            torch=torch.__version__,
+            num_parameters=num_parameters(job.model),
+            torch=str(torch.__version__),
             python=platform.python_version(),
             total_steps=training.horizon.total_steps(training.step),
             minutes=job.run.minutes,
+            job={section: getattr(job, section).model_dump(exclude_none=True) for section in SECTIONS},
+            origins=job.origins,
         )
-        if training.log is not None:
-            training.log.start_clock()
+        training.event("data", corpora=training.data.facts())
+        training.log.start_clock()
 
     def after_step(self, training: Training, result: StepResult) -> None:
         if training.log is None:

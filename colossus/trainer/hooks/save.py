@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import time
 
+from colossus.measure.machine import free_memory_bytes
 from colossus.trainer.hooks import Hook
 from colossus.trainer.step import StepResult
 from colossus.trainer.training import Training
 
 
 class Save(Hook):
-    """Rank 0's clock says when; the ranks learn of it together. Writing goes on beside training."""
+    """Rank 0's clock says when; the ranks learn of it together. Writing goes on beside training, from a copy
+    in memory; where a copy would take more than half of what is free, training waits for the write."""
 
     def on_start(self, training: Training) -> None:
         self._last_time = time.monotonic()
         self._last_step = training.step if training.step else -1
+        tensors = training.state.tensors()
+        copy_bytes = sum(t.numel() * t.element_size() for t in tensors.values()) // training.world.size
+        # All ranks must take the same way; on one machine they share its memory.
+        self._asynchronous = not training.world.any(2 * copy_bytes * training.world.size > free_memory_bytes())
+        if self._asynchronous:
+            training.saver.prepare(tensors)
 
     def after_step(self, training: Training, result: StepResult) -> None:
         self._report(training)
@@ -32,7 +40,9 @@ class Save(Hook):
         self._report(training)
 
     def _save(self, training: Training) -> None:
-        training.saver.save(training.step, training.state.tensors(), training.meta())
+        training.saver.save(
+            training.step, training.state.tensors(), training.meta(), asynchronous=self._asynchronous
+        )
         self._last_time, self._last_step = time.monotonic(), training.step
 
     def _report(self, training: Training) -> None:

@@ -1,0 +1,67 @@
+"""From the corpora that a job names to token shards, built once and kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from colossus.data.build import Progress, Request, build, corpus_folder, default_workers
+from colossus.data.corpus import open_corpus
+from colossus.data.tokenizer import load_tokenizer
+from colossus.errors import UserError
+from colossus.hardware.machine import cache_folder
+from colossus.job import Job
+
+MAX_TRAINED_VOCABULARY = 2**15  # of a tokenizer that is trained for a model whose vocabulary is a preset's
+
+
+def prepare_data(job: Job, progress: Progress = lambda done, total: None) -> Job:
+    """Builds the shards of a resolved job where they are not there yet; returns the job with `data.folder`.
+
+    progress: called with (bytes done, bytes in all).
+
+    Raises:
+        UserError: a corpus or tokenizer is missing, empty or unreadable, or does not fit the model.
+        MachineError: no space, no permission, or a process of the build was killed.
+    """
+    corpora = tuple(open_corpus(name, job.data.text_field) for name in job.data.corpus)
+    request = Request(
+        corpora,
+        tuple(job.data.weights),
+        job.data.tokenizer,
+        vocabulary_to_train(job),
+        job.data.validation_fraction,
+        default_workers(),
+    )
+    folder = Path(job.data.folder or cache_folder() / "data" / request.key)
+    build(request, folder, progress)
+    check_vocabulary(job, load_tokenizer(folder / "tokenizer").vocab_size)
+    return job.derive(**{"data.folder": str(folder)})
+
+
+def vocabulary_to_train(job: Job) -> int:
+    """Tokens of a byte-level BPE that is trained for the job.
+
+    A preset's vocabulary was made for another corpus by far: one of 128k tokens would meet most of them
+    too rarely to learn. A vocabulary that the user asked for is taken as it is.
+    """
+    size = job.model.vocab_size
+    if job.origins.get("model.vocab_size") == "preset":
+        return min(size, MAX_TRAINED_VOCABULARY)
+    return size
+
+
+def check_vocabulary(job: Job, tokens: int) -> None:
+    """Raises `UserError` where the tokenizer has more tokens than the model has embeddings."""
+    if tokens > job.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={job.model.vocab_size}: the tokenizer {job.data.tokenizer} has {tokens} "
+            f"tokens; at least {tokens}, or another data.tokenizer"
+        )
+
+
+def is_prepared(job: Job) -> bool:
+    """Whether the shards that a job names are there, whatever became of the corpora since."""
+    if job.data.folder is None:
+        return False
+    corpora = range(len(job.data.corpus))
+    return all((corpus_folder(Path(job.data.folder), i) / "manifest.json").is_file() for i in corpora)
