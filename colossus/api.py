@@ -38,7 +38,7 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
         return job.put({"run.folder": str(path)}, "file")
     job = job_module.load_job(path, overrides)
     if job.made:
-        job = dataclasses.replace(job, run=job.run.model_copy(update={"folder": None}))
+        job = job.without("run.folder")
         if overrides:
             job = job.asked()
     return job

@@ -194,11 +194,18 @@ class Job:
 
     def asked(self) -> Job:
         """The job without what was derived."""
-        kept = {name: self.get(name) for name, origin in self.origins.items() if origin != "derived"}
-        job = Job()
-        for name, value in kept.items():
-            job = job.put({name: value}, self.origins[name])
-        return job
+        derived = (name for name in fields() if self.origins.get(name, "derived") == "derived")
+        return dataclasses.replace(self.without(*derived), made={})
+
+    def without(self, *names: str) -> Job:
+        """The job with these fields open again, as if nobody had given them."""
+        sections: dict[str, Any] = {}
+        for section in SECTIONS:
+            values = getattr(self, section).model_dump(exclude_unset=True, exclude_none=True)
+            kept = {name: value for name, value in values.items() if f"{section}.{name}" not in names}
+            sections[section] = _validated(section, kept)
+        origins = {name: origin for name, origin in self.origins.items() if name not in names}
+        return dataclasses.replace(self, **sections, origins=origins)
 
     def missing(self) -> list[str]:
         """The fields that nobody has filled in yet."""

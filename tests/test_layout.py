@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from colossus.errors import UserError
-from colossus.layout import RULES, Layout, check, violations
+from colossus.layout import AXES, RULES, Layout, check, violations
 
 SIZES = st.integers(1, 6)
+NAMES = (*AXES, "ep", "micro_batch", "global_batch")
+LAST = re.compile(r"(\d+)$")
+CURES = {  # what a reader of each message would set
+    **{f"{axis}-available": lambda said, axis=axis: (axis, 1) for axis in ("tp", "pp", "cp", "ep")},
+    "ranks-fit-batch": lambda said: ("global_batch", int(re.search(r"at least (\d+)", said)[1])),
+    "micro-batch-fits": lambda said: ("micro_batch", int(LAST.search(said)[1])),
+}
 
 
 def layout(**values: int) -> Layout:
@@ -19,16 +28,38 @@ def layout(**values: int) -> Layout:
     )
 
 
-@given(rows=st.lists(st.tuples(SIZES, SIZES, SIZES, SIZES, st.integers(1, 12)), min_size=1, max_size=20))
+@given(rows=st.lists(st.tuples(*[SIZES] * len(NAMES)), min_size=1, max_size=20))
 def test_words_and_columns_agree(rows) -> None:
-    names = ("dp_replicate", "dp_shard", "tp", "micro_batch", "global_batch")
-    columns = {name: np.array([row[i] for row in rows]) for i, name in enumerate(names)}
-    columns |= {axis: np.ones(len(rows), dtype=int) for axis in ("pp", "cp", "ep")}
-    legal = np.logical_and.reduce([np.broadcast_to(rule.holds(columns), len(rows)) for rule in RULES])
-    for row, expected in zip(rows, legal, strict=True):
-        values = dict(zip(names, row, strict=True))
+    """Rule by rule and row by row: the predicate over integers and over columns; and the words with both."""
+    columns = {name: np.array([row[i] for row in rows]) for i, name in enumerate(NAMES)}
+    by_rule = {rule.name: np.broadcast_to(rule.holds(columns), len(rows)) for rule in RULES}
+    for i, row in enumerate(rows):
+        values = dict(zip(NAMES, row, strict=True))
+        broken = [rule for rule in RULES if not rule.holds(values)]
+        assert [rule.name for rule in broken] == [name for name, holds in by_rule.items() if not holds[i]]
         batch = values.pop("global_batch")
-        assert (violations(layout(**values), batch) == []) == expected
+        said = violations(layout(**values), batch)
+        assert said == [rule.message(values | {"global_batch": batch}) for rule in broken]
+
+
+@given(rows=st.tuples(*[SIZES] * len(NAMES)))
+def test_the_nearest_legal_values_are_legal(rows) -> None:
+    """Whatever is broken: with what the messages say, nothing is."""
+    values = dict(zip(NAMES, rows, strict=True))
+    for _ in range(len(RULES) + 1):
+        broken = [rule for rule in RULES if not rule.holds(values)]
+        if not broken:
+            break
+        field, value = CURES[broken[0].name](broken[0].message(values))
+        values[field] = value
+    assert all(rule.holds(values) for rule in RULES)
+
+
+def test_rules_have_one_name_each_and_speak_of_fields() -> None:
+    assert len({rule.name for rule in RULES}) == len(RULES)
+    row = dict.fromkeys(NAMES, 2)
+    for rule in RULES:
+        assert rule.message(row).startswith(("layout.", "run.")) and "\n" not in rule.message(row)
 
 
 def test_ranks_are_the_product_of_the_axes() -> None:

@@ -34,9 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(str(error), MACHINE_ERROR)
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # `colossus models | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        return _nobody_reads_on()
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # typer makes exit code 1 of it
+            return _nobody_reads_on()
+        raise
     except Exception as error:
         # What is wrong in the words themselves; the module of this error differs between releases of typer.
         format_message = getattr(error, "format_message", None)
@@ -69,6 +72,12 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
         print(__version__)
         raise typer.Exit
+
+
+def _nobody_reads_on() -> int:
+    """`colossus models | head` is done when head is; what is still to be written goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _say(message: str, code: int) -> int:

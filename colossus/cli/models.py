@@ -25,6 +25,9 @@ def models() -> None:
         heads = f"{arch.num_heads}/{arch.num_kv_heads}"
         shape = (f"{arch.num_layers}", f"{arch.hidden_size:,}", heads, *(f"{size:,}" for size in sizes))
         table.add_row(name, count(parameters), *shape)
-    Console().print(table)
-    print("\nheads: of queries / of keys and values; mlp: its width.")
+    console = Console()
+    with console.capture() as drawn:  # of itself, rich ends with 1 where the reader leaves early
+        console.print(table)
+    print(drawn.get())
+    print("heads: of queries / of keys and values; mlp: its width.")
     print("Each is a preset: colossus train model=llama3.2-1b run.minutes=5")

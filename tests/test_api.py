@@ -1,0 +1,78 @@
+"""The public functions: reachable by name, whatever else was imported; light until they are used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import colossus
+from colossus import api
+from colossus.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(script: str) -> str:
+    """What `script` prints in a process of its own."""
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_every_name_is_a_function_twice_after_importing_all_there_is() -> None:
+    """A submodule that is named like a function would take its place at the first import."""
+    out = python(
+        "import importlib, pkgutil, colossus\n"
+        "for twice in range(2):\n"
+        "    for name in colossus.__all__:\n"
+        "        function = getattr(colossus, name)\n"
+        "        assert callable(function) and function.__module__ == 'colossus.api', name\n"
+        "    modules = [m.name for m in pkgutil.walk_packages(colossus.__path__, 'colossus.')]\n"
+        "    for module in modules:\n"
+        "        if not module.endswith('__main__'):\n"
+        "            importlib.import_module(module)\n"
+        "print(*modules)\n"
+    )
+    files = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / "colossus").rglob("*.py"))
+    every = {".".join(part for part in file.parts if part != "__init__") for file in files}
+    assert set(out.split()) == every - {"colossus"}  # else a folder lacks its __init__.py
+
+
+def test_no_module_is_named_like_a_public_function() -> None:
+    names = {path.stem for path in (ROOT / "colossus").iterdir()}
+    assert not names & set(colossus.__all__)
+
+
+def test_public_names_are_listed_and_others_refused() -> None:
+    assert {*colossus.__all__, "__version__"} <= set(dir(colossus))
+    for name in colossus.__all__:
+        assert getattr(colossus, name) is getattr(api, name) and getattr(colossus, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'tarin'"):
+        _ = colossus.tarin
+
+
+def test_loading_a_job_needs_no_torch() -> None:
+    script = (
+        "import sys, colossus; colossus.load_job(None, ['model=llama3.2-1b']); print('torch' in sys.modules)"
+    )
+    assert python(script) == "False\n"
+
+
+def test_a_job_by_a_file_and_by_the_folder_of_a_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    job = colossus.load_job(None, ["run.steps=3", "run.folder=elsewhere"]).derive(**{"run.seed": 7})
+    assert colossus.load_job(None, ["run.steps=3"]) == colossus.load_job(overrides=["run.steps=3"])
+    from colossus.job import Job, save_job
+
+    save_job(Job(**{**vars(job), "made": {"processor": "x"}}), run / "job.toml")
+    goes_on = colossus.load_job(run)
+    assert goes_on.run.folder == str(run) and goes_on.run.seed == 7
+    starts = colossus.load_job(run / "job.toml")
+    assert starts.run.folder is None and starts.run.steps == 3
+    changed = colossus.load_job(run / "job.toml", ["run.steps=4"])
+    assert changed.run.seed is None and changed.run.steps == 4  # what was derived is derived again
+    with pytest.raises(UserError, match="not the folder of a run"):
+        colossus.load_job(tmp_path)
