@@ -154,9 +154,8 @@ class _Called:
         except ImportError as error:
             raise UserError(f"data.corpus={self.name}: cannot be imported ({error})") from None
         if not callable(getattr(module, self.attribute, None)):
-            raise UserError.field(
-                "data.corpus", self.name, f"{self.module} has no such callable", dir(module)
-            )
+            names = [f"{self.module}:{name}" for name in vars(module) if not name.startswith("_")]
+            raise UserError.field("data.corpus", self.name, f"{self.module} has no such callable", names)
         return getattr(module, self.attribute)
 
     def __call__(self) -> Iterator[Document]:
