@@ -34,6 +34,7 @@ def train(
 
     from colossus import api
     from colossus.cli.brief import brief
+    from colossus.cli.progress import BuildProgress
 
     job = api.resolve(api.load_job(path, overrides), exact=exact)
     if dry:
@@ -47,7 +48,8 @@ def train(
     print(brief(job), flush=True)
     view = LiveView(sys.stdout)
     try:
-        run = api.train(job, follow=follow, listeners=[view.show])
+        with BuildProgress(sys.stdout) as build:
+            run = api.train(job, follow=follow, listeners=[view.show], progress=build.show)
     finally:
         view.close()
     print("\n" + summary(run.folder), end="")

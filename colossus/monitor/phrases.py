@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from colossus.events import number
-from colossus.words import duration, plural, size
+from colossus.words import count, duration, plural, size
 
 YARDSTICKS = (("gzip", "gzip -9"), ("bz2", "bz2 -9"), ("xz", "xz -9e"))
 
@@ -21,13 +21,18 @@ def of(event: dict[str, Any]) -> str | None:
 
 def decision(name: str, value: Any) -> str:
     """What was decided, in a sentence."""
-    if name == "decay" and isinstance(value, dict):
+    if name == "decay":
         return f"the learning rate falls from step {value['begin_step']:,} to {value['end_step']:,}, the last"
+    if name == "machine":
+        compiled = "blocks compiled" if value["compile"] else "nothing compiled"
+        return f"products in {value['type']}, {plural(value['threads'], 'thread')}, {compiled}"
+    if name == "phases":
+        return f"samples of {value[0]['seq_len']:,} tokens" + (
+            f", in {len(value)} phases" if len(value) > 1 else ""
+        )
     known = {
         "validation_documents": "each validation takes the first {} held-out documents",
-        "compile": "blocks are compiled: {}",
-        "type": "matrix products in {}",
-        "threads": "threads: {}",
+        "final_documents": "the last validation takes the first {} held-out documents",
         "follow": "the decisions of another run are followed: {}",
     }
     text = {True: "yes", False: "no"}.get(value) if isinstance(value, bool) else None
@@ -62,6 +67,18 @@ def _start(event: dict[str, Any]) -> str:
     return f"{begin} on {event['processor']}" + (f", {plural(ranks, 'rank')}" if ranks > 1 else "")
 
 
+def _data(event: dict[str, Any]) -> str:
+    lines = []
+    for corpus in event["corpora"]:
+        lines += corpus["notes"]
+        lines.append(
+            f"{corpus['corpus']}: {count(corpus['tokens'])} tokens of {plural(corpus['documents'], 'document')} "
+            f"({size(corpus['bytes'])}) to learn from, "
+            f"{plural(corpus['held_out_documents'], 'document')} ({size(corpus['held_out_bytes'])}) held out"
+        )
+    return "\n".join(lines)
+
+
 def _end(event: dict[str, Any]) -> str:
     after = f"after {plural(event['step'], 'step')}"
     if event["reason"] == "finished":
@@ -71,6 +88,7 @@ def _end(event: dict[str, Any]) -> str:
 
 _PHRASES = {
     "start": _start,
+    "data": _data,
     "resume": _start,
     "validation": _validation,
     "checkpoint": _checkpoint,
