@@ -20,10 +20,10 @@ from colossus.data.sample import proof_sample, tokenizer_sample
 from colossus.data.shards import (
     HELD_OUT,
     SCHEMA,
+    STARTS,
     ShardedTokens,
     crc32,
     fingerprint,
-    npy_bytes,
     write_manifest,
     write_synced,
 )
@@ -168,8 +168,8 @@ def _build_corpus(
     results = run_tasks(tasks, workers, progress)
     splits = {side: [r[side] for r in results if r[side]["num_tokens"]] for side in ("train", "validation")}
     assert all(splits.values()), f"{corpus.name} changed while it was read"
-    documents = folder / "validation.documents.npy"
-    write_synced(documents, npy_bytes(_held_out_documents(results, folder)))
+    documents = folder / "validation.documents"
+    write_synced(documents, _held_out_documents(results, folder).tobytes())
     write_manifest(
         folder,
         {
@@ -202,7 +202,7 @@ def _held_out_documents(results: Sequence[dict[str, Any]], folder: Path) -> np.n
     for result in results:
         shard = result["validation"]
         if shard["num_tokens"]:
-            starts = np.load(folder / shard["files"]["starts"]["name"]) + first
+            starts = np.fromfile(folder / shard["files"]["starts"]["name"], STARTS) + first
             pairs = zip(starts.tolist(), result["sizes"], strict=True)
             rows += [(key, start, *sizes) for start, (key, *sizes) in pairs]
             first += shard["num_tokens"]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from colossus.data.corpus import Document, Part, text_of
-from colossus.data.shards import Shard, crc32, npy_bytes, write_synced
+from colossus.data.shards import STARTS, Shard, crc32, write_synced
 from colossus.data.split import Split, key_of, sizes_of
 from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer
 from colossus.errors import MachineError
@@ -94,7 +94,7 @@ class _Writer:
     def __init__(self, task: Task, split: str, tokenizer: JsonTokenizer | BytesTokenizer) -> None:
         stem = f"{split}-{task.index:05}"
         self._task, self._tokenizer = task, tokenizer
-        self._names = {"tokens": f"{stem}.bin", "starts": f"{stem}.starts.npy"}
+        self._names = {"tokens": f"{stem}.bin", "starts": f"{stem}.starts"}
         if task.masked:
             self._names["mask"] = f"{stem}.mask"
         self._files = {k: (task.folder / n).open("ab") for k, n in self._names.items() if k != "starts"}
@@ -143,7 +143,7 @@ class _Writer:
             (self._task.folder / self._names["tokens"]).unlink()
             return asdict(Shard(0, 0, 0, {}))
         path = self._task.folder / self._names["starts"]
-        write_synced(path, npy_bytes(np.array(self._starts, np.int64)))
+        write_synced(path, np.array(self._starts, STARTS).tobytes())
         crc = self._crc | {"starts": crc32(path)}
         files = {
             kind: {"name": name, "bytes": (self._task.folder / name).stat().st_size, "crc32": crc[kind]}

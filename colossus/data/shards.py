@@ -1,15 +1,14 @@
 """Token shards on disk, read through memory maps.
 
 A folder holds one corpus: `manifest.json` (written last; without it there is nothing), and for each shard
-of each split the tokens (`.bin`, 16 or 32 bits), where documents start (`.starts.npy`) and, where not every
-token is learned, a mask (`.mask`, one byte a token). Held-out documents come in a fixed shuffled order with
-their sizes in bytes, plain and compressed (`validation.documents.npy`).
+of each split the tokens (`.bin`, 16 or 32 bits), where documents start (`.starts`, 64 bits) and, where not
+every token is learned, a mask (`.mask`, one byte a token). Held-out documents come in a fixed shuffled order
+with their sizes in bytes, plain and compressed (`validation.documents`). Files have no headers.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import resource
@@ -18,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from colossus.errors import MachineError, UserError
 
 SCHEMA = 2
 REMEDY = "remove the folder and build the data again"
+STARTS = np.dtype(np.int64)
 HELD_OUT = np.dtype([(n, np.int64) for n in ("start", "num_bytes", "gzip_bytes", "bz2_bytes", "xz_bytes")])
 
 
@@ -64,10 +64,10 @@ class ShardedTokens:
                 raise UserError(f"{path}: {found}, written with {file['bytes']}; {REMEDY}")
         _allow_open_files(len(self._files))
         self._first = np.cumsum([0] + [s.num_tokens for s in self.shards]).tolist()
-        self._tokens = [self._map(s, "tokens", self._dtype) for s in self.shards]
-        self._masks = [self._map(s, "mask", np.dtype(np.uint8)) for s in self.shards]
+        self._tokens = [self._map(s, "tokens", self._dtype, s.num_tokens) for s in self.shards]
+        self._masks = [self._map(s, "mask", np.dtype(np.uint8), s.num_tokens) for s in self.shards]
         self._has_mask = any("mask" in shard.files for shard in self.shards)
-        self._starts = [self._array(s.files["starts"]["name"], "r") for s in self.shards]
+        self._starts = [self._map(s, "starts", STARTS, s.num_documents) for s in self.shards]
 
     @property
     def num_tokens(self) -> int:
@@ -104,7 +104,7 @@ class ShardedTokens:
     def documents(self) -> np.ndarray:
         """The held-out documents (dtype HELD_OUT), in the order that makes any first n a fair part."""
         self._verify(self.manifest["documents"])
-        return self._array(self.manifest["documents"]["name"], None)
+        return np.fromfile(self.folder / self.manifest["documents"]["name"], HELD_OUT)
 
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Reads every byte. Raises UserError that names the file whose bytes changed.
@@ -132,16 +132,10 @@ class ShardedTokens:
             start, i = end, i + 1
         return np.concatenate(pieces)
 
-    def _map(self, shard: Shard, kind: str, dtype: np.dtype) -> np.ndarray:
+    def _map(self, shard: Shard, kind: str, dtype: np.dtype, count: int) -> np.ndarray:
         if kind not in shard.files:
-            return np.broadcast_to(np.ones((), dtype), (shard.num_tokens,))  # of ones, in no memory
-        return np.memmap(self.folder / shard.files[kind]["name"], dtype, mode="r", shape=(shard.num_tokens,))
-
-    def _array(self, name: str, mode: Literal["r"] | None) -> np.ndarray:
-        try:
-            return np.load(self.folder / name, mmap_mode=mode)
-        except ValueError:
-            raise UserError(f"{self.folder / name}: its bytes changed since it was built; {REMEDY}") from None
+            return np.broadcast_to(np.ones((), dtype), (count,))  # of ones, in no memory
+        return np.memmap(self.folder / shard.files[kind]["name"], dtype, mode="r", shape=(count,))
 
 
 def _allow_open_files(count: int) -> None:
@@ -200,13 +194,6 @@ def write_synced(path: Path, data: bytes) -> None:
         os.close(descriptor)
     except OSError as error:
         raise MachineError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    """An array as the bytes of a .npy file. (`np.save` into a file tells nothing of a full disk.)"""
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
 
 
 def crc32(path: Path) -> int:
