@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from colossus.architecture import Architecture
+from colossus.models.attend import attend
 from colossus.models.linear import Linear
 from colossus.models.norm import RMSNorm
 from colossus.models.rope import rotate
@@ -93,12 +93,5 @@ class Attention(nn.Module):
         q_BTHE, k_BTKE = rotate(q_BTHE, rotations_2TE), rotate(k_BTKE, rotations_2TE)
         if cache is not None:
             k_BTKE, v_BTKE = cache.append(self.layer, k_BTKE, v_BTKE)
-        mixed_BHTE = F.scaled_dot_product_attention(
-            q_BTHE.transpose(1, 2),
-            k_BTKE.transpose(1, 2),
-            v_BTKE.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=q_BTHE.shape[2] != k_BTKE.shape[2],
-        )
+        mixed_BHTE = attend(q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2), mask)
         return self.wo(mixed_BHTE.transpose(1, 2).flatten(-2))

@@ -98,11 +98,10 @@ class Decoder(nn.Module):
         rotations_2TE = rotations(
             self.arch, positions_T, torch.promote_types(self.compute_dtype, torch.float32)
         )
+        mask = cached_mask(num_cached, num_new, tokens_BT.device)
         if documents_BT is not None:
             assert cache is None, "packed documents have no cache"
             mask = document_mask(documents_BT)
-        else:
-            mask = cached_mask(num_cached, num_new, tokens_BT.device)
         x_BTD = self.embedding(tokens_BT).to(self.compute_dtype)
         for layer in self.layers:
             x_BTD = layer(x_BTD, rotations_2TE, mask, cache)
