@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from colossus import architecture, layout
@@ -28,6 +29,7 @@ DEFAULT_MINUTES = 5.0
 USABLE = 0.85  # of the minutes goes into training steps; the rest into validation, saving, compiling
 COMPILED_GAIN = 1.3  # of compiled blocks over eager ones, as benchmarks/train_speed measures it
 COMPILE_SECONDS = 25.0  # of the first step; blocks are alike, so it hardly depends on the model
+WIDTH_STEP, MAX_WIDTH = 32, 16_384  # of the default models
 VOCABULARY = 4096  # of a small model's own tokenizer
 TOKENS_PER_FLOP = 3.5  # D = TOKENS_PER_FLOP x C^DATA_POWER
 DATA_POWER = 0.4757  # DeepSeek LLM (arXiv 2401.02954), section 3.2: the optimal data grows so with compute
@@ -54,8 +56,8 @@ def derive(job: Job, machine: Machine) -> Job:
     if job.run.minutes is None and job.run.steps is None and job.run.tokens is None:
         job = job.derive(**{"run.minutes": DEFAULT_MINUTES})
     job = _derive_machine(job, machine)
-    job = _derive_data(job)
-    plan = _plan(job, machine)
+    job = derive_data(job)
+    plan = _plan(job)
     job = _derive_model(job, plan.arch)
     job = _derive_steps(job, plan)
     job = _derive_optimizer(job, plan)
@@ -125,7 +127,8 @@ def _threads(job: Job, machine: Machine) -> int:
     return max(1, machine.best_threads // job.layout.num_ranks)
 
 
-def _derive_data(job: Job) -> Job:
+def derive_data(job: Job) -> Job:
+    """What is learned from, and in samples of what length."""
     job = job.derive(
         **{
             "data.corpus": ["python"],
@@ -154,63 +157,82 @@ def _vocabulary(job: Job) -> int:
     return VOCABULARY if job.data.tokenizer == "bpe" else load_tokenizer(job.data.tokenizer).vocab_size
 
 
-def _plan(job: Job, machine: Machine) -> Plan:
+def _plan(job: Job) -> Plan:
     """The model, what was asked for of it kept, and the compute that the run's length gives it."""
-    if _is_shaped(job):
-        arch = _complete(job, 256)
-        return _fixed(job, arch, machine)
-    best: Plan | None = None
-    rate = None
-    for width in range(64, 8193, 32):
+    rate_of = _measured_rates(job)
+
+    def compute_of(arch: Architecture) -> float:
+        if job.run.minutes is not None:
+            return rate_of(arch) * job.run.minutes * 60 * USABLE
+        return _compute_of(job, model_flops_per_token(arch, job.data.seq_len))
+
+    return dial(job, compute_of)
+
+
+def dial(job: Job, compute_of: Callable[[Architecture], float]) -> Plan:
+    """The model whose tokens come nearest to the best for its compute; the one that was asked for, if any.
+
+    job: its data derived (see `derive_data`). compute_of: model FLOPs of a run of that model.
+    """
+    last: Plan | None = None
+    for width in range(WIDTH_STEP, MAX_WIDTH, WIDTH_STEP):
         arch = _complete(job, width)
-        flops = model_flops_per_token(arch, job.data.seq_len)
-        if job.run.minutes is None:
-            compute = _compute_of(job, flops)
-        else:
-            # The rate grows with the width, and slowly: measured at every fourth, the last one holds on.
-            if rate is None or width % 128 == 64:
-                rate = _rate(job, arch, machine)
-            compute = rate * job.run.minutes * 60 * USABLE
-        plan = Plan(arch, compute, compute / flops)
+        compute = compute_of(arch)
+        plan = Plan(arch, compute, compute / model_flops_per_token(arch, job.data.seq_len))
+        if job.model.hidden_size is not None:
+            return plan
         if plan.tokens < tokens_for(compute):
-            return _nearer(best, plan)
-        best = plan
-    assert best is not None
-    return best
+            return plan if last is None else min(last, plan, key=_distance)
+        last = plan
+    assert last is not None
+    return last
 
 
-def _nearer(smaller: Plan | None, larger: Plan) -> Plan:
-    """Of two models, one on each side of the law, the one that is nearer to it."""
-    if smaller is None:
-        return larger
-    over = smaller.tokens / tokens_for(smaller.compute)
-    under = tokens_for(larger.compute) / larger.tokens
-    return smaller if over < under else larger
+def _distance(plan: Plan) -> float:
+    """How far the tokens are from the best, in either direction."""
+    return abs(math.log(plan.tokens / tokens_for(plan.compute)))
 
 
-def _fixed(job: Job, arch: Architecture, machine: Machine) -> Plan:
-    flops = model_flops_per_token(arch, job.data.seq_len)
-    if job.run.minutes is None:
-        compute = _compute_of(job, flops)
-    else:
-        compute = _rate(job, arch, machine) * job.run.minutes * 60 * USABLE
-    return Plan(arch, compute, compute / flops)
+def _measured_rates(job: Job) -> Callable[[Architecture], float]:
+    """The rate that training a model will reach: measured for the default models of widths that are powers
+    of two, when asked, and in between in proportion; for a model that was asked for, measured itself."""
+
+    @cache
+    def measured(arch: Architecture) -> float:
+        data, kind, threads = job.data, job.precision.type, job.run.threads
+        return training_flops_per_second(arch, data.seq_len, kind, threads, job.fleet.device) * _gain(job)
+
+    def rate(arch: Architecture) -> float:
+        if job.model.hidden_size is not None:
+            return measured(arch)
+        power = int(math.log2(arch.hidden_size))
+        share = math.log2(arch.hidden_size) - power
+        low = measured(_complete(job, 2**power))
+        return low if not share else low ** (1 - share) * measured(_complete(job, 2 ** (power + 1))) ** share
+
+    return rate
+
+
+def _gain(job: Job) -> float:
+    """What compiling makes of the rate of blocks that are not compiled, which is the one that is measured."""
+    assert job.run.minutes is not None
+    compiled = job.layout.compile
+    return (
+        COMPILED_GAIN if (_is_long(job.run.minutes * 60 * USABLE) if compiled is None else compiled) else 1.0
+    )
 
 
 def _compute_of(job: Job, flops_per_token: float) -> float:
     """Model FLOPs of a run of given tokens or steps; a step's tokens may follow from the compute."""
     if job.run.tokens is not None:
         return job.run.tokens * flops_per_token
+    assert job.run.steps is not None
     compute = 1e12
-    for _ in range(50):
+    for _ in range(50):  # the exponent is below 1, so this closes in on the one solution
         batch = job.run.global_batch
         tokens = batch * job.data.seq_len if batch is not None else batch_tokens_for(compute)
         compute = job.run.steps * tokens * flops_per_token
     return compute
-
-
-def _is_shaped(job: Job) -> bool:
-    return job.model.hidden_size is not None
 
 
 def _complete(job: Job, width: int) -> Architecture:
@@ -292,13 +314,14 @@ def _derive_layout(job: Job, machine: Machine) -> Job:
 
 
 def _micro_batch(job: Job, share: int, machine: Machine) -> int:
-    """The largest divisor of a rank's share of a batch whose activations take a quarter of the free memory."""
-    memory = free_memory_bytes() if job.fleet.device == "cpu" else machine.gpus[0].memory_bytes
-    budget = memory / 4 / (job.layout.num_ranks if job.fleet.device == "cpu" else 1)
+    """The largest divisor of a rank's share of a batch whose activations fit into a quarter of the memory."""
+    on_cpu = job.fleet.device == "cpu"
+    memory = free_memory_bytes() / job.layout.num_ranks if on_cpu else machine.gpus[0].memory_bytes
     arch = job.model
-    # Bytes of a token's activations that wait for the backward pass, fp32 (Korthikanti et al. 2022, section 4).
-    per_token = arch.num_layers * 4 * (16 * arch.hidden_size + 4 * arch.intermediate_size) + 16 * arch.hidden_size
-    fits = max(1, int(budget / (per_token * job.data.seq_len)))
+    # What waits for the backward pass, in fp32: as Korthikanti et al. 2022 (arXiv 2205.05198) count it, with
+    # the three products of SwiGLU, and attention that keeps no scores.
+    per_token = 4 * arch.num_layers * (16 * arch.hidden_size + 4 * arch.intermediate_size)
+    fits = max(1, int(memory / 4 / (per_token * job.data.seq_len)))
     return max(n for n in range(1, share + 1) if share % n == 0 and n <= fits)
 
 
@@ -311,6 +334,11 @@ def _compiling_pays(job: Job, machine: Machine) -> bool:
     else:
         rate = 0.4 * machine.peak_flops_per_second
         seconds = _compute_of(job, model_flops_per_token(job.model, job.data.seq_len)) / rate
+    return _is_long(seconds)
+
+
+def _is_long(seconds: float) -> bool:
+    """Whether a run of so many seconds wins back what compiling takes."""
     return seconds * (1 - 1 / COMPILED_GAIN) > COMPILE_SECONDS
 
 
@@ -337,14 +365,3 @@ def _check(job: Job) -> None:
             "wsd, or give run.steps or run.tokens"
         )
     assert not set(job.missing()) - MADE_LATER, f"not derived: {job.missing()}"
-
-
-def _rate(job: Job, arch: Architecture, machine: Machine) -> float:
-    rate = training_flops_per_second(
-        arch, job.data.seq_len, job.precision.type, job.run.threads, job.fleet.device
-    )
-    if job.run.minutes is not None and job.run.minutes * 60 * USABLE * (1 - 1 / COMPILED_GAIN) > COMPILE_SECONDS:
-        rate *= COMPILED_GAIN
-    return rate
-
-
