@@ -29,15 +29,16 @@ def stream_corpus(name: str, text_field: str) -> Corpus:
     split = split or "train"
     stream = _stream(where, split)
     count = stream.num_shards
-    size = _num_bytes(stream, split)
+    entries: list[tuple[Any, ...]] = [(where, split, text_field, count, datasets.__version__)]
+    size = int(getattr((stream.info.splits or {}).get(split), "num_bytes", None) or 0)
+    if Path(where).is_dir():
+        files = [(p, p.stat()) for p in sorted(Path(where).rglob("*")) if p.is_file()]
+        entries += [(str(p.relative_to(where)), stat.st_size, stat.st_mtime_ns) for p, stat in files]
+        size = sum(stat.st_size for _, stat in files)
     parts = [
         Part(f"{where}@{index}", size // count, _Streamed(where, split, text_field, index, count))
         for index in range(count)
     ]
-    entries: list[tuple[Any, ...]] = [(where, split, text_field, count, datasets.__version__)]
-    if Path(where).is_dir():
-        files = sorted(p for p in Path(where).rglob("*") if p.is_file())
-        entries += [(str(p.relative_to(where)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return Corpus(name, tuple(parts), fingerprint_of(entries))
 
 
@@ -59,12 +60,6 @@ def _stream(where: str, split: str) -> Any:
         raise
     except (OSError, ValueError) as error:
         raise UserError(f"data.corpus=hf:{where}:{split}: cannot be opened ({error})") from None
-
-
-def _num_bytes(stream: Any, split: str) -> int:
-    """What the data set says of its size; 0 where it says nothing."""
-    about = (stream.info.splits or {}).get(split)
-    return int(getattr(about, "num_bytes", None) or 0)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def _in_parallel(tasks: Sequence[Task], workers: int, finish: Callable[[Task, di
 def _begin() -> None:
     """A worker ends with the process that started it, however that ends, and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["USE_TORCH"] = "0"  # `datasets` would load it
     parent = multiprocessing.parent_process()
     assert parent is not None
 
