@@ -19,6 +19,7 @@ from colossus.data.encode import Task
 from colossus.data.sample import proof_sample, tokenizer_sample
 from colossus.data.shards import (
     HELD_OUT,
+    REMEDY,
     SCHEMA,
     STARTS,
     ShardedTokens,
@@ -240,3 +241,25 @@ def default_workers() -> int:
 def open_split(folder: Path, index: int, split: str) -> ShardedTokens:
     """A split of corpus `index` of what was built in `folder`."""
     return ShardedTokens(corpus_folder(folder, index), split)
+
+
+def verify(folder: Path, num_corpora: int, progress: Progress = lambda done, total: None) -> int:
+    """Reads every byte of what was built in `folder`; returns how many there are.
+
+    Raises:
+        UserError: naming the file that changed.
+    """
+    splits = [open_split(folder, i, side) for i in range(num_corpora) for side in ("train", "validation")]
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    total = sum(split.num_file_bytes for split in splits)
+    done = 0
+    for split in splits:
+        if split.manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+            raise UserError(f"{folder / 'tokenizer'}: changed since the shards were built; {REMEDY}")
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            progress(done := done + num_bytes, total)
+
+        split.verify(advance)
+    return total

@@ -82,6 +82,11 @@ class ShardedTokens:
         """Bytes of the text that the tokens stand for."""
         return sum(shard.num_bytes for shard in self.shards)
 
+    @property
+    def num_file_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file["bytes"] for file in self._files)
+
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop`: a view where one shard holds them."""
         return self._slice(self._tokens, start, stop)
