@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from colossus.architecture import Architecture
 from colossus.errors import UserError, nearest
@@ -30,6 +30,19 @@ KEPT_ORIGINS = ("derived", "preset")  # in a job file; the rest of its values ar
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, (str, int, float)) else value
+
+
+def _from_step_0(changes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    steps = {step for step, _ in changes}
+    if 0 not in steps or len(steps) < len(changes):
+        raise ValueError("must be pairs of (from step, sequences), each step once, the first from step 0")
+    return changes
+
+
+def _intervals(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    if any(stop <= first for first, stop in pairs):
+        raise ValueError("must be pairs of (first sample, the one after the last)")
+    return pairs
 
 
 Names = Annotated[list[Name], BeforeValidator(_as_list), Field(min_length=1)]
@@ -59,7 +72,9 @@ class Data(Section):
     validation_fraction: float = derived(gt=0, lt=1)
     folder: Name = derived()  # where the token shards lie
     phases: list[PhaseChange] = derived()
-    skip: list[Pair] = derived()  # half-open intervals of samples never trained on
+    skip: Annotated[list[Pair], AfterValidator(_intervals)] = (
+        derived()
+    )  # half-open intervals of samples never trained on
 
 
 class Optimizer(Section):
@@ -113,7 +128,7 @@ class RunSection(Section):
     seed: int = derived(ge=0, le=2**62)
     folder: Name = derived()
     global_batch: int = derived(ge=1, le=10**7)  # sequences of a step, over all ranks
-    batch_schedule: list[Pair] = derived()  # (from step, sequences)
+    batch_schedule: Annotated[list[Pair], AfterValidator(_from_step_0)] = derived()  # (from step, sequences)
     threads: int = derived(ge=1, le=4096)
     validate_every: int = derived(ge=0, le=10**9)  # steps; 0: at the end only
     prompt: str = derived()  # what the sample at the end continues
@@ -140,7 +155,6 @@ MESSAGES = {  # of pydantic's kinds of errors, those that would speak of Python 
     "int_parsing_size": "must be a smaller number",
     "int_type": "must be a whole number",
     "list_type": "must be a list",
-    "missing": "must be given",
     "model_type": "must be a table",
     "string_too_short": "must not be empty",
     "string_type": "must be text",
@@ -394,9 +408,10 @@ def _validated(section: str, values: dict[str, Any]) -> Section:
 
 def _explain(section: str, detail: Any) -> str:
     where = ".".join(str(part) for part in (section, *detail["loc"]))
-    if detail["type"] == "extra_forbidden":
-        guess = nearest(where, fields())
-        return f"{where}: no such field" + (f"; did you mean {guess!r}?" if guess else "")
+    if detail["type"] == "extra_forbidden":  # of a table inside a field; fields themselves are known by now
+        return f"{where}: no such field"
+    if detail["type"] == "missing":
+        return f"{where}: must be given"
     shown = detail["input"] if isinstance(detail["input"], str) else _toml(detail["input"])
     if detail["type"] == "literal_error":
         allowed = detail["ctx"]["expected"]

@@ -65,6 +65,18 @@ def test_the_stronger_length_wins_and_two_equals_contradict(tmp_path: Path) -> N
         ("model=lama3.2-1b", "did you mean 'llama3.2-1b'"),
         ("model.hidden_size", "section.field=value"),
         ("layout.tp=0", "layout.tp=0"),
+        (
+            "run.batch_schedule=[[5,1]]",
+            "run.batch_schedule=[[5, 1]]: must be pairs of (from step, sequences)",
+        ),
+        ("run.batch_schedule=[]", "the first from step 0"),
+        ("run.batch_schedule=[[0,1],[3,2],[3,4]]", "each step once"),
+        ("run.batch_schedule=[[0,0]]", "run.batch_schedule.0.1=0: must be greater than or equal to 1"),
+        ("data.skip=[[5,2]]", "data.skip=[[5, 2]]: must be pairs of (first sample, the one after the last)"),
+        ("data.weights=[1,-1]", "data.weights.1=-1: must be greater than or equal to 0"),
+        ("data.corpus=['']", "data.corpus.0=: must not be empty"),
+        ("data.phases=[{from_step=1,sequence_length=2}]", "data.phases.0.sequence_length: no such field"),
+        ("model.rope_scaling={factor=8}", "model.rope_scaling.low_freq_factor: must be given"),
     ],
 )
 def test_bad_input_is_one_clear_message(override: str, message: str) -> None:
@@ -96,12 +108,13 @@ def test_text_that_looks_like_a_number_stays_text() -> None:
     folder=st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\x7f"), min_size=1),
     lr=st.floats(min_value=1e-12, max_value=10, allow_nan=False),
     seed=st.integers(0, 2**62),
-    schedule=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 10**6)), min_size=1, max_size=3),
+    schedule=st.dictionaries(st.integers(1, 10**6), st.integers(1, 10**6), max_size=3),
     masked=st.booleans(),
 )
 def test_what_is_saved_is_what_is_loaded(tmp_path_factory, folder, lr, seed, schedule, masked) -> None:
     job = load_job().put(
-        {"run.folder": folder, "optimizer.lr": lr, "run.batch_schedule": schedule}, "argument"
+        {"run.folder": folder, "optimizer.lr": lr, "run.batch_schedule": [(0, 1), *schedule.items()]},
+        "argument",
     )
     job = job.derive(**{"run.seed": seed, "data.mask_documents": masked})
     path = tmp_path_factory.mktemp("job") / "job.toml"

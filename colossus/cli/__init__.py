@@ -32,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(str(error), USER_ERROR)
     except MachineError as error:
         return _say(str(error), MACHINE_ERROR)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return _say("this needs PyTorch, which is not installed: pip install torch", MACHINE_ERROR)
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", INTERRUPTED)
     except BrokenPipeError:
@@ -59,7 +63,7 @@ def app() -> typer.Typer:
     )
     verbs.command("train")(train.train)
     verbs.command("generate")(generate.generate)
-    verbs.add_typer(data.app(), name="data")
+    verbs.add_typer(data.app(), name="data", short_help="Build token shards, or show what a step sees.")
     verbs.command("doctor")(doctor.doctor)
     verbs.command("models")(models.models)
     verbs.callback(invoke_without_command=True)(_version)

@@ -67,6 +67,13 @@ def test_mistakes_are_told_without_torch(words: list[str]) -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: ")
 
 
+@pytest.mark.parametrize("words", [["train", "--dry"], ["doctor"], ["generate", "runs/x", "def "]])
+def test_what_needs_torch_says_so(words: list[str]) -> None:
+    done = without_torch(*words)
+    assert done.returncode == 3
+    assert done.stderr == "error: this needs PyTorch, which is not installed: pip install torch\n"
+
+
 def test_help_fits_one_screen_and_names_every_verb() -> None:
     done = colossus("--help")
     lines = done.stdout.splitlines()
