@@ -71,10 +71,11 @@ def _data(event: dict[str, Any]) -> str:
     lines = []
     for corpus in event["corpora"]:
         lines += corpus["notes"]
+        learned, held_out = corpus["documents"], corpus["held_out_documents"]
         lines.append(
-            f"{corpus['corpus']}: {count(corpus['tokens'])} tokens of {plural(corpus['documents'], 'document')} "
+            f"{corpus['corpus']}: {count(corpus['tokens'])} tokens of {plural(learned, 'document')} "
             f"({size(corpus['bytes'])}) to learn from, "
-            f"{plural(corpus['held_out_documents'], 'document')} ({size(corpus['held_out_bytes'])}) held out"
+            f"{plural(held_out, 'document')} ({size(corpus['held_out_bytes'])}) held out"
         )
     return "\n".join(lines)
 

@@ -6,7 +6,10 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
+
+Place = tuple[DeviceMesh, tuple[Placement, ...]] | None  # None: the whole tensor is here
 
 
 @torch.no_grad()
@@ -17,7 +20,7 @@ def clip(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
     them, replicas are counted once (`clip_grad_norm_` mixes meshes up, PyTorch issue 180346).
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    by_place: dict[object, list[torch.Tensor]] = {}
+    by_place: dict[Place, list[torch.Tensor]] = {}
     for grad in grads:
         place = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
         by_place.setdefault(place, []).append(grad.to_local() if isinstance(grad, DTensor) else grad)
@@ -25,7 +28,7 @@ def clip(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
     for place, local in by_place.items():
         squares = torch.stack(torch._foreach_norm(local)).double().square().sum()
         if place is not None:
-            mesh, placements = place  # type: ignore[misc]
+            mesh, placements = place
             for axis, placement in enumerate(placements):
                 if placement.is_shard():
                     dist.all_reduce(squares, group=mesh.get_group(axis))

@@ -32,5 +32,5 @@ def apply_precision(model: nn.Module, name: str) -> nn.Module:
     Raises:
         UserError: `name` is no type.
     """
-    model.compute_dtype = torch_type(name)
+    model.compute_dtype = torch_type(name)  # type: ignore[assignment]  # nn.Module knows tensors and modules
     return model

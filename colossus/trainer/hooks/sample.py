@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from colossus.generation import generate
+from colossus.models import Decoder
 from colossus.trainer.hooks import Hook
 from colossus.trainer.training import Training
 
@@ -17,7 +20,7 @@ class Sample(Hook):
             return
         prompt = training.job.run.prompt
         (text,) = generate(
-            training.state.model,
+            cast(Decoder, training.state.model),
             training.data.tokenizer,
             [prompt],
             max_tokens=LENGTH,
