@@ -29,6 +29,7 @@ DEFAULT_MINUTES = 5.0
 USABLE = 0.85  # of the minutes goes into training steps; the rest into validation, saving, compiling
 COMPILED_GAIN = 1.3  # of compiled blocks over eager ones, as benchmarks/train_speed measures it
 COMPILE_SECONDS = 25.0  # of the first step; blocks are alike, so it hardly depends on the model
+MAX_BATCH = 10**7
 WIDTH_STEP, MAX_WIDTH = 32, 16_384  # of the default models
 VOCABULARY = 4096  # of a small model's own tokenizer
 TOKENS_PER_FLOP = 3.5  # D = TOKENS_PER_FLOP x C^DATA_POWER
@@ -119,6 +120,8 @@ def _derive_machine(job: Job, machine: Machine) -> Job:
     axes = {f"layout.{axis}": 1 for axis in ("dp_replicate", "tp", "pp", "cp", "ep")}
     ranks = max(1, len(machine.gpus)) if job.fleet.device == "cuda" else 1
     job = job.derive(**axes, **{"layout.dp_shard": ranks, "layout.recompute": "none"})
+    as_far_as_known = job.layout.model_copy(update={"micro_batch": job.layout.micro_batch or 1})
+    layout.check(as_far_as_known, job.run.global_batch or MAX_BATCH)  # before anything is measured
     kind = "bf16" if job.fleet.device == "cuda" else machine.best.type
     return job.derive(**{"precision.type": kind, "run.threads": _threads(job, machine)})
 
@@ -175,7 +178,8 @@ def dial(job: Job, compute_of: Callable[[Architecture], float]) -> Plan:
     job: its data derived (see `derive_data`). compute_of: model FLOPs of a run of that model.
     """
     last: Plan | None = None
-    for width in range(WIDTH_STEP, MAX_WIDTH, WIDTH_STEP):
+    for width in range(MAX_BATCH = 10**7
+WIDTH_STEP, MAX_WIDTH, WIDTH_STEP):
         arch = _complete(job, width)
         compute = compute_of(arch)
         plan = Plan(arch, compute, compute / model_flops_per_token(arch, job.data.seq_len))
