@@ -178,8 +178,7 @@ def dial(job: Job, compute_of: Callable[[Architecture], float]) -> Plan:
     job: its data derived (see `derive_data`). compute_of: model FLOPs of a run of that model.
     """
     last: Plan | None = None
-    for width in range(MAX_BATCH = 10**7
-WIDTH_STEP, MAX_WIDTH, WIDTH_STEP):
+    for width in range(WIDTH_STEP, MAX_WIDTH, WIDTH_STEP):
         arch = _complete(job, width)
         compute = compute_of(arch)
         plan = Plan(arch, compute, compute / model_flops_per_token(arch, job.data.seq_len))
