@@ -67,6 +67,7 @@ def _begin() -> None:
     """A worker ends with the process that started it, however that ends, and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["USE_TORCH"] = "0"  # `datasets` would load it
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has a core
     parent = multiprocessing.parent_process()
     assert parent is not None
 
