@@ -18,7 +18,9 @@ PROBE_TOKENS = 2048
 PROBE_SECONDS = 0.5
 
 
-def training_flops_per_second(arch: Architecture, seq_len: int, type: str, threads: int, device: str) -> float:
+def training_flops_per_second(
+    arch: Architecture, seq_len: int, type: str, threads: int, device: str
+) -> float:
     """Model FLOP/s of forward and backward passes of `arch`, not compiled, the optimizer left out.
 
     A large model is measured by a part of it: few layers, short samples. Of the quickest of the passes that
