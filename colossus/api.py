@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from colossus import job as job_module
 from colossus.errors import UserError
-from colossus.events import EventLog, Listener
+from colossus.events import Listener
 from colossus.job import Job
 
 if TYPE_CHECKING:
@@ -93,26 +93,28 @@ def train(
         UserError: the job cannot be; MachineError: the machine or its storage failed.
     """
     from colossus.data.prepare import is_prepared, prepare_data
-    from colossus.launcher.local import launch
+    from colossus.launcher.local import first_rank_prepares, is_first_rank, launch
     from colossus.monitor.report import write_report
     from colossus.trainer import folder as folders
+    from colossus.trainer.decisions import to_follow
     from colossus.trainer.run import Run
-    from colossus.trainer.training import replay
 
-    job = resolve(job, exact=follow is not None)
-    folder = Path(job.run.folder) if job.run.folder else folders.new_folder(job)
-    is_new = not folders.is_run(folder)
-    if not is_new and Run(folder).outcome == "finished":
-        return Run(folder)
-    if is_new or not is_prepared(job):
-        job = prepare_data(job, progress)
-    folders.make(folder, job, Path(job.data.folder) / "tokenizer")
-    if follow is not None and is_new:
-        log = EventLog(folder)
-        replay(Run(Path(follow)).events("decision"), log)
-        log.close()
-    launch(job, folder, hooks, listeners)
-    write_report(folder)
+    def prepare(job: Job) -> tuple[Job, Path]:
+        job = resolve(job, exact=follow is not None)
+        folder = Path(job.run.folder) if job.run.folder else folders.new_folder(job)
+        is_new = not folders.is_run(folder)
+        if is_new or Run(folder).outcome != "finished":
+            if is_new or not is_prepared(job):
+                job = prepare_data(job, progress)
+            decided = to_follow(Run(Path(follow)).events("decision")) if follow is not None else []
+            folders.make(folder, job, Path(job.data.folder) / "tokenizer", decided)
+        return job, folder
+
+    job, folder = first_rank_prepares(lambda: prepare(job))
+    if Run(folder).outcome != "finished":
+        launch(job, folder, hooks, listeners)
+        if is_first_rank():
+            write_report(folder)
     return Run(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from colossus.errors import MachineError
 
 SCHEMA = 1
 Listener = Callable[[dict[str, Any]], None]
@@ -19,6 +22,9 @@ class EventLog:
 
     `run_seconds` is monotonic over attempts: each starts where the log of the one before ended, so that
     downtime is not counted. Opening a log cuts off the torn last line that a killed attempt left.
+
+    Raises (opening and writing alike):
+        MachineError: no space, no permission.
     """
 
     def __init__(self, folder: Path, rank: int | None = None, listeners: Iterable[Listener] = ()) -> None:
@@ -29,8 +35,9 @@ class EventLog:
         self.attempt = 1 + max((event["attempt"] for event in earlier), default=-1)
         self._offset = max((event["run_seconds"] for event in earlier), default=0.0)
         self._started: float | None = None
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.ftruncate(self._descriptor, _whole_bytes(self.path))
+        with self._storage_errors():
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.ftruncate(self._descriptor, _whole_bytes(self.path))
 
     def start_clock(self) -> None:
         """Training time of this attempt counts from here."""
@@ -56,16 +63,43 @@ class EventLog:
         } | fields
         line = json.dumps(_plain(event), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
         data = line.encode()
-        while data:
-            data = data[os.write(self._descriptor, data) :]
-        if synced:
-            os.fsync(self._descriptor)
+        with self._storage_errors():
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+            if synced:
+                os.fsync(self._descriptor)
         for listener in self._listeners:
             listener(event)
         return event
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MachineError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+
+class Tail:
+    """What is new in a run's `events.jsonl`, while another process writes it. Each line is read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "events.jsonl"
+        self._position = _whole_bytes(self._path) if self._path.is_file() else 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """The events whose lines were ended since the last call."""
+        if not self._path.is_file():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]  # a torn line is read once it is whole, or was cut off
+        self._position += len(whole)
+        return list(_events(whole.splitlines(keepends=True)))
 
 
 def read_events(folder: str | Path) -> list[dict[str, Any]]:
@@ -88,13 +122,17 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
     with path.open("rb") as file:
-        for line in file:
-            try:
-                event = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                continue
-            if isinstance(event, dict) and {"attempt", "run_seconds", "kind"} <= event.keys():
-                yield event
+        yield from _events(file)
+
+
+def _events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            event = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            continue
+        if isinstance(event, dict) and {"attempt", "run_seconds", "kind"} <= event.keys():
+            yield event
 
 
 def _whole_bytes(path: Path) -> int:

@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
 import re
+import signal
 import threading
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from multiprocessing import connection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from colossus.errors import MachineError, UserError
-from colossus.events import Listener, read_events
+from colossus.events import Listener, Tail
 from colossus.job import Job
 
 if TYPE_CHECKING:
     from colossus.trainer.hooks import Hook
+
+Prepared = TypeVar("Prepared")
+PREPARING = timedelta(days=1)  # that building the data may take
+STOP_SECONDS = 0.2  # between two looks at the ranks, and at the event log
+_stores: list[Any] = []  # kept: the process group that is made later meets at the same place
+
+
+def is_first_rank() -> bool:
+    """Whether this process is alone, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def first_rank_prepares(prepare: Callable[[], Prepared]) -> Prepared:
+    """What `prepare` returns; where torchrun started several processes, the first one alone calls it."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return prepare()
+    import torch.distributed as dist
+
+    store, _, _ = next(dist.rendezvous("env://", timeout=PREPARING))
+    _stores.append(store)
+    if not is_first_rank():
+        prepared = pickle.loads(store.get("colossus/prepared"))
+    else:
+        try:
+            prepared = prepare()
+        except (UserError, MachineError) as error:
+            prepared = error
+        store.set("colossus/prepared", pickle.dumps(prepared))
+    if isinstance(prepared, Exception):
+        raise prepared
+    return prepared
 
 
 def launch(job: Job, folder: Path, hooks: Sequence[Hook] = (), listeners: Iterable[Listener] = ()) -> None:
@@ -38,6 +73,8 @@ def _launch_ranks(job: Job, folder: Path, hooks: Sequence[Hook]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from colossus.trainer.run import Run
+
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -46,12 +83,13 @@ def _launch_ranks(job: Job, folder: Path, hooks: Sequence[Hook]) -> None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        monitor_interval=0.2,
+        monitor_interval=STOP_SECONDS,
     )
     try:
         elastic_launch(config, _rank)(job, folder, list(hooks))
-    except SignalException:
-        return  # the ranks have saved; the event log says how they ended
+    except SignalException as stopped:
+        if Run(folder).outcome == "unfinished":  # the ranks had not begun, so there was nothing to save
+            raise SystemExit(128 + stopped.sigval) from None
     except ChildFailedError as failed:
         rank, failure = min(failed.failures.items(), key=lambda item: item[1].timestamp)
         text = failure.message if isinstance(failure.message, str) else str(failure.message)
@@ -63,17 +101,26 @@ def _launch_ranks(job: Job, folder: Path, hooks: Sequence[Hook]) -> None:
 
 
 def _rank(job: Job, folder: Path, hooks: list[Hook]) -> None:
+    os.setsid()  # Ctrl-C in a terminal reaches every process of its group; the ranks are told by their parent
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     from colossus.trainer.loop import train
 
     train(job, folder, hooks)
 
 
+def _end_with_parent() -> None:
+    """Where the parent was killed, its ranks save and end, so that the run can be started again."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 class _Follower:
     """Reads the event log while other processes write it, and hands on what is new."""
 
-    def __init__(self, folder: Path, listeners: Iterable[Listener], every_seconds: float = 0.2) -> None:
-        self._folder, self._listeners, self._every = folder, list(listeners), every_seconds
-        self._seen = len(read_events(folder))
+    def __init__(self, folder: Path, listeners: Iterable[Listener]) -> None:
+        self._tail, self._listeners = Tail(folder), list(listeners)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="events", daemon=True)
 
@@ -89,12 +136,9 @@ class _Follower:
 
     def _follow(self) -> None:
         while True:
-            ended = self._end.is_set()
-            events = read_events(self._folder)
-            for event in events[self._seen :]:
+            ended = self._end.wait(STOP_SECONDS)
+            for event in self._tail.new():
                 for listener in self._listeners:
                     listener(event)
-            self._seen = len(events)
             if ended:
                 return
-            time.sleep(self._every)

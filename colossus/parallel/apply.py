@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from colossus.job import Job
 from colossus.models import Decoder, initialise
+from colossus.parallel.binaries import drop_torn_binaries
 from colossus.parallel.world import World
 from colossus.precision import apply_precision, torch_type
 
@@ -41,6 +42,7 @@ def recompute_layers(model: Decoder) -> None:
 
 def compile_layers(model: Decoder) -> None:
     """Compiles layer by layer: they are alike, so one compilation serves all."""
+    drop_torn_binaries()
     for layer in model.layers:
         layer.compile(dynamic=False)
 
@@ -58,6 +60,14 @@ def shard(model: Decoder, world: World, compute_dtype: torch.dtype) -> None:
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of gathered weights. A forward pass without a backward pass leaves those of the root gathered,
+    cast to the type of the products: to save them would lose the digits that only the shards hold."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @contextlib.contextmanager

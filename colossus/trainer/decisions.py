@@ -12,6 +12,8 @@ from typing import Any
 from colossus.events import EventLog
 from colossus.parallel.world import World
 
+CLOCK_FOLLOWS = "follow"  # the decision of a run that replays another's: its own clock decides nothing
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -51,7 +53,7 @@ class Decisions:
     def decide(
         self, name: str, first_step: int, choose: Callable[[], Any], world: World, log: EventLog | None
     ) -> Any:
-        """The value of `name` at `first_step`: what an earlier attempt decided, else what rank 0 chooses now."""
+        """The value of `name` at `first_step`: what an earlier attempt decided, else rank 0's choice now."""
         known = [d.value for d in self._all if d.name == name and d.first_step == first_step]
         if known:
             return known[-1]
@@ -73,3 +75,8 @@ class Decisions:
                 if decision not in merged:
                     merged.append(decision)
         return cls(merged)
+
+
+def to_follow(decisions: Iterable[dict[str, Any]]) -> list[Decision]:
+    """The first decisions of a run that replays another's, and so takes the same steps."""
+    return [Decision(CLOCK_FOLLOWS, True, 0), *Decisions.merge(decisions)]

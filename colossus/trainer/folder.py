@@ -7,15 +7,18 @@ import dataclasses
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import date
 from pathlib import Path
 
 from colossus.architecture import Architecture, num_parameters
 from colossus.errors import MachineError, UserError
+from colossus.events import EventLog
 from colossus.job import Job, load_job, save_job
+from colossus.trainer.decisions import Decision
 
 MAY_CHANGE = ("layout.", "checkpoint.", "run.threads")  # between the attempts of a run: never what it learns
+BEGUN = {"lock", "tokenizer", "events.jsonl", "job.toml.part"}  # what a kill while a run is made may leave
 
 
 def new_folder(job: Job, root: Path = Path("runs")) -> Path:
@@ -60,26 +63,35 @@ def continued(folder: Path, asked: Job) -> Job:
     return kept.put(changed | {"run.folder": str(folder)}, "argument")
 
 
-def make(folder: Path, job: Job, tokenizer: Path) -> None:
-    """Makes the folder of a new run, and keeps the job and the tokenizer there; or those of its next attempt.
+def make(folder: Path, job: Job, tokenizer: Path, decisions: Iterable[Decision] = ()) -> None:
+    """Makes the folder of a new run with its job, tokenizer and first decisions; in the folder of a run,
+    keeps the job of its next attempt. `job.toml` comes last: from then on the folder is a run.
 
     Raises:
-        UserError: the folder holds other files.
+        UserError: the folder holds other files, or another process is training in it.
         MachineError: it cannot be written.
     """
-    try:
+    with _storage_errors(folder):
         if not is_run(folder):
-            if folder.is_dir() and any(folder.iterdir()):
-                raise UserError(f"run.folder={folder}: not empty, and not the folder of a run; name a new one")
+            if folder.is_dir() and {path.name for path in folder.iterdir()} - BEGUN:
+                raise UserError(f"run.folder={folder}: not empty, and not a run's; name a new one")
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(tokenizer, folder / "tokenizer")
-        temporary = folder / "job.toml.part"
-        save_job(job, temporary)
-        temporary.replace(folder / "job.toml")
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"run.folder={folder}: a part of this path is a file, not a folder") from error
-    except OSError as error:
-        raise MachineError(f"run.folder={folder}: cannot be written ({error.strerror or error})") from error
+        with locked(folder):
+            if not is_run(folder):
+                (folder / "events.jsonl").unlink(missing_ok=True)
+                shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
+                _write_decisions(folder, decisions)
+            temporary = folder / "job.toml.part"
+            save_job(job, temporary)
+            temporary.replace(folder / "job.toml")
+
+
+def _write_decisions(folder: Path, decisions: Iterable[Decision]) -> None:
+    if decisions := list(decisions):
+        log = EventLog(folder)
+        for decision in decisions:
+            log.write("decision", step=decision.first_step, synced=True, **dataclasses.asdict(decision))
+        log.close()
 
 
 @contextlib.contextmanager
@@ -88,17 +100,30 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         UserError: another process is training in the folder.
+        MachineError: the lock cannot be written.
     """
-    with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise UserError(
-                f"run.folder={folder}: process {holder} is training in it; wait for it or stop it"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    with contextlib.ExitStack() as stack:
+        with _storage_errors(folder):
+            file = stack.enter_context((folder / "lock").open("a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise UserError(
+                    f"run.folder={folder}: process {holder} is training in it; wait for it or stop it"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         yield
+
+
+@contextlib.contextmanager
+def _storage_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"run.folder={folder}: a part of this path is a file, not a folder") from error
+    except OSError as error:
+        raise MachineError(f"run.folder={folder}: cannot be written ({error.strerror or error})") from error

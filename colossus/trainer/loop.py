@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from colossus.trainer.hooks import Hook
 from colossus.trainer.hooks.defaults import default_hooks
 from colossus.trainer.run import Run
 from colossus.trainer.step import train_step
-from colossus.trainer.training import Training
+from colossus.trainer.training import Stopped, Training
 
 
 def train(job: Job, folder: Path, hooks: Sequence[Hook] = (), listeners: Iterable[Listener] = ()) -> Run:
@@ -27,23 +28,29 @@ def train(job: Job, folder: Path, hooks: Sequence[Hook] = (), listeners: Iterabl
         all_hooks = [*default_hooks(), *hooks]
         for hook in all_hooks:
             hook.on_start(training)
-        while not training.horizon.done(training.step):
-            batch = training.batches.next(training.step)
-            num_targets = training.agree(batch)
-            if training.stop_reason or training.horizon.done(training.step):
-                break
-            for hook in all_hooks:
-                hook.before_step(training)
-            result = train_step(
-                training.state,
-                batch,
-                num_targets,
-                training.horizon.factor(training.step),
-                job,
-                training.world,
-            )
-            for hook in all_hooks:
-                hook.after_step(training, result)
+        with contextlib.suppress(Stopped):
+            take_steps(training, all_hooks)
         for hook in reversed(all_hooks):
             hook.on_finish(training)
         return Run(folder)
+
+
+def take_steps(training: Training, hooks: Sequence[Hook]) -> None:
+    """Step after step, to the end or until the run is asked to stop."""
+    while not training.horizon.done(training.step):
+        batch = training.batches.next(training.step)
+        num_targets = training.agree(batch)
+        if training.stop_reason or training.horizon.done(training.step):
+            return
+        for hook in hooks:
+            hook.before_step(training)
+        result = train_step(
+            training.state,
+            batch,
+            num_targets,
+            training.horizon.factor(training.step),
+            training.job,
+            training.world,
+        )
+        for hook in hooks:
+            hook.after_step(training, result)

@@ -14,7 +14,7 @@ from colossus.checkpoints.load import Checkpoint
 from colossus.job import Job
 from colossus.models import Decoder
 from colossus.optim import Optimizer
-from colossus.parallel.apply import apply
+from colossus.parallel.apply import apply, reshard
 from colossus.parallel.world import World
 from colossus.precision import torch_type
 
@@ -41,6 +41,7 @@ class TrainState:
 
     def tensors(self) -> LogicalTensors:
         """(name, kind) -> tensor, for checkpoints: weights in fp32, buffers, optimizer state."""
+        reshard(self.model)
         weights = {(name, "weight"): p.detach() for name, p in logical(self.model.named_parameters())}
         buffers = {
             (n, "buffer"): b for n, b in logical(self.model.named_buffers()) if n in self.model.state_dict()

@@ -21,17 +21,19 @@ from colossus.events import EventLog, Listener, read_events
 from colossus.job import Job
 from colossus.measure.machine import this_machine
 from colossus.parallel.world import World
-from colossus.trainer.decisions import Decision, Decisions
+from colossus.trainer.decisions import CLOCK_FOLLOWS, Decision, Decisions
 from colossus.trainer.folder import locked
 from colossus.trainer.horizon import Deadline, Horizon
 from colossus.trainer.state import TrainState
 
-CLOCK_FOLLOWS = "follow"  # the decision of a run that replays another's: its own clock decides nothing
 STOP_REASONS = ("SIGINT", "SIGTERM", "asked")
 
 
-class Stopped(Exception):
-    """All ranks agreed to stop in the middle of something that can be given up."""
+class Stopped(BaseException):
+    """All ranks agreed to stop in the middle of something that can be given up.
+
+    No `Exception`: what it passes through, a compiler above all, must not take it for an error of its own.
+    """
 
 
 @dataclass
@@ -41,6 +43,8 @@ class Training:
     job: with the type, threads and compilation that hold for this attempt.
     costs: seconds that finishing will take, by what (measured: the last save, the whole validation).
     stop_reason: why the run ends before its time; set by all ranks together.
+    torn: the run was stopped within an update: weights and optimizer must not be saved.
+    at_end: what is undone when the attempt ends, however it ends.
     """
 
     job: Job
@@ -55,9 +59,11 @@ class Training:
     saver: Saver
     log: EventLog | None
     deadline: Deadline | None
+    at_end: contextlib.ExitStack
     costs: dict[str, float] = field(default_factory=dict)
     stop_asked: str | None = None
     stop_reason: str | None = None
+    torn: bool = False
 
     @classmethod
     @contextlib.contextmanager
@@ -101,7 +107,19 @@ class Training:
             follows = decisions.get(CLOCK_FOLLOWS, 0)
             deadline = Deadline(job) if timed and not follows else None
             yield cls(
-                job, folder, world, state, data, schedule, batches, decisions, horizon, saver, log, deadline
+                job,
+                folder,
+                world,
+                state,
+                data,
+                schedule,
+                batches,
+                decisions,
+                horizon,
+                saver,
+                log,
+                deadline,
+                stack,
             )
 
     @property
@@ -134,6 +152,11 @@ class Training:
     def ask_to_stop(self, reason: str) -> None:
         """Asks, from any rank, that all ranks stop before the next step."""
         self.stop_asked = self.stop_asked or reason
+
+    def give_up_step(self) -> None:
+        """Leaves the step in progress, from within it."""
+        self.stop_reason, self.torn = self.stop_asked, True
+        raise Stopped(self.stop_reason)
 
     def agree(self, batch: Batch) -> int:
         """What all ranks must know before a step: returns the targets of the global batch.
@@ -185,26 +208,28 @@ def _settle_machine(job: Job, decisions: Decisions, step: int, world: World, log
     """The job with the type, threads and compilation of this attempt.
 
     They are decided at the first step, and again from the step on at which a run goes on with another
-    processor: what was quick there may be a hundred times slower here.
+    processor (what was quick there may be a hundred times slower here), with more or fewer ranks, or with
+    other settings that the user asked for.
     """
-    here = world.broadcast(this_machine().processor if world.rank == 0 else None)
+    fields = {"type": "precision.type", "threads": "run.threads", "compile": "layout.compile"}
+    asked = {key: job.get(n) for key, n in fields.items() if job.origins.get(n, "derived") != "derived"}
     decided = decisions.get("machine", step)
-    if decided is None:
-        chosen = {
-            "processor": here,
-            "type": job.precision.type,
-            "threads": job.run.threads,
-            "compile": job.layout.compile,
-        }
-    elif decided["processor"] != here:
-        chosen = choose_for_machine(job, this_machine()) | {"processor": here}
-    else:
-        chosen = decided
+
+    def choose() -> dict[str, Any]:
+        place = {"processor": this_machine().processor, "ranks": world.size}
+        if decided is None:
+            return place | {key: job.get(name) for key, name in fields.items()}
+        if decided["processor"] != place["processor"]:
+            return place | choose_for_machine(job, this_machine())
+        if decided.get("ranks", world.size) != world.size:
+            return decided | place | {"threads": choose_for_machine(job, this_machine())["threads"]}
+        return decided | asked
+
+    chosen = world.broadcast(choose() if world.rank == 0 else None)
     if chosen != decided:
-        chosen = decisions.decide("machine", step, lambda: chosen, world, log)
+        decisions.record(Decision("machine", chosen, step), log)
     torch.set_num_threads(chosen["threads"])
-    fields = {"precision.type": "type", "run.threads": "threads", "layout.compile": "compile"}
-    changed = {name: chosen[key] for name, key in fields.items() if job.get(name) != chosen[key]}
+    changed = {name: chosen[key] for key, name in fields.items() if job.get(name) != chosen[key]}
     return job.put(changed, "derived")
 
 
@@ -219,11 +244,3 @@ def on_first_rank(world: World, act: Callable[[], Any]) -> None:
     error = world.broadcast(error)
     if error is not None:
         raise error
-
-
-def replay(decisions: Iterable[dict[str, Any]], log: EventLog) -> None:
-    """Writes another run's decisions as those of a new one, which then takes the same steps."""
-    follow = {"name": CLOCK_FOLLOWS, "value": True, "first_step": 0}
-    for entry in [follow, *decisions]:
-        known = Decision(entry["name"], entry["value"], entry["first_step"])
-        log.write("decision", step=known.first_step, synced=True, **asdict(known))

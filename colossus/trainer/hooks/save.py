@@ -20,7 +20,9 @@ class Save(Hook):
         tensors = training.state.tensors()
         copy_bytes = sum(t.numel() * t.element_size() for t in tensors.values()) // training.world.size
         # All ranks must take the same way; on one machine they share its memory.
-        self._asynchronous = not training.world.any(2 * copy_bytes * training.world.size > free_memory_bytes())
+        self._asynchronous = not training.world.any(
+            2 * copy_bytes * training.world.size > free_memory_bytes()
+        )
         if self._asynchronous:
             training.saver.prepare(tensors)
 
@@ -34,7 +36,7 @@ class Save(Hook):
             self._save(training)
 
     def on_finish(self, training: Training) -> None:
-        if self._last_step != training.step:
+        if self._last_step != training.step and not training.torn:
             self._save(training)
         training.saver.wait()
         self._report(training)

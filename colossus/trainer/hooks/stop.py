@@ -5,27 +5,44 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
-from typing import Any
 
 from colossus.trainer.hooks import Hook
+from colossus.trainer.step import StepResult
 from colossus.trainer.training import Training
 
 
 class StopOnSignal(Hook):
-    """SIGINT and SIGTERM ask for the end once; a second one ends the process at once, as usual."""
+    """SIGINT and SIGTERM ask for the end once; a second one ends the process at once, as usual.
+
+    The first step of an attempt may compile for a minute. A process that trains alone gives it up: nothing
+    is lost but what it would begin again. Several ranks take it to its end, since one that left would let
+    the others wait in the middle of it.
+    """
 
     def on_start(self, training: Training) -> None:
-        self._before: dict[int, Any] = {}
+        self._in_first_step = False
+        self._steps = 0
         if threading.current_thread() is not threading.main_thread():
             return
+        before = {n: signal.getsignal(n) or signal.SIG_DFL for n in (signal.SIGINT, signal.SIGTERM)}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
         def ask(number: int, frame: FrameType | None) -> None:
+            restore()
             training.ask_to_stop(signal.Signals(number).name)
-            signal.signal(number, self._before[number])
+            if self._in_first_step and training.world.size == 1:
+                training.give_up_step()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, ask)
+        for number in before:
+            signal.signal(number, ask)
+        training.at_end.callback(restore)
 
-    def on_finish(self, training: Training) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def before_step(self, training: Training) -> None:
+        self._in_first_step = self._steps == 0
+
+    def after_step(self, training: Training, result: StepResult) -> None:
+        self._in_first_step = False
+        self._steps += 1

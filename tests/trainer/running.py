@@ -1,0 +1,163 @@
+"""Runs jobs in real processes that can be killed: forked from a server that has imported torch already."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import cache
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from colossus import api
+from colossus.checkpoints.load import newest_whole
+from colossus.job import Job
+from colossus.measure.machine import _table, this_machine
+from colossus.trainer.hooks import Hook
+from colossus.trainer.run import Run
+from colossus.trainer.training import Training
+
+GRACE_SECONDS = 20.0  # that the other ranks have, once one was killed
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(
+    [
+        "torch._dynamo",  # that every optimizer imports
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "colossus.api",
+        "colossus.generation",
+        "colossus.launcher.local",
+        "colossus.monitor.report",
+        "colossus.trainer.loop",
+    ]
+)
+
+
+@dataclasses.dataclass
+class Kill(Hook):
+    """Ends the process by `kill -9`, as a failing machine would.
+
+    where: "before" a step; within a "step"; in an "evaluation" after it, or in a "save" (its third sync: all
+    is written but for the commit); "decided": before the step from which on the decay was decided,
+    and `step` steps later.
+    """
+
+    where: str
+    step: int
+    rank: int = 0
+
+    def on_start(self, training: Training) -> None:
+        def forward(*_: Any) -> None:
+            here = "step" if training.state.model.training else "evaluation"
+            if here == self.where and training.step >= self.step:
+                self._now(training)
+
+        training.state.model.register_forward_pre_hook(forward)
+
+    def before_step(self, training: Training) -> None:
+        if self.where == "before" and training.step == self.step:
+            self._now(training)
+        if self.where == "save" and training.step == self.step - 1 and training.world.rank == self.rank:
+            _kill_at_sync(3)
+        if self.where == "decided":
+            decay = training.decisions.get("decay", training.step)
+            if decay is not None and training.step >= decay["begin_step"] + self.step:
+                self._now(training)
+
+    def _now(self, training: Training) -> None:
+        if training.world.rank == self.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)  # until that is noticed
+
+
+def _kill_at_sync(count: int) -> None:
+    real = os.fsync
+    calls = 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(descriptor)
+
+    os.fsync = fsync
+
+
+def train_in_processes(job: Job, hooks: Sequence[Hook] = (), follow: Path | None = None) -> list[int]:
+    """Trains in one real process a rank, as torchrun starts them; returns their exit codes (-9: killed)."""
+    started = start(job, hooks, follow)
+    end = time.monotonic() + 100
+    while any(process.exitcode is None for process in started):
+        if any(process.exitcode for process in started):  # the others may wait for it in vain
+            end = min(end, time.monotonic() + GRACE_SECONDS)
+        if any(process.exitcode == -signal.SIGKILL for process in started) or time.monotonic() > end:
+            for process in started:
+                process.kill()
+        time.sleep(0.005)
+    return [process.exitcode or 0 for process in started]
+
+
+def start(job: Job, hooks: Sequence[Hook] = (), follow: Path | None = None) -> list[BaseProcess]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = job.layout.num_ranks
+    started: list[BaseProcess] = [
+        _processes.Process(target=_rank, args=(job, list(hooks), follow, rank, port, kept_machine()))
+        for rank in range(ranks)
+    ]
+    for process in started:
+        process.start()
+    return started
+
+
+def _rank(job: Job, hooks: list[Hook], follow: Path | None, rank: int, port: int, cache: str) -> None:
+    os.environ |= {"COLOSSUS_CACHE": cache}
+    if job.layout.num_ranks > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.layout.num_ranks)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    api.train(job, hooks, follow=follow)
+
+
+@cache
+def kept_machine() -> str:
+    """A cache folder with the table of this machine, so that no process of a test measures it again."""
+    folder = Path(tempfile.mkdtemp(prefix="colossus-cache-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "machines" / _table().name
+    path.parent.mkdir()
+    path.write_text(dataclasses.replace(this_machine(), quiet=True).to_json())
+    return str(folder)
+
+
+def run_of(job: Job) -> Run:
+    return Run(Path(job.run.folder))
+
+
+def state_of(job: Job) -> tuple[int, dict[Any, torch.Tensor]]:
+    """Step and every tensor of the newest checkpoint."""
+    checkpoint = newest_whole(job.run.folder)
+    assert checkpoint is not None
+    return checkpoint.step, {key: checkpoint.read(*key) for key in checkpoint.names()}
+
+
+def assert_bitwise_equal(one: Job, other: Job) -> None:
+    """Every loss that was logged, and all that the last checkpoint holds."""
+    losses, others = run_of(one).loss, run_of(other).loss
+    assert losses and losses == others
+    (step, tensors), (other_step, expected) = state_of(one), state_of(other)
+    assert step == other_step and tensors.keys() == expected.keys()
+    for key, tensor in tensors.items():
+        assert tensor.dtype == expected[key].dtype and torch.equal(tensor, expected[key]), key
