@@ -59,6 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_logits_CV = grad_logits_CV.to(x_ND.dtype)
                 torch.mm(grad_logits_CV, product_VD, out=grad_x_ND[rows])
                 _add_product(grad_weight_VD, grad_logits_CV.t(), x_CD)
+            del grad_logits_CV  # before the next chunk's logits take as much again
         ctx.gradients = (grad_x_ND, grad_weight_VD)
         ctx.weight_type = weight_VD.dtype
         return loss
