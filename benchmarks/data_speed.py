@@ -50,6 +50,13 @@ def seconds(act: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def processor_seconds(act: Callable[[], object]) -> float:
+    """Of this process and of those that it starts: what else runs on the machine does not count."""
+    before = sum(os.times()[:4])
+    act()
+    return sum(os.times()[:4]) - before
+
+
 def texts_of(corpus: Corpus, num_bytes: int) -> list[str]:
     """Documents spread over a corpus, of about so many bytes."""
     every = max(1, corpus.num_bytes // num_bytes) if len(corpus.parts) > 100 else 1
@@ -103,6 +110,18 @@ def rates(
         target = folder.with_name(f"{folder.name}-{turn}")
         ours.append(corpus.num_bytes / seconds(lambda target=target: build(given, target)))  # type: ignore[misc]
     return ours, theirs, first
+
+
+def by_processor(corpus: Corpus, folder: Path) -> tuple[list[float], list[float]]:
+    """Bytes a processor second from text to shards, imports of the workers included; and the peer's."""
+    given = str(folder / "tokenizer" / "tokenizer.json")
+    request = Request((corpus,), (1.0,), given, VOCABULARY, HELD_OUT, default_workers())
+    target = folder.with_name(f"{folder.name}-by-processor")
+    ours = corpus.num_bytes / processor_seconds(lambda: build(request, target))
+    library, texts = library_of(folder), texts_of(corpus, PEER_BYTES)
+    num_bytes = sum(len(text.encode()) for text in texts)
+    theirs = num_bytes / processor_seconds(lambda: library.encode_batch_fast(texts, add_special_tokens=False))
+    return [ours], [theirs]
 
 
 def of_digits(corpus: Corpus, folder: Path) -> Path:
@@ -204,6 +223,7 @@ def measure(quick: bool, folder: Path) -> list[Figure]:
         Figure("bytes a token", train.num_bytes / train.num_tokens, "bytes"),
         Figure("held out", held_out.num_bytes, "bytes"),
         against("text to shards, tiktoken agrees", ours, theirs, ">= 10e6 on 2 cores"),
+        against("the same a processor second", *by_processor(corpus, folder / "bpe"), ">= 5e6"),
         Figure("documents with other ids, default corpus", different(folder / "bpe", corpus), "", "0"),
         against("text to shards, tiktoken does not", slow_ours, slow_theirs, "ratio >= 0.9"),
         Figure("documents with other ids, digits apart", different(folder / "digits", part), "", "0"),

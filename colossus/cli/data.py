@@ -88,10 +88,11 @@ def show(
 
 def _with_data(job: Job) -> Job:
     """The job with all that building its data needs; a model that is not chosen yet can wait."""
-    from colossus.derive import _vocabulary, derive_data
+    from colossus.derive import derive_data
+    from colossus.derive.dial import vocabulary
 
     job = derive_data(job)
-    return job.derive(**{"model.vocab_size": _vocabulary(job)})
+    return job.derive(**{"model.vocab_size": vocabulary(job)})
 
 
 def _report(folder: Path, job: Job) -> list[str]:

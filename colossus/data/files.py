@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from colossus.data.corpus import Corpus, Document, Part, fingerprint_of
 from colossus.errors import UserError
 
-CUT_BYTES = 8 * 2**20  # text files beyond it are cut into documents, at line ends
+CUT_BYTES = 2 * 2**20  # text files beyond it are cut into documents, at line ends
 CUT_TO_BYTES = 2**20
 RANGE_BYTES = 8 * 2**20  # of a large file that become a part of their own
 MAX_RANGES = 4096

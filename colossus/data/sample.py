@@ -10,6 +10,7 @@ from colossus.data.split import Split
 
 READ_BYTES = 2**25  # of text that is read at most
 TRAIN_BYTES = 2**23  # of text that is trained on: lines spread over all that was read
+PIECE = 2**16  # characters that are handed to the trainer at once: it takes 80 bytes for each
 PART_BYTES = 2**20  # that are read of a part at least, where there are many
 PROOF_DOCUMENTS, PROOF_CHARACTERS = 200, 8192  # on which tiktoken must agree with the tokenizer
 
@@ -25,7 +26,8 @@ def tokenizer_sample(corpora: Sequence[tuple[Corpus, Split]], weights: Sequence[
         texts = list(_spread(corpus, split, READ_BYTES * share))
         every = max(1, math.ceil(sum(map(len, texts)) / max(1.0, TRAIN_BYTES * share)))
         for index, text in enumerate(texts):
-            yield "".join(text.splitlines(keepends=True)[index % every :: every])
+            lines = "".join(text.splitlines(keepends=True)[index % every :: every])
+            yield from (lines[start : start + PIECE] for start in range(0, len(lines), PIECE))
 
 
 def proof_sample(corpus: Corpus) -> list[str]:
