@@ -15,7 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
-from colossus import api, derive
+from colossus import api
+from colossus.derive import derive_data, dial
+from colossus.derive.dial import WIDTH_STEP
 from colossus.job import load_job
 from colossus.measure.machine import this_machine
 from colossus.perf.flops import model_flops_per_token
@@ -39,7 +41,7 @@ def final_bits_per_byte(width: int, compute: float, seed: int, folder: Path) -> 
 
 def chosen_width(compute: float) -> int:
     """What the dial picks for a budget."""
-    return derive.dial(derive.derive_data(load_job()), lambda arch: compute).arch.hidden_size
+    return dial(derive_data(load_job()), lambda arch: compute).arch.hidden_size
 
 
 def measure(budgets: list[float], seeds: int, folder: Path) -> list[Figure]:
@@ -47,7 +49,7 @@ def measure(budgets: list[float], seeds: int, folder: Path) -> list[Figure]:
     for compute in budgets:
         chosen = chosen_width(compute)
         bits: dict[int, float] = {}
-        for width in (chosen - derive.WIDTH_STEP, chosen, chosen + derive.WIDTH_STEP):
+        for width in (chosen - WIDTH_STEP, chosen, chosen + WIDTH_STEP):
             bits[width] = mean(final_bits_per_byte(width, compute, seed, folder) for seed in range(seeds))
         for width, value in bits.items():
             side = {-1: "smaller", 0: "chosen", 1: "larger"}[(width > chosen) - (width < chosen)]

@@ -1,0 +1,119 @@
+"""The dial: from the compute of a run, the size of its model, its tokens, its batch and its learning rate.
+
+Laws of others, fitted over many orders of magnitude, say how these grow with compute; `benchmarks/dial.py`
+checks at the small end that a model next to the chosen one is no better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from colossus.architecture import Architecture
+from colossus.data.tokenizer import BytesTokenizer, load_tokenizer
+from colossus.job import Job
+from colossus.perf.flops import model_flops_per_token
+
+WIDTH_STEP, MAX_WIDTH = 32, 16_384  # of the default models
+VOCABULARY = 4096  # of a small model's own tokenizer
+TOKENS_PER_FLOP = 3.5  # the constant of `tokens_for`
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the dial says of a run. compute: model FLOPs of all its training tokens."""
+
+    arch: Architecture
+    compute: float
+    tokens: float
+
+
+def tokens_for(compute: float) -> float:
+    """The tokens that make the best of `compute` model FLOPs: proportional to C^0.4757 (DeepSeek LLM, arXiv
+    2401.02954, section 3.2; its constant is 5.83, for another corpus and without the output head)."""
+    return TOKENS_PER_FLOP * compute**0.4757
+
+
+def batch_tokens_for(compute: float) -> float:
+    """Tokens of a step: 0.2920 C^0.3271 (DeepSeek LLM, section 3.1)."""
+    return 0.2920 * compute**0.3271
+
+
+def lr_for(compute: float) -> float:
+    """AdamW's rate at the top of the schedule: 0.3118 C^-0.1250 (the same section)."""
+    return 0.3118 * compute**-0.1250
+
+
+def shape(width: int, vocab_size: int, seq_len: int) -> dict[str, Any]:
+    """The sizes of the default model of a width."""
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "num_layers": max(3, round(width / 48)),
+        "head_dim": 64 if width % 64 == 0 else 32,
+        "intermediate_size": 32 * max(1, round(width * 8 / 3 / 32)),
+        "max_seq_len": seq_len,
+    }
+
+
+def dial(
+    job: Job,
+    compute_of: Callable[[Architecture], float],
+    fits: Callable[[Architecture], bool] = lambda _: True,
+) -> Plan:
+    """The model whose tokens come nearest to the best for its compute; the one that was asked for, if any.
+
+    job: its data derived (see `derive_data`). compute_of: model FLOPs of a run of that model. fits: whether
+    it may be chosen.
+    """
+    last: Plan | None = None
+    for width in range(WIDTH_STEP, MAX_WIDTH, WIDTH_STEP):
+        arch = complete(job, width)
+        if last is not None and not fits(arch):
+            return last
+        compute = compute_of(arch)
+        plan = Plan(arch, compute, compute / model_flops_per_token(arch, job.data.seq_len))
+        if job.model.hidden_size is not None:
+            return plan
+        if plan.tokens < tokens_for(compute):
+            return plan if last is None else min(last, plan, key=_distance)
+        last = plan
+    assert last is not None
+    return last
+
+
+def _distance(plan: Plan) -> float:
+    """How far the tokens are from the best, in either direction."""
+    return abs(math.log(plan.tokens / tokens_for(plan.compute)))
+
+
+def complete(job: Job, width: int) -> Architecture:
+    """The model that was asked for, with what is left out of it taken from the default shape of a width."""
+    asked = job.model
+    sizes = shape(asked.hidden_size or width, vocabulary(job), job.data.seq_len)
+    head_dim = asked.head_dim or (
+        asked.hidden_size // asked.num_heads if asked.hidden_size and asked.num_heads else sizes["head_dim"]
+    )
+    heads = asked.num_heads or max(1, (asked.hidden_size or width) // head_dim)
+    kv_heads = heads // 2 if heads % 2 == 0 else heads
+    sizes |= {"head_dim": head_dim, "num_heads": heads, "num_kv_heads": kv_heads}
+    sizes |= {
+        "rope_theta": 10_000.0,
+        "norm_eps": 1e-5,
+        "tie_embeddings": True,
+        "qk_norm": True,
+        "initializer_range": 0.02,
+    }
+    given = asked.model_dump(exclude_none=True)
+    return Architecture.model_validate(sizes | given)
+
+
+def vocabulary(job: Job) -> int:
+    """Of the model: the tokenizer's, where nothing else was asked for."""
+    if job.model.vocab_size is not None:
+        return job.model.vocab_size
+    if job.data.tokenizer == "bytes":
+        return BytesTokenizer.vocab_size
+    return VOCABULARY if job.data.tokenizer == "bpe" else load_tokenizer(job.data.tokenizer).vocab_size

@@ -1,0 +1,180 @@
+"""Fills in what a job leaves out."""
+
+from __future__ import annotations
+
+import math
+
+from colossus import architecture, layout
+from colossus.architecture import Architecture
+from colossus.derive.dial import Plan, batch_tokens_for, dial, lr_for
+from colossus.derive.machine import (
+    USABLE,
+    check_memory,
+    compiling_pays,
+    derive_machine,
+    measured_rates,
+    memory_bytes,
+    micro_batch,
+    state_bytes,
+)
+from colossus.errors import UserError
+from colossus.hardware.machine import Machine
+from colossus.job import Job
+from colossus.perf.flops import model_flops_per_token
+
+MADE_LATER = {"data.folder", "run.folder"}
+DEFAULT_MINUTES = 5.0
+
+
+def derive(job: Job, machine: Machine) -> Job:
+    """The job with everything filled in but the folders.
+
+    Raises:
+        UserError: what was asked for cannot be together, or does not fit the machine.
+    """
+    if not set(job.missing()) - MADE_LATER:
+        _check(job)
+        return job
+    if job.run.minutes is None and job.run.steps is None and job.run.tokens is None:
+        job = job.derive(**{"run.minutes": DEFAULT_MINUTES})
+    job = derive_machine(job, machine)
+    job = derive_data(job)
+    plan = _plan(job, machine)
+    job = _derive_model(job, plan.arch)
+    job = _derive_steps(job, plan)
+    job = _derive_optimizer(job, plan)
+    job = _derive_layout(job, machine)
+    job = _derive_rest(job, plan)
+    _check(job)
+    return job
+
+
+def derive_data(job: Job) -> Job:
+    """What is learned from, and in samples of what length."""
+    job = job.derive(
+        **{
+            "data.corpus": ["python"],
+            "data.tokenizer": "bpe",
+            "data.text_field": "text",
+            "data.mask_documents": False,
+            "data.validation_fraction": 0.02,
+            "data.phases": [],
+            "data.skip": [],
+        }
+    )
+    job = job.derive(**{"data.weights": [1.0] * len(job.data.corpus)})
+    if len(job.data.weights) != len(job.data.corpus):
+        raise UserError(
+            f"data.weights={job.data.weights}: {len(job.data.weights)} numbers for "
+            f"{len(job.data.corpus)} corpora; one for each of data.corpus={job.data.corpus}"
+        )
+    return job.derive(**{"data.seq_len": min(512, job.model.max_seq_len or 512)})
+
+
+def _plan(job: Job, machine: Machine) -> Plan:
+    """The model, what was asked for of it kept, and the compute that the run's length gives it."""
+    rate_of = measured_rates(job) if job.run.minutes is not None else None
+
+    def compute_of(arch: Architecture) -> float:
+        if job.model.hidden_size is not None:
+            architecture.check(arch)
+            check_memory(job, arch, machine)
+        if rate_of is not None and job.run.minutes is not None:
+            return rate_of(arch) * job.run.minutes * 60 * USABLE
+        return _compute_of(job, model_flops_per_token(arch, job.data.seq_len))
+
+    return dial(job, compute_of, lambda arch: 2 * state_bytes(job, arch) < memory_bytes(job, machine))
+
+
+def _compute_of(job: Job, flops_per_token: float) -> float:
+    """Model FLOPs of a run of given tokens or steps; a step's tokens may follow from the compute."""
+    if job.run.tokens is not None:
+        return job.run.tokens * flops_per_token
+    assert job.run.steps is not None
+    compute = 1e12
+    for _ in range(50):  # the exponent is below 1, so this closes in on the one solution
+        batch = job.run.global_batch
+        tokens = batch * job.data.seq_len if batch is not None else batch_tokens_for(compute)
+        compute = job.run.steps * tokens * flops_per_token
+    return compute
+
+
+def _derive_model(job: Job, arch: Architecture) -> Job:
+    values = arch.model_dump(exclude_none=True)
+    values.pop("rope_scaling", None)
+    job = job.derive(**{f"model.{name}": v for name, v in values.items() if name not in ("preset", "family")})
+    if job.data.seq_len > job.model.max_seq_len:
+        raise UserError(
+            f"data.seq_len={job.data.seq_len}: longer than model.max_seq_len={job.model.max_seq_len}; "
+            f"at most {job.model.max_seq_len}"
+        )
+    architecture.check(job.model)
+    return job
+
+
+def _derive_steps(job: Job, plan: Plan) -> Job:
+    batch = max(1, round(batch_tokens_for(plan.compute) / job.data.seq_len))
+    if batch > 4:
+        batch = 4 * round(batch / 4)
+    batch = max(batch, job.layout.dp)
+    job = job.derive(**{"run.global_batch": batch, "run.seed": 0})
+    return job.derive(**{"run.batch_schedule": [(0, job.run.global_batch)]})
+
+
+def _expected_steps(job: Job, plan: Plan) -> int:
+    if job.run.steps is not None:
+        return job.run.steps
+    return max(1, round(plan.tokens / (job.run.global_batch * job.data.seq_len)))
+
+
+def _derive_optimizer(job: Job, plan: Plan) -> Job:
+    lr = float(f"{lr_for(plan.compute):.2g}")
+    return job.derive(
+        **{
+            "optimizer.name": "muon",
+            "optimizer.lr": lr,
+            "optimizer.matrix_lr": job.optimizer.lr or lr,
+            "optimizer.weight_decay": 0.1,
+            "optimizer.beta1": 0.9,
+            "optimizer.beta2": 0.95,
+            "optimizer.eps": 1e-8,
+            "optimizer.momentum": 0.95,
+            "optimizer.grad_clip": 1.0,
+            "optimizer.z_loss": 0.0,
+            "optimizer.schedule": "wsd",
+            "optimizer.decay_fraction": 0.5,
+            "optimizer.final_lr_fraction": 0.0,
+            "optimizer.warmup_steps": min(200, math.ceil(0.02 * _expected_steps(job, plan))),
+        }
+    )
+
+
+def _derive_layout(job: Job, machine: Machine) -> Job:
+    share = -(-job.run.global_batch // job.layout.dp)
+    job = job.derive(**{"layout.micro_batch": micro_batch(job, share, machine)})
+    return job.derive(**{"layout.compile": compiling_pays(job, machine)})
+
+
+def _derive_rest(job: Job, plan: Plan) -> Job:
+    steps = _expected_steps(job, plan)
+    prompt = "def " if job.data.corpus == ["python"] else "The "
+    return job.derive(
+        **{
+            "run.validate_every": max(1, steps // 10),
+            "run.prompt": prompt,
+            "checkpoint.minutes": 10.0,
+            "checkpoint.steps": 0,
+            "checkpoint.keep": 2,
+            "checkpoint.keep_every": 0,
+        }
+    )
+
+
+def _check(job: Job) -> None:
+    layout.check(job.layout, min(count for _, count in job.run.batch_schedule))
+    if job.optimizer.schedule == "cosine" and job.run.minutes is not None:
+        raise UserError(
+            "optimizer.schedule=cosine: needs to know its end from the start; with run.minutes it is "
+            "wsd, or give run.steps or run.tokens"
+        )
+    assert not set(job.missing()) - MADE_LATER, f"not derived: {job.missing()}"

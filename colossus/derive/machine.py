@@ -1,0 +1,147 @@
+"""What follows from the machine: type, threads, compilation, the rate of training, what fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from colossus import layout
+from colossus.architecture import Architecture, num_parameters, parameter_table
+from colossus.derive.dial import complete
+from colossus.errors import UserError
+from colossus.hardware.machine import Machine
+from colossus.job import Job
+from colossus.measure.machine import free_memory_bytes
+from colossus.measure.training import training_flops_per_second
+from colossus.perf.flops import model_flops_per_token
+from colossus.words import count, size
+
+USABLE = 0.85  # of the minutes goes into training steps; the rest into validation, saving, compiling
+COMPILED_GAIN = 1.3  # of compiled blocks over eager ones, as benchmarks/train_speed measures it
+COMPILE_SECONDS = 25.0  # of the first step; blocks are alike, so it hardly depends on the model
+MEASURED_WIDTH = 1024  # rates hardly grow beyond it
+MAX_BATCH = 10**7
+
+
+def derive_machine(job: Job, machine: Machine) -> Job:
+    """Device, ranks, type and threads.
+
+    Raises:
+        UserError: the machine lacks what was asked for, or the layout is illegal.
+    """
+    if job.fleet.device == "cuda" and not machine.gpus:
+        raise UserError.field("fleet.device", "cuda", "this machine has no GPU that PyTorch can use; cpu")
+    if job.run.threads is not None and job.run.threads > machine.cores:
+        raise UserError(
+            f"run.threads={job.run.threads}: more than this machine's cores; at most {machine.cores}"
+        )
+    job = job.derive(**{"fleet.name": "this-machine", "fleet.device": machine.device})
+    axes = {f"layout.{axis}": 1 for axis in ("dp_replicate", "tp", "pp", "cp", "ep")}
+    ranks = max(1, len(machine.gpus)) if job.fleet.device == "cuda" else 1
+    job = job.derive(**axes, **{"layout.dp_shard": ranks, "layout.recompute": "none"})
+    as_far_as_known = job.layout.model_copy(update={"micro_batch": job.layout.micro_batch or 1})
+    layout.check(as_far_as_known, job.run.global_batch or MAX_BATCH)  # before anything is measured
+    return job.derive(**{"precision.type": _type(job, machine), "run.threads": _threads(job, machine)})
+
+
+def choose_for_machine(job: Job, machine: Machine) -> dict[str, Any]:
+    """Type, threads and compilation of a resolved job on another machine, but for what the user asked for."""
+
+    def kept(name: str, choose: Callable[[], Any]) -> Any:
+        return job.get(name) if job.origins.get(name, "derived") != "derived" else choose()
+
+    return {
+        "type": kept("precision.type", lambda: _type(job, machine)),
+        "threads": kept("run.threads", lambda: _threads(job, machine)),
+        "compile": kept("layout.compile", lambda: compiling_pays(job, machine)),
+    }
+
+
+def check_memory(job: Job, arch: Architecture, machine: Machine) -> None:
+    """Raises `UserError` where weights, gradients and optimizer state alone are more than there is memory."""
+    needed, there = state_bytes(job, arch), memory_bytes(job, machine)
+    if needed > there:
+        name = arch.preset or f"model.hidden_size={arch.hidden_size}"
+        raise UserError(
+            f"model={name}: {count(num_parameters(arch))} parameters need {size(needed)} for weights, "
+            f"gradients and optimizer state, and {size(there)} is free here; a smaller model (see "
+            "`colossus models`)"
+        )
+
+
+def state_bytes(job: Job, arch: Architecture) -> int:
+    """Bytes of weights, gradients and optimizer state in fp32, over all ranks."""
+    muon = job.optimizer.name != "adamw"
+    return sum(p.numel * (12 if muon and p.group == "matrix" else 16) for p in parameter_table(arch))
+
+
+def memory_bytes(job: Job, machine: Machine) -> int:
+    """Memory that a run can take: what is free now on a processor, all of the GPUs."""
+    if job.fleet.device == "cpu":
+        return free_memory_bytes()
+    return machine.gpus[0].memory_bytes * job.layout.num_ranks
+
+
+def micro_batch(job: Job, share: int, machine: Machine) -> int:
+    """The largest divisor of a rank's share of a batch whose activations fit into a quarter of the memory."""
+    arch = job.model
+    # What waits for the backward pass, in fp32: as Korthikanti et al. 2022 (arXiv 2205.05198) count it, with
+    # the three products of SwiGLU, and attention that keeps no scores.
+    per_token = 4 * arch.num_layers * (16 * arch.hidden_size + 4 * arch.intermediate_size)
+    memory = memory_bytes(job, machine) / job.layout.num_ranks
+    fits = max(1, int(memory / 4 / (per_token * job.data.seq_len)))
+    return max(n for n in range(1, min(share, fits) + 1) if share % n == 0)
+
+
+def measured_rates(job: Job) -> Callable[[Architecture], float]:
+    """The rate that training a model in `run.minutes` will reach, in model FLOP/s.
+
+    Measured, when asked, for the default models of widths that are powers of two, and in between in
+    proportion; for a model that was asked for, measured itself.
+    """
+    assert job.run.minutes is not None
+    compiled = job.layout.compile
+    if compiled is None:
+        compiled = _is_long(job.run.minutes * 60 * USABLE)
+
+    @cache
+    def measured(arch: Architecture) -> float:
+        kind, threads, device = job.precision.type, job.run.threads, job.fleet.device
+        rate = training_flops_per_second(arch, job.data.seq_len, kind, threads, device)
+        return rate * COMPILED_GAIN if compiled else rate
+
+    def rate(arch: Architecture) -> float:
+        if job.model.hidden_size is not None:
+            return measured(arch)
+        power = math.log2(min(arch.hidden_size, MEASURED_WIDTH))
+        below, share = 2 ** int(power), power % 1
+        low = measured(complete(job, below))
+        return low if not share else low ** (1 - share) * measured(complete(job, 2 * below)) ** share
+
+    return rate
+
+
+def compiling_pays(job: Job, machine: Machine) -> bool:
+    """Whether the run is long enough to win back the seconds that its first step takes longer."""
+    if job.fleet.device == "cpu" and machine.compiler is None:
+        return False
+    if job.run.minutes is not None:
+        return _is_long(job.run.minutes * 60 * USABLE)
+    steps = job.run.steps or 0
+    tokens = job.run.tokens or steps * job.run.global_batch * job.data.seq_len
+    flops = tokens * model_flops_per_token(job.model, job.data.seq_len)
+    return _is_long(flops / (0.3 * machine.peak_flops_per_second * job.layout.num_ranks))
+
+
+def _is_long(seconds: float) -> bool:
+    return seconds * (1 - 1 / COMPILED_GAIN) > COMPILE_SECONDS
+
+
+def _type(job: Job, machine: Machine) -> str:
+    return "bf16" if job.fleet.device == "cuda" else machine.best.type
+
+
+def _threads(job: Job, machine: Machine) -> int:
+    return max(1, machine.best_threads // job.layout.num_ranks)
