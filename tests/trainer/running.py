@@ -142,6 +142,12 @@ def kept_machine() -> str:
     return str(folder)
 
 
+def follower_of(job: Job, folder: Path) -> Job:
+    """The job of a new run in `folder` that follows the job.toml of a run, as `--exact` makes it."""
+    kept = api.load_job(Path(job.run.folder) / "job.toml")
+    return api.resolve(kept.put({"run.folder": str(folder)}, "argument"), exact=True)
+
+
 def run_of(job: Job) -> Run:
     return Run(Path(job.run.folder))
 

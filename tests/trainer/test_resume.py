@@ -14,7 +14,7 @@ from colossus.data.order import BatchSchedule
 from colossus.data.sources import TrainingData
 from colossus.job import Job
 from colossus.measure.machine import this_machine
-from tests.trainer.running import Kill, assert_bitwise_equal, run_of, train_in_processes
+from tests.trainer.running import Kill, assert_bitwise_equal, follower_of, run_of, train_in_processes
 
 BF16_IS_QUICK = this_machine().flops_per_second("bf16") > 0.5 * this_machine().flops_per_second("fp32")
 FAST = "bf16" if BF16_IS_QUICK else "fp32"
@@ -91,7 +91,9 @@ TIMED = ["run.minutes=0.04", "checkpoint.steps=40", "run.validate_every=60"]
 
 
 @pytest.mark.parametrize("steps_later", [None, 0, 7], ids=["before", "at", "in the decay"])
-def test_a_decision_of_the_clock_is_replayed(steps_later: int | None, small_job: Make) -> None:
+def test_a_decision_of_the_clock_is_replayed(
+    steps_later: int | None, small_job: Make, tmp_path: Path
+) -> None:
     """The end that was decided stays, and a run that follows the decisions takes the same steps unstopped."""
     kill = Kill("before", 50) if steps_later is None else Kill("decided", steps_later)
     job = small_job("killed", *TIMED)
@@ -108,7 +110,7 @@ def test_a_decision_of_the_clock_is_replayed(steps_later: int | None, small_job:
     resumed = run_of(job).events("resume")[0]["step"]
     assert killed_at - 40 <= resumed < killed_at
 
-    follower = small_job("follower", *TIMED)
+    follower = follower_of(job, tmp_path / "follower")
     assert train_in_processes(follower, follow=Path(job.run.folder)) == [0]
     decays = [(d["value"], d["first_step"]) for d in events if d["name"] == "decay"]
     followed = [e for e in run_of(follower).events("decision") if e["name"] == "decay"]
