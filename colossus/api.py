@@ -38,8 +38,10 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
         return job.put({"run.folder": str(path)}, "file")
     job = job_module.load_job(path, overrides)
     if job.made:
-        job = job.without("run.folder")
-        if overrides:
+        changed = {override.partition("=")[0] for override in overrides}
+        if "run.folder" not in changed:
+            job = job.without("run.folder")
+        if changed - {"run.folder"}:  # another folder changes nothing that is derived
             job = job.asked()
     return job
 

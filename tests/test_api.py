@@ -74,5 +74,7 @@ def test_a_job_by_a_file_and_by_the_folder_of_a_run(tmp_path: Path) -> None:
     assert starts.run.folder is None and starts.run.steps == 3
     changed = colossus.load_job(run / "job.toml", ["run.steps=4"])
     assert changed.run.seed is None and changed.run.steps == 4  # what was derived is derived again
+    elsewhere = colossus.load_job(run / "job.toml", ["run.folder=there"])
+    assert elsewhere.run.folder == "there" and elsewhere.run.seed == 7  # nothing derived depends on it
     with pytest.raises(UserError, match="not the folder of a run"):
         colossus.load_job(tmp_path)
