@@ -83,6 +83,7 @@ class Training:
             job = _settle_machine(job, decisions, step, world, log)
             schedule = BatchSchedule(job.run.batch_schedule)
             data = TrainingData.open(job, schedule, decisions.get("phases", 0))
+            on_first_rank(world, data.verify)
             decisions.decide("phases", 0, lambda: [asdict(phase) for phase in data.phases], world, log)
             state = TrainState.build(job, world)
             if checkpoint is not None:
