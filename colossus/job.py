@@ -367,13 +367,16 @@ def _known(dotted: str) -> str:
 
 
 def _value(dotted: str, text: str) -> Any:
-    """A TOML value where `text` is one that fits the field, else the text itself."""
+    """A TOML value where `text` is one that fits the field, else the text itself; of texts in a list, too."""
     section, _, name = _known(dotted).partition(".")
+    kind = SECTIONS[section].model_fields[name].annotation
     try:
         (value,) = tomllib.loads(f"value = {text}").values()
     except ValueError:  # no TOML, or more than one value
+        if kind == list[Name] and text.startswith("[") and text.endswith("]"):
+            return [item.strip() for item in text[1:-1].split(",")]
         return text
-    takes_text = SECTIONS[section].model_fields[name].annotation in (str, list[Name])
+    takes_text = kind in (str, list[Name])
     return text if takes_text and not _is_text(value) else value
 
 

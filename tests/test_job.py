@@ -102,6 +102,7 @@ def test_text_that_looks_like_a_number_stays_text() -> None:
     assert load_job(None, ["data.corpus=true"]).data.corpus == ["true"]
     assert load_job(None, ["run.tokens=15e12"]).run.tokens == 15 * 10**12
     assert load_job(None, ["data.corpus=['a','b']"]).data.corpus == ["a", "b"]
+    assert load_job(None, ["data.corpus=[a, b:C]"]).data.corpus == ["a", "b:C"]  # as the brief shows it
 
 
 @given(
