@@ -129,6 +129,7 @@ class RunSection(Section):
     folder: Name = derived()
     global_batch: int = derived(ge=1, le=10**7)  # sequences of a step, over all ranks
     batch_schedule: Annotated[list[Pair], AfterValidator(_from_step_0)] = derived()  # (from step, sequences)
+    expected_steps: int = derived(ge=1)  # what the length is likely to give; the clock has the last word
     threads: int = derived(ge=1, le=4096)
     validate_every: int = derived(ge=0, le=10**9)  # steps; 0: at the end only
     prompt: str = derived()  # what the sample at the end continues

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from colossus.architecture import num_parameters
 from colossus.job import Job
 from colossus.words import clock, count, plural, short
+
+FEW_TOKENS, USUAL_TOKENS = 1, 20  # a parameter; Hoffmann et al. 2022 (arXiv 2203.15556) found about 20 best
 
 
 def brief(job: Job) -> str:
@@ -15,6 +18,7 @@ def brief(job: Job) -> str:
         "model": _model(job),
         "data": _data(job),
         "steps": _steps(job),
+        "tokens": _tokens(job),
         "optimizer": _optimizer(job),
         "machine": _machine(job),
         "asked": _asked(job),
@@ -23,8 +27,6 @@ def brief(job: Job) -> str:
 
 
 def _model(job: Job) -> list[str]:
-    from colossus.architecture import num_parameters
-
     model = job.model
     parts = [model.preset] if model.preset else []
     if not any(name.startswith("model.") for name in job.missing()):
@@ -52,6 +54,7 @@ def _steps(job: Job) -> list[str]:
     return _known(
         (run.minutes, lambda m: f"{clock(60 * m)} of training"),
         (run.steps, lambda n: plural(n, "step")),
+        (None if run.steps else run.expected_steps, lambda n: f"about {plural(n, 'step')}"),
         (run.tokens, lambda n: f"{count(n)} tokens"),
         (
             batch,
@@ -59,6 +62,19 @@ def _steps(job: Job) -> list[str]:
         ),
         (run.seed, lambda n: f"seed {n}"),
     )
+
+
+def _tokens(job: Job) -> list[str]:
+    """How much each parameter will see; a model that is far too large for the run is called so."""
+    run, seq_len = job.run, job.data.seq_len
+    if any(name.startswith("model.") for name in job.missing()) or not (run.expected_steps and seq_len):
+        return []
+    tokens = run.expected_steps * run.global_batch * seq_len
+    each = tokens / num_parameters(job.model)
+    parts = [f"about {count(tokens)}", f"{short(each)} a parameter"]
+    if each < FEW_TOKENS:
+        parts.append(f"too few to learn much: some {USUAL_TOKENS} a parameter are usual")
+    return parts
 
 
 def _optimizer(job: Job) -> list[str]:

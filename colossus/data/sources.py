@@ -14,7 +14,6 @@ from colossus.data.tokenizer import Tokenizer, load_tokenizer
 from colossus.errors import UserError
 from colossus.job import Job
 
-
 VERIFIED_BYTES = 2**31  # of shards that are read whole before a run begins: half a second
 
 

