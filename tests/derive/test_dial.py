@@ -1,0 +1,71 @@
+"""The dial: more compute never gives a smaller model, and tokens stay near the law."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colossus.architecture import check, num_parameters
+from colossus.derive import derive_data, dial
+from colossus.derive.dial import WIDTH_STEP, batch_tokens_for, complete, lr_for, tokens_for
+from colossus.job import load_job
+from colossus.perf.flops import model_flops_per_token
+
+JOB = derive_data(load_job())
+
+
+def chosen(compute: float, *words: str):
+    return dial(derive_data(load_job(None, words)), lambda arch: compute)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(11, 17), st.floats(0.0, 2.0))
+def test_more_compute_never_gives_a_smaller_model(power: float, more: float) -> None:
+    small, large = chosen(10**power), chosen(10 ** (power + more))
+    assert num_parameters(small.arch) <= num_parameters(large.arch)
+
+
+@pytest.mark.parametrize("compute", [1e13, 1e14, 1e15, 1e17])
+def test_neither_neighbour_is_nearer_to_the_best_number_of_tokens(compute: float) -> None:
+    plan = chosen(compute)
+
+    def distance(width: int) -> float:
+        flops = model_flops_per_token(complete(JOB, width), JOB.data.seq_len)
+        return abs(math.log(compute / flops / tokens_for(compute)))
+
+    width = plan.arch.hidden_size
+    assert plan.tokens * model_flops_per_token(plan.arch, JOB.data.seq_len) == pytest.approx(compute)
+    assert distance(width) <= min(distance(w) for w in (width - WIDTH_STEP, width + WIDTH_STEP) if w > 0)
+
+
+def test_the_laws_are_those_of_their_source() -> None:
+    """DeepSeek LLM (arXiv 2401.02954), equations 1 and 4: exponents; the rate with its constant."""
+    assert lr_for(1e17) == pytest.approx(0.3118 * 1e17**-0.125)
+    assert math.log(batch_tokens_for(1e18) / batch_tokens_for(1e17), 10) == pytest.approx(0.3271)
+    assert math.log(tokens_for(1e18) / tokens_for(1e17), 10) == pytest.approx(0.4757)
+
+
+def test_what_was_asked_of_the_model_is_kept() -> None:
+    plan = chosen(
+        1e13, "model.hidden_size=96", "model.num_layers=7", "model.num_heads=6", "model.rope_theta=500"
+    )
+    arch = plan.arch
+    assert (arch.hidden_size, arch.num_layers, arch.num_heads, arch.head_dim) == (96, 7, 6, 16)
+    assert arch.rope_theta == 500
+    check(arch)
+
+
+@given(st.integers(1, 64))
+@settings(max_examples=20, deadline=None)
+def test_every_default_shape_is_legal(step: int) -> None:
+    arch = complete(JOB, WIDTH_STEP * step)
+    check(arch)
+    assert arch.num_heads * arch.head_dim == arch.hidden_size
+
+
+def test_a_model_that_does_not_fit_is_not_chosen() -> None:
+    largest = dial(JOB, lambda arch: 1e22, lambda arch: arch.hidden_size <= 512).arch
+    assert largest.hidden_size == 512

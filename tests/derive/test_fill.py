@@ -1,0 +1,90 @@
+"""Everything that a job leaves out is filled in, from the machine that is given, and what was asked stays."""
+
+from __future__ import annotations
+
+import pytest
+
+from colossus.derive import derive
+from colossus.errors import UserError
+from colossus.job import Job, load_job
+from tests.derive.machines import machine
+
+SLOW_BF16 = machine(fp32=60e9, bf16=0.45e9)
+QUICK_BF16 = machine(fp32=100e9, bf16=400e9)
+
+
+def derived(*words: str, on=QUICK_BF16) -> Job:
+    return derive(load_job(None, words), on)
+
+
+@pytest.mark.parametrize("length", ["run.steps=100", "run.tokens=1000000", "model=llama3.2-1b run.steps=2"])
+def test_nothing_is_left_open_but_the_folders(length: str) -> None:
+    job = derived(*length.split())
+    assert set(job.missing()) == {"data.folder", "run.folder"}
+    assert all(job.origins.get(name) for name in ("run.seed", "optimizer.lr", "model.hidden_size"))
+
+
+def test_a_resolved_job_is_left_alone() -> None:
+    job = derived("run.steps=100")
+    assert derive(job, SLOW_BF16) == job
+
+
+@pytest.mark.parametrize(("on", "kind"), [(SLOW_BF16, "fp32"), (QUICK_BF16, "bf16")])
+def test_the_type_is_the_quicker_one(on, kind: str) -> None:
+    assert derived("run.steps=100", on=on).precision.type == kind
+
+
+def test_a_slow_type_is_used_only_where_it_is_asked_for() -> None:
+    assert derived("run.steps=100", "precision.type=bf16", on=SLOW_BF16).precision.type == "bf16"
+
+
+def test_threads_are_shared_by_the_ranks() -> None:
+    assert derived("run.steps=9", "run.global_batch=2", "layout.dp_shard=2").run.threads == 1
+    assert derived("run.steps=9").run.threads == 2
+
+
+def test_compiling_needs_a_compiler_and_a_run_that_is_long_enough() -> None:
+    shape = ["model.hidden_size=384", "model.num_layers=6"]
+    assert derived(*shape, "run.tokens=1000000000").layout.compile
+    assert not derived(*shape, "run.tokens=10000").layout.compile
+    assert not derived(*shape, "run.tokens=1000000000", on=machine(compiler=None)).layout.compile
+
+
+def test_steps_tokens_and_expected_steps_agree() -> None:
+    job = derived("run.tokens=2000000")
+    per_step = job.run.global_batch * job.data.seq_len
+    assert job.run.expected_steps == pytest.approx(2_000_000 / per_step, abs=1)
+    assert derived("run.steps=77").run.expected_steps == 77
+
+
+def test_longer_runs_get_larger_models_larger_batches_and_lower_rates() -> None:
+    short, long = derived("run.tokens=1000000"), derived("run.tokens=1000000000")
+    assert short.model.hidden_size < long.model.hidden_size
+    assert short.run.global_batch < long.run.global_batch
+    assert short.optimizer.lr > long.optimizer.lr
+
+
+def test_minutes_give_what_this_machine_reaches_in_them() -> None:
+    short, long = derived("run.minutes=0.2"), derived("run.minutes=60")
+    assert short.model.hidden_size <= long.model.hidden_size
+    assert short.run.expected_steps < long.run.expected_steps
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model=llama3.1-405b", "run.steps=1"], "model=llama3.1-405b: 406B parameters need"),
+        (["run.threads=4096"], "run.threads=4096: more than this machine's cores; at most 2"),
+        (["layout.tp=2"], "layout.tp=2: tensor parallelism is not available yet"),
+        (["data.weights=[1,2]"], "data.weights=[1.0, 2.0]: 2 numbers for 1 corpora"),
+        (["model.max_seq_len=64", "data.seq_len=128", "run.steps=1"], "data.seq_len=128: longer than"),
+        (["model.num_heads=4", "model.num_kv_heads=3", "model.hidden_size=64", "run.steps=1"], "must divide"),
+        (["optimizer.schedule=cosine", "run.minutes=1"], "optimizer.schedule=cosine: needs to know its end"),
+        (["run.global_batch=2", "layout.dp_shard=4", "run.steps=1"], "run.global_batch=2: fewer sequences"),
+        (["fleet.device=cuda"], "fleet.device=cuda: this machine has no GPU"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(words: list[str], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        derived(*words)
+    assert said in str(error.value)
