@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import tomllib
@@ -10,6 +11,8 @@ from types import ModuleType
 import pytest
 
 from colossus import api
+from colossus.derive import dial
+from colossus.derive.fill import SEQ_LEN
 from colossus.job import fields, load_job
 from tests.docs.pages import ROOT
 
@@ -60,3 +63,17 @@ def test_constants_are_those_that_are_derived(reference: ModuleType) -> None:
         assert job.get(name) == tomllib.loads(f"value = {constant[1]}")["value"], name
         checked += 1
     assert checked > 30
+
+
+def test_the_dial_is_the_one_that_is_described() -> None:
+    text = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
+    laws = [(float(a), float(b)) for a, b in re.findall(r"([\d.]+) C\^(-?\d[\d.]*\d)", text)]
+    module = importlib.import_module(dial.__module__)
+    functions = (module.tokens_for, module.batch_tokens_for, module.lr_for)
+    for compute in (1e12, 1e20):
+        assert [a * compute**b for a, b in laws] == pytest.approx([f(compute) for f in functions])
+
+
+def test_lengths_of_samples_are_those_that_are_derived(reference: ModuleType) -> None:
+    cell = rows(reference.PAGE.read_text(encoding="utf-8"))["data.seq_len"][-1]
+    assert f"{SEQ_LEN['cpu']:,} on a CPU, {SEQ_LEN['cuda']:,} on a GPU" in cell
