@@ -80,8 +80,7 @@ def _sample(view: RunView) -> list[str]:
 
 
 def _places(view: RunView, folder: str) -> list[str]:
-    samples = view.of("sample")
-    prompt = shlex.quote(samples[-1]["prompt"]) if samples else '"Once"'
+    prompt = shlex.quote(((view.start.get("job") or {}).get("run") or {}).get("prompt", "Once"))
     checkpoints = view.of("checkpoint")
     rows = [("report", f"{folder}/report.html"), ("events", f"{folder}/events.jsonl")]
     rows += [("checkpoint", f"{folder}/{checkpoints[-1]['path']}")] if checkpoints else []
