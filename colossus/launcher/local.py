@@ -36,9 +36,9 @@ def first_rank_prepares(prepare: Callable[[], Prepared]) -> Prepared:
     """What `prepare` returns; where torchrun started several processes, the first one alone calls it."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return prepare()
-    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
-    store, _, _ = next(dist.rendezvous("env://", timeout=PREPARING))
+    store, _, _ = next(rendezvous("env://", timeout=PREPARING))
     _stores.append(store)
     if not is_first_rank():
         prepared = pickle.loads(store.get("colossus/prepared"))

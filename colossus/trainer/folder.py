@@ -59,7 +59,7 @@ def continued(folder: Path, asked: Job) -> Job:
         differing = "; ".join(f"{n}: {kept.get(n)!r}, {changed[n]!r}" for n in fixed)
         raise UserError(f"run.folder={folder}: holds another job; differing (there, asked): {differing}")
     if changed and kept.origins.get("layout.micro_batch") == "derived":
-        kept = dataclasses.replace(kept, layout=kept.layout.model_copy(update={"micro_batch": None}))
+        kept = kept.without("layout.micro_batch")
     return kept.put(changed | {"run.folder": str(folder)}, "argument")
 
 
@@ -74,7 +74,9 @@ def make(folder: Path, job: Job, tokenizer: Path, decisions: Iterable[Decision] 
     with _storage_errors(folder):
         if not is_run(folder):
             if folder.is_dir() and {path.name for path in folder.iterdir()} - BEGUN:
-                raise UserError(f"run.folder={folder}: not empty, and not a run's; name a new one")
+                raise UserError(
+                    f"run.folder={folder}: not empty, and not the folder of a run; name a new one"
+                )
             folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             if not is_run(folder):

@@ -21,8 +21,15 @@ class Run:
 
     @property
     def loss(self) -> dict[int, float]:
-        """Step -> training loss in nats a token, of the last attempt that took the step."""
-        return {event["step"]: number(event["loss"]) for event in self.events("step")}
+        """Step -> training loss in nats a token. What a killed attempt took beyond the checkpoint that the
+        next one went on from is no part of the run."""
+        losses: dict[int, float] = {}
+        for event in self.events():
+            if event["kind"] in ("start", "resume"):
+                losses = {step: loss for step, loss in losses.items() if step < event["step"]}
+            elif event["kind"] == "step":
+                losses[event["step"]] = number(event["loss"])
+        return losses
 
     @property
     def outcome(self) -> str:

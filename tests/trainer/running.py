@@ -48,9 +48,9 @@ _processes.set_forkserver_preload(
 class Kill(Hook):
     """Ends the process by `kill -9`, as a failing machine would.
 
-    where: "before" a step; within a "step"; in an "evaluation" after it, or in a "save" (its third sync: all
-    is written but for the commit); "decided": before the step from which on the decay was decided,
-    and `step` steps later.
+    where: "before" a step, once saves under way are whole; within a "step"; in an "evaluation" after it, or
+    in a "save" (its third sync: all is written but for the commit); "decided": before the step from which
+    on the decay was decided, and `step` steps later.
     """
 
     where: str
@@ -67,6 +67,8 @@ class Kill(Hook):
 
     def before_step(self, training: Training) -> None:
         if self.where == "before" and training.step == self.step:
+            training.saver.wait()
+            training.world.barrier()
             self._now(training)
         if self.where == "save" and training.step == self.step - 1 and training.world.rank == self.rank:
             _kill_at_sync(3)
@@ -92,7 +94,7 @@ def _kill_at_sync(count: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         real(descriptor)
 
-    os.fsync = fsync
+    os.fsync = fsync  # type: ignore[assignment]
 
 
 def train_in_processes(job: Job, hooks: Sequence[Hook] = (), follow: Path | None = None) -> list[int]:

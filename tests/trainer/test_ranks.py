@@ -1,0 +1,110 @@
+"""Several ranks on this machine through `api.train`: started, followed, stopped and reported as one run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colossus import api
+from colossus.errors import MachineError, UserError
+from colossus.job import Job
+from colossus.trainer.hooks import Hook
+from colossus.trainer.training import Training
+from tests.trainer.running import kept_machine, run_of
+
+Make = Callable[..., Job]
+
+
+class Leave(Hook):
+    """Pickled to every rank: each leaves a file, and may then fail, die or have the parent stopped."""
+
+    def __init__(self, folder: Path, at: int = -1, how: str = "") -> None:
+        self.folder, self.at, self.how, self.parent = folder, at, how, os.getpid()
+
+    def before_step(self, training: Training) -> None:
+        (self.folder / f"rank-{training.world.rank}").write_text(str(os.getpid()))
+        if training.step != self.at:
+            return
+        training.saver.wait()
+        training.world.barrier()
+        if self.how == "user error":
+            raise UserError("data.seq_len=1: a reason")
+        if self.how == "machine error" and training.world.rank == 1:
+            raise MachineError("the disk of rank 1")
+        if self.how == "kill" and training.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "signal" and training.world.rank == 0:
+            os.kill(self.parent, signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLOSSUS_CACHE", kept_machine())
+
+
+def two_ranks(small_job: Make, *settings: str) -> Job:
+    return small_job("run", "layout.dp_shard=2", *settings)
+
+
+def test_hooks_reach_the_ranks_and_events_come_back(small_job: Make, tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    run = api.train(two_ranks(small_job), [Leave(tmp_path)], listeners=[heard.append])
+    assert run.outcome == "finished" and sorted(run.loss) == list(range(12))
+    pids = {(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)}
+    assert len(pids) == 2 and str(os.getpid()) not in pids
+    assert heard == run.events()
+    assert run.events("start")[0]["num_ranks"] == 2
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        ("user error", UserError, "data.seq_len=1: a reason"),
+        ("machine error", MachineError, "the disk of rank 1"),
+        ("kill", MachineError, "rank 1 ended with exit code -9"),
+    ],
+)
+def test_what_a_rank_raises_is_raised_here_in_one_line(
+    how: str, kind: type[Exception], message: str, small_job: Make, tmp_path: Path
+) -> None:
+    job = two_ranks(small_job)
+    with pytest.raises(kind) as caught:
+        api.train(job, [Leave(tmp_path, 6, how)])
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    if how == "kill":
+        assert api.train(job).outcome == "finished"
+        assert [e["step"] for e in run_of(job).events("resume")] == [4]
+
+
+def test_a_signal_to_the_parent_saves(small_job: Make, tmp_path: Path) -> None:
+    job = two_ranks(small_job, "run.steps=100000", "checkpoint.steps=0", "run.validate_every=0")
+    run = api.train(job, [Leave(tmp_path, 9, "signal")])
+    assert run.outcome == "SIGTERM"
+    assert run.events("checkpoint")[-1]["saved_step"] == max(run.loss) + 1
+
+
+def test_ranks_save_and_end_when_their_parent_is_killed(small_job: Make, tmp_path: Path) -> None:
+    """Else they would go on unseen, and hold the folder."""
+    job = two_ranks(small_job, "run.steps=100000", "checkpoint.steps=0", "run.validate_every=0")
+    child = os.fork()
+    if child == 0:
+        try:
+            api.train(job, [Leave(tmp_path)])
+        finally:
+            os._exit(1)
+    end = time.monotonic() + 60
+    while not run_of(job).loss:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while run_of(job).outcome != "SIGTERM":
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert run_of(job).events("checkpoint")[-1]["saved_step"] == max(run_of(job).loss) + 1
