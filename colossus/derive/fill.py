@@ -9,6 +9,7 @@ from colossus.architecture import Architecture
 from colossus.derive.dial import Plan, batch_tokens_for, dial, lr_for
 from colossus.derive.machine import (
     USABLE,
+    check_device,
     check_memory,
     compiling_pays,
     derive_machine,
@@ -36,6 +37,7 @@ def derive(job: Job, machine: Machine) -> Job:
         UserError: what was asked for cannot be together, or does not fit the machine.
     """
     if not set(job.missing()) - MADE_LATER:
+        check_device(job, machine)
         _check(job)
         return job
     if job.run.minutes is None and job.run.steps is None and job.run.tokens is None:

@@ -31,8 +31,7 @@ def derive_machine(job: Job, machine: Machine) -> Job:
     Raises:
         UserError: the machine lacks what was asked for, or the layout is illegal.
     """
-    if job.fleet.device == "cuda" and not machine.gpus:
-        raise UserError.field("fleet.device", "cuda", "this machine has no GPU that PyTorch can use; cpu")
+    check_device(job, machine)
     if job.run.threads is not None and job.run.threads > machine.cores:
         raise UserError(
             f"run.threads={job.run.threads}: more than this machine's cores; at most {machine.cores}"
@@ -44,6 +43,12 @@ def derive_machine(job: Job, machine: Machine) -> Job:
     as_far_as_known = job.layout.model_copy(update={"micro_batch": job.layout.micro_batch or 1})
     layout.check(as_far_as_known, job.run.global_batch or MAX_BATCH)  # before anything is measured
     return job.derive(**{"precision.type": _type(job, machine), "run.threads": _threads(job, machine)})
+
+
+def check_device(job: Job, machine: Machine) -> None:
+    """Raises `UserError` where the machine has no such device."""
+    if job.fleet.device == "cuda" and not machine.gpus:
+        raise UserError.field("fleet.device", "cuda", "this machine has no GPU that PyTorch can use; cpu")
 
 
 def choose_for_machine(job: Job, machine: Machine) -> dict[str, Any]:
