@@ -17,7 +17,8 @@ from colossus.events import EventLog
 from colossus.job import Job, load_job, save_job
 from colossus.trainer.decisions import Decision
 
-MAY_CHANGE = ("layout.", "checkpoint.", "run.threads", "fleet.device")  # between the attempts of a run: never what it learns
+# Between the attempts of a run: never what it learns.
+MAY_CHANGE = ("layout.", "checkpoint.", "run.threads", "fleet.device")
 BEGUN = {"lock", "tokenizer", "events.jsonl", "job.toml.part"}  # what a kill while a run is made may leave
 
 
