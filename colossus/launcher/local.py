@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import re
-import signal
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +21,7 @@ if TYPE_CHECKING:
 Prepared = TypeVar("Prepared")
 PREPARING = timedelta(days=1)  # that building the data may take
 STOP_SECONDS = 0.2  # between two looks at the ranks, and at the event log
+FAREWELL_SECONDS = 2.0  # that the parent has to read the result of a rank that is done
 _stores: list[Any] = []  # kept: the process group that is made later meets at the same place
 
 
@@ -101,19 +99,16 @@ def _launch_ranks(job: Job, folder: Path, hooks: Sequence[Hook]) -> None:
 
 
 def _rank(job: Job, folder: Path, hooks: list[Hook]) -> None:
-    os.setsid()  # Ctrl-C in a terminal reaches every process of its group; the ranks are told by their parent
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    # Ctrl-C in a terminal reaches every process of its group, and two signals end a rank without saving; it
+    # gets one from its parent. (Where the parent is killed, PyTorch has the kernel send SIGINT, on Linux.)
+    os.setsid()
     from colossus.trainer.loop import train
 
     train(job, folder, hooks)
-
-
-def _end_with_parent() -> None:
-    """Where the parent was killed, its ranks save and end, so that the run can be started again."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)
+    # torchelastic lets a rank wait until its result was read; a parent that stops, or was killed, reads none.
+    leave = threading.Timer(FAREWELL_SECONDS, os._exit, (0,))
+    leave.daemon = True
+    leave.start()
 
 
 class _Follower:

@@ -17,7 +17,9 @@ from colossus import api
 from colossus.checkpoints.find import latest
 from colossus.errors import MachineError
 from colossus.job import Job, to_toml
+from colossus.trainer import folder as folders
 from colossus.trainer.hooks import Hook
+from colossus.trainer.hooks.stop import SAME_SECONDS
 from colossus.trainer.run import Run
 from colossus.trainer.step import StepResult
 from colossus.trainer.training import Training
@@ -120,6 +122,8 @@ def test_a_second_signal_ends_the_process_at_once(small_job: Make) -> None:
 
     def twice(training: Training) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # of the same wish: a launcher's and a terminal's
+        time.sleep(SAME_SECONDS + 0.1)
         os.kill(os.getpid(), signal.SIGINT)  # another one counts as well
 
     before = signal.getsignal(signal.SIGTERM)
@@ -203,3 +207,34 @@ def test_the_command_saves_and_tells_by_its_exit_code(
     saved = latest(run.folder)
     assert saved is not None and saved.name == f"step-{max(run.loss) + 1:08}"
     assert "Traceback" not in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no kernel tells a process of its parent's end")
+def test_ranks_save_and_end_when_their_parent_is_killed(
+    small_job: Make, command: Callable[[Job], Command]
+) -> None:
+    """Else they would go on unseen, and hold the folder."""
+    settings = ["run.steps=100000", "checkpoint.steps=0", "run.validate_every=0"]
+    job = small_job("run", *settings, "layout.dp_shard=2")
+    running = command(job)
+    running.wait_for("step", 3)
+    folder = Path(job.run.folder)
+    first_rank = int((folder / "lock").read_text())
+    assert first_rank != running.process.pid
+    running.process.kill()
+    end = time.monotonic() + 30
+    while is_alive(first_rank):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    run = Run(folder)
+    assert run.outcome == "SIGINT"
+    assert run.events("checkpoint")[-1]["saved_step"] == max(run.loss) + 1
+    with folders.locked(folder):
+        pass
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return "zombie" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False

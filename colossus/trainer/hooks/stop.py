@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 
 from colossus.trainer.hooks import Hook
 from colossus.trainer.step import StepResult
 from colossus.trainer.training import Training
 
+SAME_SECONDS = 1.0
+
 
 class StopOnSignal(Hook):
-    """SIGINT and SIGTERM ask for the end once; a second one ends the process at once, as usual.
+    """SIGINT and SIGTERM ask for the end; a second one ends the process at once, as usual. What comes within
+    a second is the same wish: a terminal and a launcher may both tell a rank, and the kernel tells it once
+    for every thread of a parent that was killed.
 
     The first step of an attempt may compile for a minute. A process that trains alone gives it up: nothing
     is lost but what it would begin again. Several ranks take it to its end, since one that left would let
@@ -22,6 +27,7 @@ class StopOnSignal(Hook):
     def on_start(self, training: Training) -> None:
         self._in_first_step = False
         self._steps = 0
+        self._asked_at: float | None = None
         if threading.current_thread() is not threading.main_thread():
             return
         before = {n: signal.getsignal(n) or signal.SIG_DFL for n in (signal.SIGINT, signal.SIGTERM)}
@@ -31,7 +37,12 @@ class StopOnSignal(Hook):
                 signal.signal(number, handler)
 
         def ask(number: int, frame: FrameType | None) -> None:
-            restore()
+            if self._asked_at is not None:
+                if time.monotonic() - self._asked_at > SAME_SECONDS:
+                    restore()
+                    signal.raise_signal(number)
+                return
+            self._asked_at = time.monotonic()
             training.ask_to_stop(signal.Signals(number).name)
             if self._in_first_step and training.world.size == 1:
                 training.give_up_step()
