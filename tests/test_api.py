@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import colossus
 from colossus import api
 from colossus.errors import UserError
+from colossus.trainer.hooks import Hook
+from colossus.trainer.step import StepResult
+from colossus.trainer.training import Training
+from tests.trainer.conftest import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,3 +83,48 @@ def test_a_job_by_a_file_and_by_the_folder_of_a_run(tmp_path: Path) -> None:
     assert elsewhere.run.folder == "there" and elsewhere.run.seed == 7  # nothing derived depends on it
     with pytest.raises(UserError, match="not the folder of a run"):
         colossus.load_job(tmp_path)
+
+
+class Count(Hook):
+    """A user's hook."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def after_step(self, training: Training, result: StepResult) -> None:
+        self.losses.append(result.loss)
+
+
+def test_from_text_to_text_twice(tmp_path: Path) -> None:
+    """Trains with a hook, loads the run and one of its checkpoints, generates: each function twice."""
+    (tmp_path / "texts").mkdir()
+    for n in range(20):
+        (tmp_path / "texts" / f"{n}.txt").write_text(f"def f{n}(x): return x + {n}\n" * 10)
+    places = [f"data.corpus={tmp_path / 'texts'}", f"data.folder={tmp_path / 'data'}"]
+    settings = [s for s in SMALL if not s.startswith("run.steps=")]
+    runs = []
+    for name in ("one", "two"):
+        hook = Count()
+        job = colossus.load_job(None, [*settings, *places, "run.steps=8", f"run.folder={tmp_path / name}"])
+        runs.append(colossus.train(job, hooks=[hook]))
+        assert runs[-1].outcome == "finished" and list(runs[-1].loss.values()) == hook.losses
+        assert len(hook.losses) == 8 and hook.losses[-1] < hook.losses[0]
+    one, two = runs
+    assert one.loss == two.loss and one.bits_per_byte == two.bits_per_byte
+    assert {p.name for p in one.folder.iterdir()} >= {
+        "job.toml",
+        "events.jsonl",
+        "checkpoints",
+        "report.html",
+    }
+    assert [e["text"] for e in one.events("sample")] == [e["text"] for e in two.events("sample")]
+
+    texts = []
+    for path in (one.folder, one.folder / "checkpoints" / "step-00000008", two.folder):
+        model, tokenizer = colossus.load_model(path)
+        logits_BTV = model(torch.tensor([tokenizer.encode("def ")]))
+        assert logits_BTV.shape[-1] == tokenizer.vocab_size
+        texts.append(colossus.generate(model, tokenizer, ["def ", "x"], max_tokens=8, temperature=0.0))
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 2 and all(texts[0])
+    resumed = colossus.train(colossus.load_job(one.folder))
+    assert resumed.folder == one.folder and resumed.loss == one.loss
