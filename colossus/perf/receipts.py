@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -39,7 +40,7 @@ def write_receipt(
         return
     receipt = {
         "name": name,
-        "command": f"python -m benchmarks.{name} " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": versions(),
         "hardware": dict(hardware or {}),

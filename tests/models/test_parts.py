@@ -1,0 +1,180 @@
+"""The decoder's parts one by one: against transformers bit by bit, and against formulas in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from colossus.architecture import Architecture
+from colossus.job import load_job
+from colossus.models.mlp import SwiGLU
+from colossus.models.norm import RMSNorm
+from colossus.models.rope import inverse_frequencies, rotate, rotations
+from tests.models.reference import LLAMA31, architecture
+
+CPU = torch.device("cpu")
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def rotary(arch: Architecture) -> LlamaRotaryEmbedding:
+    """transformers' positions of the same model."""
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": arch.rope_theta}
+    if arch.rope_scaling is not None:
+        scaling = arch.rope_scaling.model_dump()
+        scaling["original_max_position_embeddings"] = scaling.pop("original_max_seq_len")
+        rope |= {"rope_type": "llama3", **scaling}
+    config = LlamaConfig(
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.num_heads,
+        head_dim=arch.head_dim,
+        max_position_embeddings=arch.max_seq_len,
+        rope_parameters=rope,
+    )
+    return LlamaRotaryEmbedding(config)
+
+
+def preset(name: str) -> Architecture:
+    return load_job(None, [f"model={name}"]).model
+
+
+@pytest.mark.parametrize("name", ["llama2-7b", "llama3-8b", "llama3.1-8b", "llama3.1-405b", "llama3.2-1b"])
+def test_frequencies_are_bitwise_those_of_transformers(name: str) -> None:
+    arch = preset(name)
+    found = inverse_frequencies(arch, CPU)
+    assert found.shape == (arch.head_dim // 2,) and found.dtype == torch.float32
+    assert torch.equal(found, rotary(arch).inv_freq)
+
+
+def test_llama_31_slows_low_frequencies_alone() -> None:
+    """By the published rule, in float64: 8 for waves beyond 8,192 tokens, 1 within 2,048, a line between."""
+    arch = preset("llama3.1-8b")
+    ratios = []
+    for e, found in enumerate(inverse_frequencies(arch, CPU).tolist()):
+        plain = 500_000.0 ** (-2 * e / 128)
+        turns = 8192 * plain / (2 * math.pi)  # within the length that it was trained on before
+        share = min(1.0, max(0.0, (turns - 1) / (4 - 1)))
+        ratios.append(found / plain)
+        assert ratios[-1] == pytest.approx(share + (1 - share) / 8, rel=1e-5)
+    assert ratios[0] == pytest.approx(1) and ratios[-1] == pytest.approx(1 / 8)
+    assert any(0.2 < ratio < 0.9 for ratio in ratios)
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA31])
+def test_turned_heads_are_bitwise_those_of_transformers(scaling: object) -> None:
+    arch = architecture(rope_scaling=scaling, head_dim=16)
+    positions_T = torch.arange(30, 71)
+    q_BTHE, k_BTKE = (random(2, 41, heads, 16, seed=heads, dtype=torch.float32) for heads in (4, 2))
+    cos, sin = rotary(arch)(q_BTHE, positions_T[None])
+    theirs = apply_rotary_pos_emb(q_BTHE, k_BTKE, cos, sin, unsqueeze_dim=2)
+    turns_2TE = rotations(arch, positions_T, torch.float32)
+    for x, expected in zip((q_BTHE, k_BTKE), theirs, strict=True):
+        assert torch.equal(rotate(x, turns_2TE), expected)
+
+
+def test_a_rotation_turns_pairs_of_coordinates_as_complex_numbers() -> None:
+    arch, positions_T = architecture(), torch.tensor([0, 1, 7, 63])
+    x_BTHE = random(2, 4, 3, 8)
+    angles = positions_T.double()[:, None] * 10_000.0 ** (-torch.arange(4).double() / 4)
+    turns = torch.polar(torch.ones_like(angles), angles)[None, :, None, :]
+    expected = torch.complex(x_BTHE[..., :4], x_BTHE[..., 4:]) * turns
+    found = rotate(x_BTHE, rotations(arch, positions_T, torch.float64))
+    torch.testing.assert_close(found, torch.cat((expected.real, expected.imag), -1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.norm(dim=-1), x_BTHE.norm(dim=-1), rtol=1e-6, atol=0)
+    assert torch.equal(found[:, 0], x_BTHE[:, 0])
+
+
+def test_scores_depend_on_differences_of_positions_alone() -> None:
+    arch = architecture(rope_scaling=LLAMA31)
+    q_BTHE, k_BTHE = random(1, 1, 2, 8), random(1, 1, 2, 8, seed=1)
+
+    def score(query: int, key: int) -> torch.Tensor:
+        turned = [
+            rotate(x, rotations(arch, torch.tensor([position]), torch.float64))
+            for x, position in ((q_BTHE, query), (k_BTHE, key))
+        ]
+        return (turned[0] * turned[1]).sum(-1)
+
+    torch.testing.assert_close(score(9, 4), score(60, 55), rtol=0, atol=1e-5)
+    assert (score(9, 4) - score(9, 5)).abs().max() > 1e-2
+
+
+def test_a_head_in_bf16_is_turned_in_fp32_and_rounded_once() -> None:
+    arch, positions_T = architecture(), torch.arange(20)
+    x_BTHE = random(1, 20, 2, 8).bfloat16()
+    found = rotate(x_BTHE, rotations(arch, positions_T, torch.float32))
+    exact = rotate(x_BTHE.double(), rotations(arch, positions_T, torch.float64))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+def norm(width: int, eps: float, dtype: torch.dtype = torch.float32) -> RMSNorm:
+    made = RMSNorm(width, eps).to(dtype)
+    with torch.no_grad():
+        made.weight.copy_(random(width, seed=5))
+    return made
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("eps", [1e-5, 1.0])
+def test_rms_norm_is_its_formula(dtype: torch.dtype, tolerance: float, eps: float) -> None:
+    ours, x = norm(12, eps, dtype), random(3, 5, 12, dtype=dtype)
+    rows, weight = x.double().numpy(), ours.weight.detach().double().numpy()
+    expected = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + eps) * weight
+    assert ours(x).dtype == dtype
+    np.testing.assert_allclose(
+        ours(x).detach().double().numpy(), expected, rtol=10 * tolerance, atol=tolerance
+    )
+
+
+def test_rms_norm_is_that_of_transformers() -> None:
+    ours, theirs = norm(32, 1e-5), LlamaRMSNorm(32, 1e-5)
+    theirs.load_state_dict(ours.state_dict())
+    x = random(4, 32, dtype=torch.float32)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-6, atol=1e-7)
+
+
+def test_rms_norm_of_bf16_is_computed_in_fp32_and_rounded_once() -> None:
+    """Squares of 300 would lose their digits in bf16; weights stay in fp32."""
+    ours, x = norm(64, 1e-5), (300 * random(5, 64)).bfloat16()
+    found = ours(x)
+    exact = norm(64, 1e-5, torch.float64)(x.double())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-12)
+
+
+def test_rms_norm_of_zeros_is_zero_and_has_a_gradient() -> None:
+    x = torch.zeros(2, 8, requires_grad=True)
+    out = norm(8, 1e-5)(x)
+    out.sum().backward()
+    assert not out.any() and x.grad is not None and bool(x.grad.isfinite().all())
+
+
+def test_swiglu_and_its_gradient_are_the_formula() -> None:
+    """Shazeer 2020, in NumPy; the gradient by differences."""
+    mlp = SwiGLU(architecture(hidden_size=6, intermediate_size=10)).double()
+    with torch.no_grad():
+        for seed, weight in enumerate(mlp.parameters()):
+            weight.copy_(random(*weight.shape, seed=seed))
+    gate, up, down = (m.weight.detach().numpy() for m in (mlp.w_gate, mlp.w_up, mlp.w_down))
+    assert (gate.shape, up.shape, down.shape) == ((10, 6), (10, 6), (6, 10))
+
+    def formula(x: np.ndarray) -> np.ndarray:
+        z = x @ gate.T
+        return (z / (1 + np.exp(-z)) * (x @ up.T)) @ down.T
+
+    x_BTD, along = random(2, 3, 6, seed=7).requires_grad_(), random(2, 3, 6, seed=8)
+    out = mlp(x_BTD)
+    x = x_BTD.detach().numpy()
+    np.testing.assert_allclose(out.detach().numpy(), formula(x), rtol=1e-12, atol=1e-12)
+    out.sum().backward()
+    step = 1e-6 * along.numpy()
+    slope = (formula(x + step).sum() - formula(x - step).sum()) / 2e-6
+    assert float((x_BTD.grad * along).sum()) == pytest.approx(float(slope), rel=1e-6)

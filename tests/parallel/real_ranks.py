@@ -1,0 +1,70 @@
+"""Calls a function in real processes, one a rank, forked from a server that has imported torch already."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+import tests.trainer.running  # noqa: F401  # what the server of processes imports
+
+SECONDS = 60.0  # until the ranks have answered
+_processes = multiprocessing.get_context("forkserver")
+
+
+def in_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(*arguments)` returned in each of `size` ranks, whose environment is torchrun's.
+
+    Raises:
+        AssertionError: with the traceback of the first rank that failed; none of them stays behind.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    pipes, started = [], []
+    try:
+        for rank in range(size):
+            here, there = _processes.Pipe(duplex=False)
+            ours = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)} | address
+            started.append(_processes.Process(target=_rank, args=(ours, there, function, arguments)))
+            started[-1].start()
+            there.close()
+            pipes.append(here)
+        return _answers(pipes)
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+
+
+def _answers(pipes: list[Connection]) -> list[Any]:
+    end = time.monotonic() + SECONDS
+    answers: dict[int, Any] = {}
+    waiting = dict(enumerate(pipes))
+    while waiting:
+        ready = multiprocessing.connection.wait(waiting.values(), max(0.0, end - time.monotonic()))
+        assert ready, f"ranks {[*waiting]} did not answer in {SECONDS:g} s"
+        for rank, pipe in [(r, p) for r, p in waiting.items() if p in ready]:
+            answers[rank], failure = pipe.recv()
+            assert failure is None, f"rank {rank} failed:\n{failure}"
+            del waiting[rank]
+    return [answers[rank] for rank in range(len(pipes))]
+
+
+def _rank(
+    environment: dict[str, str], pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ |= environment
+    torch.set_num_threads(1)
+    try:
+        answer = (function(*arguments), None)
+    except BaseException:
+        answer = (None, traceback.format_exc())
+    pipe.send(answer)
