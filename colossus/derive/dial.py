@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from colossus.architecture import Architecture
+from colossus.architecture import Architecture, check
 from colossus.data.tokenizer import BytesTokenizer, load_tokenizer
+from colossus.errors import UserError
 from colossus.job import Job
 from colossus.perf.flops import model_flops_per_token
 
@@ -72,8 +73,14 @@ def dial(
     it may be chosen.
     """
     last: Plan | None = None
+    refused: UserError | None = None
     for width in range(WIDTH_STEP, MAX_WIDTH, WIDTH_STEP):
         arch = complete(job, width)
+        try:
+            check(arch)
+        except UserError as error:  # what was asked for does not go with this width
+            refused = error
+            continue
         if last is not None and not fits(arch):
             return last
         compute = compute_of(arch)
@@ -83,6 +90,8 @@ def dial(
         if plan.tokens < tokens_for(compute):
             return plan if last is None else min(last, plan, key=_distance)
         last = plan
+    if last is None and refused is not None:
+        raise refused
     assert last is not None
     return last
 
@@ -95,7 +104,8 @@ def _distance(plan: Plan) -> float:
 def complete(job: Job, width: int) -> Architecture:
     """The model that was asked for, with what is left out of it taken from the default shape of a width."""
     asked = job.model
-    sizes = shape(asked.hidden_size or width, vocabulary(job), job.data.seq_len)
+    seq_len = max([job.data.seq_len, *(phase.seq_len or 0 for phase in job.data.phases)])
+    sizes = shape(asked.hidden_size or width, vocabulary(job), seq_len)
     head_dim = asked.head_dim or (
         asked.hidden_size // asked.num_heads if asked.hidden_size and asked.num_heads else sizes["head_dim"]
     )

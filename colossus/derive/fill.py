@@ -13,6 +13,7 @@ from colossus.derive.machine import (
     check_memory,
     compiling_pays,
     derive_machine,
+    longest_sample,
     measured_rates,
     memory_bytes,
     micro_batch,
@@ -73,6 +74,12 @@ def derive_data(job: Job) -> Job:
             f"data.weights={job.data.weights}: {len(job.data.weights)} numbers for "
             f"{len(job.data.corpus)} corpora; one for each of data.corpus={job.data.corpus}"
         )
+    for phase in job.data.phases:
+        if phase.weights is not None and len(phase.weights) != len(job.data.corpus):
+            raise UserError(
+                f"data.phases from_step={phase.from_step}: {len(phase.weights)} weights for "
+                f"{len(job.data.corpus)} corpora; one for each"
+            )
     seq_len = SEQ_LEN[job.fleet.device or "cpu"]
     return job.derive(**{"data.seq_len": min(seq_len, job.model.max_seq_len or seq_len)})
 
@@ -109,11 +116,10 @@ def _derive_model(job: Job, arch: Architecture) -> Job:
     values = arch.model_dump(exclude_none=True)
     values.pop("rope_scaling", None)
     job = job.derive(**{f"model.{name}": v for name, v in values.items() if name not in ("preset", "family")})
-    if job.data.seq_len > job.model.max_seq_len:
-        raise UserError(
-            f"data.seq_len={job.data.seq_len}: longer than model.max_seq_len={job.model.max_seq_len}; "
-            f"at most {job.model.max_seq_len}"
-        )
+    longest, most = longest_sample(job), job.model.max_seq_len
+    if longest > most:
+        where = "data.seq_len" if longest == job.data.seq_len else "data.phases seq_len"
+        raise UserError(f"{where}={longest}: longer than model.max_seq_len={most}; at most {most}")
     architecture.check(job.model)
     return job
 
@@ -123,8 +129,13 @@ def _derive_steps(job: Job, plan: Plan) -> Job:
     if batch > 4:
         batch = 4 * round(batch / 4)
     batch = max(batch, job.layout.dp)
-    job = job.derive(**{"run.global_batch": batch, "run.seed": 0})
-    job = job.derive(**{"run.batch_schedule": [(0, job.run.global_batch)]})
+    schedule = job.run.batch_schedule or [(0, job.run.global_batch or batch)]
+    job = job.derive(**{"run.global_batch": schedule[0][1], "run.batch_schedule": schedule, "run.seed": 0})
+    if job.run.global_batch != schedule[0][1]:
+        raise UserError(
+            f"run.global_batch={job.run.global_batch}: run.batch_schedule begins with {schedule[0][1]}; "
+            "give one of them"
+        )
     steps = job.run.steps or max(1, round(plan.tokens / (job.run.global_batch * job.data.seq_len)))
     return job.derive(**{"run.expected_steps": steps, "run.validate_every": max(1, steps // 10)})
 
@@ -152,7 +163,7 @@ def _derive_optimizer(job: Job, plan: Plan) -> Job:
 
 
 def _derive_layout(job: Job, machine: Machine) -> Job:
-    share = -(-job.run.global_batch // job.layout.dp)
+    share = -(-min(batch for _, batch in job.run.batch_schedule) // job.layout.dp)
     job = job.derive(**{"layout.micro_batch": micro_batch(job, share, machine)})
     return job.derive(**{"layout.compile": compiling_pays(job, machine)})
 
@@ -162,7 +173,7 @@ def _derive_rest(job: Job) -> Job:
     return job.derive(
         **{
             "run.prompt": prompt,
-            "checkpoint.minutes": 10.0,
+            "checkpoint.minutes": min(10.0, (job.run.minutes or math.inf) / 5),
             "checkpoint.steps": 0,
             "checkpoint.keep": 2,
             "checkpoint.keep_every": 0,

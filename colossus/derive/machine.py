@@ -46,7 +46,11 @@ def derive_machine(job: Job, machine: Machine) -> Job:
 
 
 def check_device(job: Job, machine: Machine) -> None:
-    """Raises `UserError` where the machine has no such device."""
+    """Raises `UserError` where the machine has no such device, or not what it takes to compile."""
+    if job.layout.compile and machine.compiler is None:
+        raise UserError(
+            "layout.compile=true: this machine lacks a C++ compiler that PyTorch can use, or Python.h; false"
+        )
     if job.fleet.device == "cuda" and not machine.gpus:
         raise UserError.field("fleet.device", "cuda", "this machine has no GPU that PyTorch can use; cpu")
 
@@ -60,7 +64,8 @@ def choose_for_machine(job: Job, machine: Machine) -> dict[str, Any]:
     return {
         "type": kept("precision.type", lambda: _type(job, machine)),
         "threads": kept("run.threads", lambda: _threads(job, machine)),
-        "compile": kept("layout.compile", lambda: compiling_pays(job, machine)),
+        "compile": machine.compiler is not None
+        and kept("layout.compile", lambda: compiling_pays(job, machine)),
     }
 
 
@@ -96,8 +101,13 @@ def micro_batch(job: Job, share: int, machine: Machine) -> int:
     # the three products of SwiGLU, and attention that keeps no scores.
     per_token = 4 * arch.num_layers * (16 * arch.hidden_size + 4 * arch.intermediate_size)
     memory = memory_bytes(job, machine) / job.layout.num_ranks
-    fits = max(1, int(memory / 4 / (per_token * job.data.seq_len)))
+    fits = max(1, int(memory / 4 / (per_token * longest_sample(job))))
     return max(n for n in range(1, min(share, fits) + 1) if share % n == 0)
+
+
+def longest_sample(job: Job) -> int:
+    """Tokens of the longest samples of all phases."""
+    return max([job.data.seq_len, *(phase.seq_len for phase in job.data.phases if phase.seq_len)])
 
 
 def measured_rates(job: Job) -> Callable[[Architecture], float]:
@@ -130,14 +140,14 @@ def measured_rates(job: Job) -> Callable[[Architecture], float]:
 
 def compiling_pays(job: Job, machine: Machine) -> bool:
     """Whether the run is long enough to win back the seconds that its first step takes longer."""
-    if job.fleet.device == "cpu" and machine.compiler is None:
+    if machine.compiler is None:
         return False
     if job.run.minutes is not None:
         return _is_long(job.run.minutes * 60 * USABLE)
     steps = job.run.steps or 0
     tokens = job.run.tokens or steps * job.run.global_batch * job.data.seq_len
     flops = tokens * model_flops_per_token(job.model, job.data.seq_len)
-    return _is_long(flops / (0.3 * machine.peak_flops_per_second * job.layout.num_ranks))
+    return _is_long(flops / (0.3 * machine.peak_flops_per_second(job.fleet.device) * job.layout.num_ranks))
 
 
 def _is_long(seconds: float) -> bool:

@@ -75,10 +75,9 @@ class Machine:
         same = (rate for rate in self.rates if rate.type == best.type)
         return min(rate.threads for rate in same if rate.flops_per_second >= 0.97 * best.flops_per_second)
 
-    @property
-    def peak_flops_per_second(self) -> float:
+    def peak_flops_per_second(self, device: str) -> float:
         """The denominator of MFU: of one GPU, or of the whole processor in its best type."""
-        return self.gpus[0].bf16_flops_per_second if self.gpus else self.best.flops_per_second
+        return self.gpus[0].bf16_flops_per_second if device == "cuda" else self.best.flops_per_second
 
     def flops_per_second(self, type: str) -> float:
         """The best rate of one type; 0 where it was not measured."""

@@ -84,7 +84,10 @@ def _follows(machine: Machine, job: Job | None) -> Iterator[Row]:
     else:
         yield "type", f"{_type(machine)}; weights are kept in fp32"
         yield "threads", f"{machine.best_threads} of {plural(machine.cores, 'core')}"
-    yield "MFU", f"counted against {rate(machine.peak_flops_per_second)}, {_denominator(machine)}"
+    yield (
+        "MFU",
+        f"counted against {rate(machine.peak_flops_per_second(machine.device))}, {_denominator(machine)}",
+    )
     yield (
         "compile",
         "where a run is long enough for it to pay" if machine.compiler else "no: layers run as they are",

@@ -59,8 +59,10 @@ def continued(folder: Path, asked: Job) -> Job:
     if fixed:
         differing = "; ".join(f"{n}: {kept.get(n)!r}, {changed[n]!r}" for n in fixed)
         raise UserError(f"run.folder={folder}: holds another job; differing (there, asked): {differing}")
-    if changed and kept.origins.get("layout.micro_batch") == "derived":
-        kept = kept.without("layout.micro_batch")
+    spread = ["layout.micro_batch"] if changed.keys() & {"layout.dp_shard", "layout.dp_replicate"} else []
+    if "fleet.device" in changed:
+        spread = ["layout.micro_batch", "layout.dp_shard"]
+    kept = kept.without(*(name for name in spread if kept.origins.get(name) == "derived"))
     return kept.put(changed | {"run.folder": str(folder)}, "argument")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from itertools import pairwise
 
 from colossus.data.order import BatchSchedule
 from colossus.job import Job
@@ -23,8 +24,7 @@ class Horizon:
         self._job, self._decisions = job, decisions
         self._total: int | None = job.run.steps
         if job.run.tokens is not None and job.run.minutes is None:
-            samples = math.ceil(job.run.tokens / job.data.seq_len)
-            self._total = schedule.step_of(samples - 1) + 1
+            self._total = steps_for(job.run.tokens, job, schedule)
 
     def decay(self, step: int) -> Decay | None:
         """The decay that holds at `step`; None while the rate is stable with no end in sight."""
@@ -53,6 +53,20 @@ class Horizon:
         return wsd_factor(step, optimizer.warmup_steps, self.decay(step))
 
 
+def steps_for(tokens: int, job: Job, schedule: BatchSchedule) -> int:
+    """Steps until so many tokens were taken, through phases of samples of other lengths."""
+    lengths = [(0, job.data.seq_len)]
+    for phase in sorted(job.data.phases, key=lambda phase: phase.from_step):
+        lengths.append((phase.from_step, phase.seq_len or lengths[-1][1]))
+    for (step, seq_len), (end, _) in pairwise([*lengths, (10**18, 0)]):
+        first, samples = schedule.first_sample(step), math.ceil(tokens / seq_len)
+        last_step = schedule.step_of(first + samples - 1)
+        if last_step < end:
+            return last_step + 1
+        tokens -= (schedule.first_sample(end) - first) * seq_len
+    raise AssertionError("the last phase has no end")
+
+
 class Deadline:
     """Rank 0's clock: says when the decay must begin, or be cut short, for the run to end on time.
 
@@ -63,8 +77,10 @@ class Deadline:
 
     WINDOW = 1024  # ends of steps that are remembered
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, first_step: int = 0) -> None:
+        """first_step: the one from which it may decide; those before it were taken by earlier attempts."""
         assert job.run.minutes is not None
+        self.first_step = first_step
         self._budget_seconds = job.run.minutes * 60
         self._fraction = job.optimizer.decay_fraction
         self._floor = job.optimizer.final_lr_fraction

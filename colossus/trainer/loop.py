@@ -9,7 +9,7 @@ from pathlib import Path
 from colossus.events import Listener
 from colossus.job import Job
 from colossus.trainer.hooks import Hook
-from colossus.trainer.hooks.defaults import default_hooks
+from colossus.trainer.hooks.defaults import with_defaults
 from colossus.trainer.run import Run
 from colossus.trainer.step import train_step
 from colossus.trainer.training import Stopped, Training
@@ -25,7 +25,7 @@ def train(job: Job, folder: Path, hooks: Sequence[Hook] = (), listeners: Iterabl
         MachineError: storage failed, or the loss stayed non-finite; what is saved is whole.
     """
     with Training.open(job, folder, listeners) as training:
-        all_hooks = [*default_hooks(), *hooks]
+        all_hooks = with_defaults(hooks)
         for hook in all_hooks:
             hook.on_start(training)
         with contextlib.suppress(Stopped):

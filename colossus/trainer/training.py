@@ -78,8 +78,10 @@ class Training:
             log = EventLog(folder, listeners=listeners) if world.rank == 0 else None
             if log is not None:
                 stack.callback(log.close)
-            logged = world.broadcast(_logged_decisions(folder) if world.rank == 0 else None)
-            decisions = Decisions.merge(saved, logged)
+            earlier = read_events(folder) if world.rank == 0 else []
+            logged = [event for event in earlier if event["kind"] == "decision"]
+            decisions = Decisions.merge(saved, world.broadcast(logged))
+            taken = max((event["step"] + 1 for event in earlier if event["kind"] == "step"), default=0)
             job = _settle_machine(job, decisions, step, world, log)
             schedule = BatchSchedule(job.run.batch_schedule)
             data = TrainingData.open(job, schedule, decisions.get("phases", 0))
@@ -105,8 +107,8 @@ class Training:
             )
             horizon = Horizon(job, schedule, decisions)
             timed = job.run.minutes is not None and world.rank == 0
-            follows = decisions.get(CLOCK_FOLLOWS, 0)
-            deadline = Deadline(job) if timed and not follows else None
+            end_is_followed = decisions.get(CLOCK_FOLLOWS, 0) and any(d.name == "decay" for d in decisions)
+            deadline = Deadline(job, taken) if timed and not end_is_followed else None
             yield cls(
                 job,
                 folder,
@@ -191,6 +193,8 @@ class Training:
             return None
         if any(d.name == "decay" for d in self.decisions.to_come(self.step)):
             return None  # replayed first
+        if self.step < self.deadline.first_step:
+            return None
         decay = self.deadline.propose(
             self.step,
             self.log.run_seconds,
@@ -199,10 +203,6 @@ class Training:
             self.horizon.factor(self.step),
         )
         return asdict(decay) if decay is not None else None
-
-
-def _logged_decisions(folder: Path) -> list[dict[str, Any]]:
-    return [event for event in read_events(folder) if event["kind"] == "decision"]
 
 
 def _settle_machine(job: Job, decisions: Decisions, step: int, world: World, log: EventLog | None) -> Job:
@@ -217,13 +217,14 @@ def _settle_machine(job: Job, decisions: Decisions, step: int, world: World, log
     decided = decisions.get("machine", step)
 
     def choose() -> dict[str, Any]:
-        place = {"processor": this_machine().processor, "ranks": world.size}
+        machine = this_machine()
+        place = {"processor": machine.processor, "device": job.fleet.device, "ranks": world.size}
         if decided is None:
             return place | {key: job.get(name) for key, name in fields.items()}
-        if decided["processor"] != place["processor"]:
-            return place | choose_for_machine(job, this_machine())
-        if decided.get("ranks", world.size) != world.size:
-            return decided | place | {"threads": choose_for_machine(job, this_machine())["threads"]}
+        if any(decided[key] != place[key] for key in ("processor", "device")):
+            return place | choose_for_machine(job, machine)
+        if decided["ranks"] != world.size:
+            return decided | place | {"threads": choose_for_machine(job, machine)["threads"]} | asked
         return decided | asked
 
     chosen = world.broadcast(choose() if world.rank == 0 else None)

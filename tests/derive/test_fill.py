@@ -81,6 +81,13 @@ def test_minutes_give_what_this_machine_reaches_in_them() -> None:
         (["model.num_heads=4", "model.num_kv_heads=3", "model.hidden_size=64", "run.steps=1"], "must divide"),
         (["optimizer.schedule=cosine", "run.minutes=1"], "optimizer.schedule=cosine: needs to know its end"),
         (["run.global_batch=2", "layout.dp_shard=4", "run.steps=1"], "run.global_batch=2: fewer sequences"),
+        (["model.num_kv_heads=7", "model.num_heads=4", "run.steps=1"], "must divide model.num_heads=4"),
+        (
+            ["run.global_batch=3", "run.batch_schedule=[[0,2],[5,4]]", "run.steps=9"],
+            "run.global_batch=3: run.",
+        ),
+        (["data.phases=[{from_step=2, weights=[1.0, 2.0]}]", "run.steps=9"], "2 weights for 1 corpora"),
+        (["data.phases=[{from_step=2, seq_len=99}]", "model.max_seq_len=64", "run.steps=9"], "seq_len=99"),
         (["fleet.device=cuda"], "fleet.device=cuda: this machine has no GPU"),
     ],
 )
@@ -88,3 +95,28 @@ def test_what_cannot_be_is_refused_by_name(words: list[str], said: str) -> None:
     with pytest.raises(UserError) as error:
         derived(*words)
     assert said in str(error.value)
+
+
+def test_compiling_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(UserError, match=r"layout.compile=true"):
+        derived("run.steps=3", "layout.compile=true", on=machine(compiler=None))
+
+
+def test_a_batch_schedule_alone_gives_the_batch() -> None:
+    job = derived("run.batch_schedule=[[0,2],[5,8]]", "run.steps=9")
+    assert job.run.global_batch == 2 and job.layout.micro_batch <= 2
+
+
+def test_samples_of_all_phases_fit_the_model() -> None:
+    job = derived("data.seq_len=32", "data.phases=[{from_step=2, seq_len=128}]", "run.steps=9")
+    assert job.model.max_seq_len == 128
+
+
+def test_heads_that_were_asked_for_choose_a_width_that_goes_with_them() -> None:
+    arch = derived("model.num_kv_heads=2", "run.tokens=100000").model
+    assert arch.num_kv_heads == 2 and arch.num_heads % 2 == 0
+
+
+def test_a_run_is_saved_often_enough_for_its_length() -> None:
+    assert derived("run.minutes=5").checkpoint.minutes == 1
+    assert derived("run.steps=5").checkpoint.minutes == 10

@@ -33,8 +33,8 @@ AVX512_BF16 = machine(("fp32", 1, 90e9), ("fp32", 2, 180e9), ("bf16", 1, 210e9),
 
 
 def test_the_type_follows_from_the_rates() -> None:
-    assert AVX2.best_type == "fp32" and AVX2.peak_flops_per_second == 120e9
-    assert AVX512_BF16.best_type == "bf16" and AVX512_BF16.peak_flops_per_second == 415e9
+    assert AVX2.best_type == "fp32" and AVX2.peak_flops_per_second("cpu") == 120e9
+    assert AVX512_BF16.best_type == "bf16" and AVX512_BF16.peak_flops_per_second("cpu") == 415e9
     assert AVX2.flops_per_second("bf16") == 0.9e9 and AVX2.flops_per_second("fp64") == 0
 
 
@@ -46,7 +46,11 @@ def test_threads_that_bring_nothing_are_not_taken() -> None:
 
 def test_a_gpu_decides_where_there_is_one() -> None:
     with_gpu = dataclasses.replace(AVX2, gpus=(Gpu("H100", 80 * 10**9, 7e14),))
-    assert (with_gpu.device, with_gpu.best_type, with_gpu.peak_flops_per_second) == ("cuda", "bf16", 7e14)
+    assert (with_gpu.device, with_gpu.best_type, with_gpu.peak_flops_per_second("cuda")) == (
+        "cuda",
+        "bf16",
+        7e14,
+    )
     assert AVX2.device == "cpu"
 
 

@@ -14,7 +14,7 @@ from colossus.data.order import BatchSchedule
 from colossus.job import Job
 from colossus.optim.schedule import Decay
 from colossus.trainer.decisions import Decision, Decisions
-from colossus.trainer.horizon import Deadline, Horizon
+from colossus.trainer.horizon import Deadline, Horizon, steps_for
 
 
 def job_of(minutes: float | None = None, **values: object) -> Job:
@@ -22,6 +22,7 @@ def job_of(minutes: float | None = None, **values: object) -> Job:
     return Job().put(
         {
             "data.seq_len": 32,
+            "data.phases": [],
             "optimizer.schedule": "wsd",
             "optimizer.warmup_steps": 0,
             "optimizer.decay_fraction": 0.5,
@@ -167,3 +168,29 @@ def test_a_decided_end_is_within_the_budget(
         assert found.begin_step == step and found.from_factor == factor
         end = now + (found.end_step - step) * step_seconds + reserve
         assert end <= 60.0 + step_seconds or found.end_step == step + 1
+
+
+@given(
+    st.integers(1, 20_000),
+    st.lists(
+        st.tuples(st.integers(1, 40), st.integers(2, 64)), max_size=3, unique_by=lambda change: change[0]
+    ),
+    st.lists(
+        st.tuples(st.integers(1, 40), st.integers(1, 5)), max_size=2, unique_by=lambda change: change[0]
+    ),
+)
+def test_tokens_are_counted_through_phases_and_batches(
+    tokens: int, phases: list[tuple[int, int]], batches: list[tuple[int, int]]
+) -> None:
+    """Against adding up the tokens of every step."""
+    changes = [{"from_step": step, "seq_len": length} for step, length in phases]
+    job = job_of(**{"data.seq_len": 16, "data.phases": changes})
+    schedule = BatchSchedule([(0, 2), *batches])
+    lengths, taken, step = dict(phases), 0, 0
+    seq_len = 16
+    while taken < tokens:
+        seq_len = lengths.get(step, seq_len)
+        needed = tokens - taken
+        taken += min(schedule.batch(step), -(-needed // seq_len)) * seq_len
+        step += 1
+    assert steps_for(tokens, job, schedule) == step

@@ -118,6 +118,15 @@ def test_a_decision_of_the_clock_is_replayed(
     assert_bitwise_equal(job, follower)
 
 
+def test_a_run_whose_end_was_never_decided_can_be_followed(small_job: Make, tmp_path: Path) -> None:
+    """The clock of the follower decides what the followed run had left open."""
+    job = small_job("killed", *TIMED)
+    assert train_in_processes(job, [Kill("before", 50)]) == [-9]
+    follower = follower_of(job, tmp_path / "follower")
+    assert train_in_processes(follower, follow=Path(job.run.folder)) == [0]
+    assert run_of(follower).outcome == "finished"
+
+
 def test_one_compiled_run(small_job: Make) -> None:
     settings = ["layout.compile=true", "optimizer.name=muon", "run.steps=4", "checkpoint.steps=2"]
     whole, job = small_job("whole", *settings), small_job("killed", *settings)

@@ -22,4 +22,7 @@ class Hook:
         """After an update; `training.step` is the number of updates that the run has taken."""
 
     def on_finish(self, training: Training) -> None:
-        """After the last step, or when the run was asked to stop: in the order of the hooks."""
+        """After the last step, or when the run was asked to stop: in the reverse order of the hooks.
+
+        The last checkpoint is saved and the last validation made when this is called.
+        """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from colossus.trainer.hooks import Hook
 from colossus.trainer.hooks.guard import Guard
 from colossus.trainer.hooks.log import Log
@@ -11,6 +13,7 @@ from colossus.trainer.hooks.stop import StopOnSignal
 from colossus.trainer.hooks.validate import Validate
 
 
-def default_hooks() -> list[Hook]:
-    """At the end: save, validate, write a sample and the end of the log, give the signals back."""
-    return [StopOnSignal(), Log(), Guard(), Sample(), Validate(), Save()]
+def with_defaults(hooks: Sequence[Hook]) -> list[Hook]:
+    """The user's hooks among those of every run. At the end: save, validate, write a sample; then the user's
+    hooks, which find all of that done; then the end of the log."""
+    return [StopOnSignal(), Log(), Guard(), *hooks, Sample(), Validate(), Save()]

@@ -24,7 +24,9 @@ class Log(Hook):
         job, world = training.job, training.world
         machine = this_machine()
         self._flops_per_token = model_flops_per_token(job.model, job.data.seq_len)
-        self._peak_flops = machine.peak_flops_per_second * (world.size if job.fleet.device == "cuda" else 1)
+        self._peak_flops = machine.peak_flops_per_second(job.fleet.device)
+        if job.fleet.device == "cuda":
+            self._peak_flops *= world.size
         if training.log is None:
             return
         training.event(

@@ -9,10 +9,12 @@ from colossus.trainer.hooks import Hook
 from colossus.trainer.step import StepResult
 from colossus.trainer.training import Training
 
+WRITE_BYTES_PER_SECOND = 200e6  # of a slow disk: what the last save is expected to take until one was timed
+
 
 class Save(Hook):
-    """Rank 0's clock says when; the ranks learn of it together. Writing goes on beside training, from a copy
-    in memory; where a copy would take more than half of what is free, training waits for the write."""
+    """The clock of any rank says when; the ranks learn of it together. Writing goes on beside training, from
+    a copy in memory; where a copy would take more than half of what is free, training waits for the write."""
 
     def on_start(self, training: Training) -> None:
         self._last_time = time.monotonic()
@@ -25,6 +27,7 @@ class Save(Hook):
         )
         if self._asynchronous:
             training.saver.prepare(tensors)
+        training.costs["save"] = copy_bytes / WRITE_BYTES_PER_SECOND
 
     def after_step(self, training: Training, result: StepResult) -> None:
         self._report(training)
