@@ -113,6 +113,26 @@ def read_events(folder: str | Path) -> list[dict[str, Any]]:
     return sorted(events, key=lambda e: (e["attempt"], e["run_seconds"])) if len(files) > 1 else events
 
 
+def kept_and_lost(events: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """`events` without what a killed attempt took beyond the checkpoint that the next one went on from, and
+    those steps and validations."""
+    kept: list[dict[str, Any]] = []
+    lost: list[dict[str, Any]] = []
+    for event in events:
+        if event["kind"] in ("start", "resume"):
+            begin = event.get("step") or 0
+            lost += [e for e in kept if _is_beyond(e, begin)]
+            kept = [e for e in kept if not _is_beyond(e, begin)]
+        kept.append(event)
+    return kept, lost
+
+
+def _is_beyond(event: dict[str, Any], begin: int) -> bool:
+    """Whether the weights after `begin` updates know nothing of it."""
+    first = {"step": begin, "validation": begin + 1}.get(event["kind"])
+    return first is not None and event["step"] >= first
+
+
 def number(value: Any) -> float:
     """A number of the log; "nan", "inf" and "-inf" stand for themselves."""
     return float(value)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from colossus.events import number, read_events
+from colossus.events import kept_and_lost, number, read_events
 
 Event = dict[str, Any]
 COMPRESSORS = (("xz", "xz -9e"), ("bz2", "bz2 -9"), ("gzip", "gzip -9"))
@@ -27,8 +27,8 @@ class Share:
 class RunView:
     """The events of a run, sorted by what they tell.
 
-    steps: of the last attempt that took each step, in order. repeated: steps that a later attempt took
-    again. starts: one an attempt.
+    steps, measured: the steps and validations that the run is made of, in order. repeated: steps that an
+    attempt took beyond the checkpoint that the next one went on from. starts: one an attempt.
     """
 
     LEDGER = (
@@ -45,14 +45,13 @@ class RunView:
     events: list[Event]
     steps: list[Event] = field(default_factory=list)
     repeated: list[Event] = field(default_factory=list)
+    measured: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        last: dict[int, Event] = {}
-        for event in self.of("step"):
-            if event["step"] in last:
-                self.repeated.append(last[event["step"]])
-            last[event["step"]] = event
-        self.steps = [last[step] for step in sorted(last)]
+        kept, lost = kept_and_lost(self.of("start", "resume", "step", "validation"))
+        self.steps = [e for e in kept if e["kind"] == "step"]
+        self.measured = [e for e in kept if e["kind"] == "validation"]
+        self.repeated = [e for e in lost if e["kind"] == "step"]
 
     @classmethod
     def read(cls, folder: str | Path) -> RunView:
@@ -75,7 +74,7 @@ class RunView:
     @cached_property
     def validations(self) -> list[Event]:
         """One a step and scope, the newest."""
-        newest = {(e["step"], bool(e.get("whole"))): e for e in self.of("validation")}
+        newest = {(e["step"], bool(e.get("whole"))): e for e in self.measured}
         return [newest[key] for key in sorted(newest)]
 
     @cached_property

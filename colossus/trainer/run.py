@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colossus.events import number, read_events
+from colossus.events import kept_and_lost, number, read_events
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,7 @@ class Run:
     def loss(self) -> dict[int, float]:
         """Step -> training loss in nats a token. What a killed attempt took beyond the checkpoint that the
         next one went on from is no part of the run."""
-        losses: dict[int, float] = {}
-        for event in self.events():
-            if event["kind"] in ("start", "resume"):
-                losses = {step: loss for step, loss in losses.items() if step < event["step"]}
-            elif event["kind"] == "step":
-                losses[event["step"]] = number(event["loss"])
-        return losses
+        return {event["step"]: number(event["loss"]) for event in self._kept("step")}
 
     @property
     def outcome(self) -> str:
@@ -39,6 +33,9 @@ class Run:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """On the held-out documents, of the newest validation."""
-        validations = self.events("validation")
+        """On the held-out documents, of the newest validation that is part of the run."""
+        validations = self._kept("validation")
         return number(validations[-1]["bits_per_byte"]) if validations else None
+
+    def _kept(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in kept_and_lost(self.events())[0] if event["kind"] == kind]

@@ -101,6 +101,18 @@ def test_two_attempts_are_marked_and_counted(tmp_path):
     assert all(e["attempt"] == 1 for e in view.steps if e["step"] >= 200)
 
 
+def test_what_a_killed_attempt_took_in_vain_counts_nowhere(tmp_path):
+    """Killed at step 257 after a validation at 250, it went on from step 200 and is at 210."""
+    folder = write_run(tmp_path / "run", steps=400, interrupted=True)
+    lines = (folder / "events.jsonl").read_text().splitlines(keepends=True)
+    resumed = next(i for i, line in enumerate(lines) if json.loads(line)["kind"] == "resume")
+    (folder / "events.jsonl").write_text("".join(lines[: resumed + 11]))
+    view = RunView.read(folder)
+    assert view.num_steps == 210 and view.num_tokens == 210 * 2048 and len(view.repeated) == 57
+    assert [e["step"] for e in view.validations] == [50, 100, 150, 200] and view.final["step"] == 200
+    assert "210 steps, " in summary(folder)
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_the_time_ledger_adds_up(tmp_path, interrupted):
     view = RunView.read(write_run(tmp_path / "run", steps=300, interrupted=interrupted))

@@ -50,3 +50,5 @@ def test_bits_per_byte_are_of_the_newest_validation(tmp_path: Path) -> None:
     assert Run(tmp_path).bits_per_byte is None
     values = [("validation", n, {"bits_per_byte": 3.0 - n}) for n in (0, 1)]
     assert write(tmp_path, *values).bits_per_byte == 2.0
+    assert write(tmp_path, ("resume", 0, {})).bits_per_byte == 3.0  # the weights of step 1 are lost
+    assert write(tmp_path, ("start", 0, {}), ("step", 0, {"loss": 1.0})).bits_per_byte == 3.0
