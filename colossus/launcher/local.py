@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 Prepared = TypeVar("Prepared")
 PREPARING = timedelta(days=1)  # that building the data may take
+TELLING = timedelta(seconds=10)  # that the others have to hear why there is none
 STOP_SECONDS = 0.2  # between two looks at the ranks, and at the event log
 FAREWELL_SECONDS = 2.0  # that the parent has to read the result of a rank that is done
 _stores: list[Any] = []  # kept: the process group that is made later meets at the same place
@@ -34,12 +36,14 @@ def first_rank_prepares(prepare: Callable[[], Prepared]) -> Prepared:
     """What `prepare` returns; where torchrun started several processes, the first one alone calls it."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return prepare()
+    from torch.distributed import DistError
     from torch.distributed.rendezvous import rendezvous
 
-    store, _, _ = next(rendezvous("env://", timeout=PREPARING))
+    store, rank, size = next(rendezvous("env://", timeout=PREPARING))
     _stores.append(store)
-    if not is_first_rank():
+    if rank != 0:
         prepared = pickle.loads(store.get("colossus/prepared"))
+        store.set(f"colossus/told-{rank}", "")
     else:
         try:
             prepared = prepare()
@@ -47,6 +51,9 @@ def first_rank_prepares(prepare: Callable[[], Prepared]) -> Prepared:
             prepared = error
         store.set("colossus/prepared", pickle.dumps(prepared))
     if isinstance(prepared, Exception):
+        if rank == 0:  # the store may end with this process
+            with contextlib.suppress(DistError):
+                store.wait([f"colossus/told-{other}" for other in range(1, size)], TELLING)
         raise prepared
     return prepared
 
