@@ -86,7 +86,7 @@ def test_the_machine_s_settings_are_decided_once(small_job: Make) -> None:
     assert settle(job, decisions, 0) == job
     (decided,) = decisions
     assert decided.name == "machine" and decided.first_step == 0
-    assert {"type", "threads", "compile", "processor", "ranks"} == set(decided.value)
+    assert {"type", "threads", "compile", "processor", "ranks"} <= set(decided.value)
     assert settle(job, decisions, 8) == job
     assert len(list(decisions)) == 1
 

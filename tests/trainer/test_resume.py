@@ -87,7 +87,7 @@ def test_killed_where_an_epoch_ends(before: int, small_job: Make) -> None:
     assert_bitwise_equal(job, whole)
 
 
-TIMED = ["run.minutes=0.04", "checkpoint.steps=40", "run.validate_every=60"]
+TIMED = ["run.minutes=0.06", "checkpoint.steps=10", "run.validate_every=60"]
 
 
 @pytest.mark.parametrize("steps_later", [None, 0, 7], ids=["before", "at", "in the decay"])
@@ -108,7 +108,7 @@ def test_a_decision_of_the_clock_is_replayed(
     assert len(set(places)) == len(places)  # nothing was decided anew
     assert not [d for d in events[len(decided) :] if d["first_step"] < killed_at]
     resumed = run_of(job).events("resume")[0]["step"]
-    assert killed_at - 40 <= resumed < killed_at
+    assert killed_at - 20 <= resumed < killed_at
 
     follower = follower_of(job, tmp_path / "follower")
     assert train_in_processes(follower, follow=Path(job.run.folder)) == [0]
