@@ -19,18 +19,24 @@ if TYPE_CHECKING:
     from colossus.trainer.run import Run
 
 
-def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Job:
+def load_job(path: str | Path | None = None, overrides: Iterable[str] = (), *, exact: bool = False) -> Job:
     """Reads a job.
 
     path: a job file; the folder of a run, to continue it; or the `job.toml` in one, to start a new run
         that follows the same job.
     overrides: `section.field=value` and `section=PRESET`, stronger than the file.
+    exact: the new run takes the same steps as that of `path`, a run's `job.toml`: what was derived is kept,
+        and `overrides` may only be the folder and what may change between the attempts of a run.
 
     Raises:
         UserError: naming the field, the value, what is allowed and the nearest valid choice.
     """
     overrides = list(overrides)
     path = Path(path) if path is not None else None
+    if path is not None and exact:
+        from colossus.trainer.folder import followed
+
+        return followed(path.parent, job_module.load_job(None, overrides))
     if path is not None and path.is_dir():
         if not (path / "job.toml").is_file():
             raise UserError(f"{path}: not the folder of a run (it has no job.toml)")
@@ -96,27 +102,33 @@ def train(
     """
     from colossus.data.prepare import is_prepared, prepare_data
     from colossus.launcher.local import first_rank_prepares, is_first_rank, launch
-    from colossus.monitor.report import write_report
+    from colossus.monitor.log import LogText
+    from colossus.monitor.report import has_report, write_report
     from colossus.trainer import folder as folders
     from colossus.trainer.decisions import to_follow
     from colossus.trainer.run import Run
 
     def prepare(job: Job) -> tuple[Job, Path]:
+        folder = Path(job.run.folder) if job.run.folder else None
+        begun = folder is not None and folders.is_run(folder)
         job = resolve(job, exact=follow is not None)
-        folder = Path(job.run.folder) if job.run.folder else folders.new_folder(job)
-        is_new = not folders.is_run(folder)
-        if is_new or Run(folder).outcome != "finished":
-            if is_new or not is_prepared(job):
-                job = prepare_data(job, progress)
-            decided = to_follow(Run(Path(follow)).events("decision")) if follow is not None else []
-            folders.make(folder, job, Path(job.data.folder) / "tokenizer", decided)
+        if folder is not None and begun:
+            if Run(folder).outcome != "finished":
+                job = job if is_prepared(job) else prepare_data(job, progress)
+                folders.keep_job(folder, job)
+            return job, folder
+        job = prepare_data(job, progress)
+        folder = folder or folders.new_folder(job)
+        decided = to_follow(Run(Path(follow)).events("decision")) if follow is not None else []
+        folders.make(folder, job, Path(job.data.folder) / "tokenizer", decided)
         return job, folder
 
     job, folder = first_rank_prepares(lambda: prepare(job))
-    if Run(folder).outcome != "finished":
-        launch(job, folder, hooks, listeners)
-        if is_first_rank():
-            write_report(folder)
+    is_finished = Run(folder).outcome == "finished"
+    if not is_finished:
+        launch(job, folder, hooks, [LogText(folder).show, *listeners])
+    if is_first_rank() and not (is_finished and has_report(folder)):
+        write_report(folder)
     return Run(folder)
 
 

@@ -116,6 +116,7 @@ def test_from_text_to_text_twice(tmp_path: Path) -> None:
         "events.jsonl",
         "checkpoints",
         "report.html",
+        "log.txt",
     }
     assert [e["text"] for e in one.events("sample")] == [e["text"] for e in two.events("sample")]
 

@@ -36,7 +36,7 @@ def train(
     from colossus.cli.brief import brief
     from colossus.cli.progress import BuildProgress
 
-    job = api.resolve(api.load_job(path, overrides), exact=exact)
+    job = api.resolve(api.load_job(path, overrides, exact=exact), exact=exact)
     if dry:
         from colossus.job import to_toml
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from colossus.errors import MachineError
 from colossus.events import number
 from colossus.monitor import curves, phrases
 from colossus.monitor.subject import Subject
@@ -18,12 +20,35 @@ UNCOMPRESSED = 8.0
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Writes `report.html` into a run's folder, whole or not at all, and returns its path."""
-    path = Path(run_folder) / "report.html"
+    """Writes `report.html` into a run's folder, whole or not at all, and returns its path.
+
+    Raises:
+        MachineError: it cannot be written.
+    """
+    path = _path(run_folder)
     part = path.with_suffix(".html.part")
-    part.write_text(render(RunView.read(run_folder)), encoding="utf-8")
-    part.replace(path)
+    page = render(RunView.read(run_folder))
+    try:
+        part.write_text(page, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        for file in (part, path):  # what is there tells of an earlier attempt
+            with contextlib.suppress(OSError):
+                file.unlink()
+        raise MachineError(
+            f"{path}: cannot be written ({error.strerror}); the run itself is saved, and running the same "
+            "command again writes its report"
+        ) from error
     return path
+
+
+def has_report(run_folder: str | Path) -> bool:
+    """Whether `report.html` is in a run's folder."""
+    return _path(run_folder).is_file()
+
+
+def _path(run_folder: str | Path) -> Path:
+    return Path(run_folder) / "report.html"
 
 
 def render(view: RunView) -> str:

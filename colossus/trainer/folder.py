@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from datetime import date
+from itertools import count
 from pathlib import Path
 
 from colossus.architecture import Architecture, num_parameters
@@ -23,9 +24,19 @@ BEGUN = {"lock", "tokenizer", "events.jsonl", "job.toml.part"}  # what a kill wh
 
 
 def new_folder(job: Job, root: Path = Path("runs")) -> Path:
-    """`runs/<model>-<date>-<n>`, the first n that is free."""
+    """`runs/<model>-<date>-<n>` with the first n that is free, made: from now on it is nobody else's.
+
+    Raises:
+        MachineError: it cannot be written.
+    """
     stem = f"{model_name(job.model)}-{date.today().isoformat()}"
-    return next(p for n in range(1, 10**9) if not (p := root / f"{stem}-{n}").exists())
+    with _storage_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        for n in count(1):
+            with contextlib.suppress(FileExistsError):
+                (folder := root / f"{stem}-{n}").mkdir()
+                return folder
+    raise AssertionError("numbers end")
 
 
 def model_name(arch: Architecture) -> str:
@@ -46,49 +57,77 @@ def is_run(path: Path) -> bool:
 def continued(folder: Path, asked: Job) -> Job:
     """The job that the run in `folder` follows, with what may change between its attempts as `asked`.
 
-    That is how it is spread and saved (layout, checkpoints, threads); whatever else was asked for must be
-    what the run was begun with.
+    That is how it is spread and saved (MAY_CHANGE); whatever else was asked for must be what the run was
+    begun with.
 
     Raises:
         UserError: it is another job; the fields that differ are named.
     """
+    job = _with_changes(folder, asked, f"run.folder={folder}: holds another job")
+    return job.put({"run.folder": str(folder)}, "argument")
+
+
+def followed(folder: Path, asked: Job) -> Job:
+    """The job of a new run that takes the same steps as the run in `folder`; what may change is `asked`.
+
+    Raises:
+        UserError: it is another job; the fields that differ are named.
+    """
+    job = _with_changes(folder, asked, f"--exact: takes the steps of {folder}, which has another job")
+    place = asked.run.folder
+    return job.put({"run.folder": place}, "argument") if place else job.without("run.folder")
+
+
+def _with_changes(folder: Path, asked: Job, refused: str) -> Job:
     kept = load_job(folder / "job.toml")
     wanted = {n: asked.get(n) for n, origin in asked.origins.items() if origin != "derived"}
     changed = {n: v for n, v in wanted.items() if n != "run.folder" and v != kept.get(n)}
     fixed = [n for n in changed if not n.startswith(MAY_CHANGE)]
     if fixed:
         differing = "; ".join(f"{n}: {kept.get(n)!r}, {changed[n]!r}" for n in fixed)
-        raise UserError(f"run.folder={folder}: holds another job; differing (there, asked): {differing}")
+        raise UserError(f"{refused}; differing (there, asked): {differing}")
     spread = ["layout.micro_batch"] if changed.keys() & {"layout.dp_shard", "layout.dp_replicate"} else []
     if "fleet.device" in changed:
         spread = ["layout.micro_batch", "layout.dp_shard"]
     kept = kept.without(*(name for name in spread if kept.origins.get(name) == "derived"))
-    return kept.put(changed | {"run.folder": str(folder)}, "argument")
+    return kept.put(changed, "argument")
 
 
 def make(folder: Path, job: Job, tokenizer: Path, decisions: Iterable[Decision] = ()) -> None:
-    """Makes the folder of a new run with its job, tokenizer and first decisions; in the folder of a run,
-    keeps the job of its next attempt. `job.toml` comes last: from then on the folder is a run.
+    """Makes the folder of a new run with its job, tokenizer and first decisions. `job.toml` comes last: from
+    then on the folder is a run.
 
     Raises:
-        UserError: the folder holds other files, or another process is training in it.
+        UserError: the folder holds other files or a run, or another process is training in it.
         MachineError: it cannot be written.
     """
     with _storage_errors(folder):
-        if not is_run(folder):
-            if folder.is_dir() and {path.name for path in folder.iterdir()} - BEGUN:
-                raise UserError(
-                    f"run.folder={folder}: not empty, and not the folder of a run; name a new one"
-                )
-            folder.mkdir(parents=True, exist_ok=True)
+        if not is_run(folder) and folder.is_dir() and {path.name for path in folder.iterdir()} - BEGUN:
+            raise UserError(f"run.folder={folder}: not empty, and not the folder of a run; name a new one")
+        folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
-            if not is_run(folder):
-                (folder / "events.jsonl").unlink(missing_ok=True)
-                shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
-                _write_decisions(folder, decisions)
-            temporary = folder / "job.toml.part"
-            save_job(job, temporary)
-            temporary.replace(folder / "job.toml")
+            if is_run(folder):
+                raise UserError(f"run.folder={folder}: another run was begun in it meanwhile; name a new one")
+            (folder / "events.jsonl").unlink(missing_ok=True)
+            shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
+            _write_decisions(folder, decisions)
+            _write_job(folder, job)
+
+
+def keep_job(folder: Path, job: Job) -> None:
+    """Keeps the job of a run's next attempt.
+
+    Raises:
+        UserError: another process is training in the folder. MachineError: it cannot be written.
+    """
+    with _storage_errors(folder), locked(folder):
+        _write_job(folder, job)
+
+
+def _write_job(folder: Path, job: Job) -> None:
+    temporary = folder / "job.toml.part"
+    save_job(job, temporary)
+    temporary.replace(folder / "job.toml")
 
 
 def _write_decisions(folder: Path, decisions: Iterable[Decision]) -> None:

@@ -86,8 +86,21 @@ def test_names_count_up(small_job: Make, tmp_path: Path) -> None:
     job = small_job("run")
     first = folders.new_folder(job, tmp_path)
     assert re.fullmatch(rf"llama-[\d.]+k-{date.today().isoformat()}-1", first.name)
-    first.mkdir()
+    assert first.is_dir()  # so that of two processes that ask at about the same time, each has its own
     assert folders.new_folder(job, tmp_path).name == first.name[:-1] + "2"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        folders.new_folder(job, tmp_path / "file")
+
+
+def test_a_run_that_was_begun_meanwhile_keeps_its_job(
+    small_job: Make, tmp_path: Path, tokenizer: Path
+) -> None:
+    run, job, other = tmp_path / "run", small_job("run"), small_job("run", "run.steps=5")
+    folders.make(run, job, tokenizer)
+    with pytest.raises(UserError, match=r"run\.folder=.*run: another run was begun in it meanwhile"):
+        folders.make(run, other, tokenizer, [Decision("a", 1, 0)])
+    assert not load_job(run / "job.toml").differing(job) and not (run / "events.jsonl").exists()
 
 
 class StartAnother(Hook):
@@ -110,6 +123,16 @@ def test_a_second_process_in_the_same_folder_is_told_who_is_there(small_job: Mak
     assert f"process {os.getpid()} is training in it" in hook.message
     with folders.locked(Path(job.run.folder)):
         pass  # and let go of
+
+
+class MakeFolder(Hook):
+    """Puts a folder in the way of a file."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_start(self, training: Training) -> None:
+        (training.folder / self.name).mkdir()
 
 
 def again(job: Job, *overrides: str) -> Job:
@@ -138,6 +161,26 @@ def test_how_it_is_spread_and_saved_may_change(small_job: Make) -> None:
     assert changed.layout.micro_batch == 2  # derived again: half of the batch
 
 
+def test_who_follows_a_run_exactly_may_change_what_its_next_attempt_may(
+    small_job: Make, tmp_path: Path
+) -> None:
+    job = small_job("run", "run.steps=4")
+    folder = Path(job.run.folder)
+    folders.make(folder, job, api.train(small_job("other", "run.steps=1")).folder / "tokenizer")
+    path = folder / "job.toml"
+    with pytest.raises(UserError) as caught:
+        api.load_job(path, ["run.steps=5", "optimizer.lr=0.003", "layout.dp_shard=2"], exact=True)
+    assert str(caught.value) == (
+        f"--exact: takes the steps of {folder}, which has another job; "
+        "differing (there, asked): run.steps: 4, 5"
+    )
+    changes = ["layout.dp_shard=2", "checkpoint.steps=1", "run.folder=there"]
+    changed = api.resolve(api.load_job(path, changes, exact=True), exact=True)
+    names = {name.partition(":")[0] for name in changed.differing(job)}
+    assert names == {"layout.dp_shard", "layout.micro_batch", "checkpoint.steps", "run.folder"}
+    assert api.load_job(path, exact=True).run.folder is None
+
+
 def test_a_finished_run_is_returned_as_it_is(small_job: Make) -> None:
     job = small_job("run", "run.steps=4")
     first = api.train(job)
@@ -145,3 +188,17 @@ def test_a_finished_run_is_returned_as_it_is(small_job: Make) -> None:
     second = api.train(job)
     assert second == first and second.outcome == "finished"
     assert {p: p.stat().st_mtime_ns for p in first.folder.rglob("*")} == before
+
+
+def test_a_report_that_could_not_be_written_is_written_when_the_run_is_shown_again(small_job: Make) -> None:
+    job = small_job("run", "run.steps=4")
+    folder = Path(job.run.folder)
+    with pytest.raises(MachineError) as caught:
+        api.train(job, [MakeFolder("report.html.part")])
+    assert str(caught.value).startswith(
+        f"{folder / 'report.html'}: cannot be written (Is a directory); the run"
+    )
+    assert Run(folder).outcome == "finished"
+    (folder / "report.html.part").rmdir()
+    api.train(job)
+    assert "finished" in (folder / "report.html").read_text()
