@@ -10,12 +10,15 @@ does not depend on the machine's speed; the largest is about what five minutes g
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import tempfile
-from dataclasses import asdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
 from colossus import api
+from colossus.data.prepare import prepare_data
 from colossus.derive import derive_data, dial
 from colossus.derive.dial import WIDTH_STEP
 from colossus.job import load_job
@@ -23,20 +26,33 @@ from colossus.measure.machine import this_machine
 from colossus.perf.flops import model_flops_per_token
 from colossus.perf.receipts import Figure, print_figures, write_receipt
 
-BUDGETS = (1.5e12, 6e12, 2.4e13)
+BUDGETS = (3e12, 9e12, 2.7e13)
 
 
-def final_bits_per_byte(width: int, compute: float, seed: int, folder: Path) -> float:
-    """Trains the default model of a width on `compute` FLOPs; bits per byte on the held-out documents."""
-    sized = [f"model.hidden_size={width}", f"run.seed={seed}", "run.validate_every=0"]
-    resolved = api.resolve(load_job(None, [*sized, "run.tokens=1000000"]))
-    tokens = compute / model_flops_per_token(resolved.model, resolved.data.seq_len)
-    name = f"{compute:.1e}-{width}-{seed}"
-    job = load_job(None, [*sized, f"run.tokens={round(tokens)}", f"run.folder={folder / name}"])
-    run = api.train(job)
-    assert run.bits_per_byte is not None
-    print(f"{name}: {tokens / 1e6:.2f}M tokens, {run.bits_per_byte:.4f} bits per byte", flush=True)
-    return run.bits_per_byte
+@dataclass(frozen=True)
+class Trial:
+    """One training: the default model of a width, on `compute` FLOPs."""
+
+    compute: float
+    width: int
+    seed: int
+    folder: Path
+
+    def bits_per_byte(self) -> float:
+        """On the held-out documents, at the end. On one thread: trials run side by side, one a core."""
+        sized = [
+            f"model.hidden_size={self.width}",
+            f"run.seed={self.seed}",
+            "run.threads=1",
+            "run.validate_every=0",
+        ]
+        resolved = api.resolve(load_job(None, [*sized, "run.tokens=1000000"]))
+        tokens = round(self.compute / model_flops_per_token(resolved.model, resolved.data.seq_len))
+        name = f"{self.compute:.1e}-{self.width}-{self.seed}"
+        run = api.train(load_job(None, [*sized, f"run.tokens={tokens}", f"run.folder={self.folder / name}"]))
+        assert run.bits_per_byte is not None
+        print(f"{name}: {tokens / 1e6:.2f}M tokens, {run.bits_per_byte:.4f} bits per byte", flush=True)
+        return run.bits_per_byte
 
 
 def chosen_width(compute: float) -> int:
@@ -45,20 +61,31 @@ def chosen_width(compute: float) -> int:
 
 
 def measure(budgets: list[float], seeds: int, folder: Path) -> list[Figure]:
+    chosen = {compute: chosen_width(compute) for compute in budgets}
+    trials = [
+        Trial(compute, width, seed, folder)
+        for compute in sorted(budgets, reverse=True)  # the long ones first: the cores end together
+        for width in (chosen[compute] + step for step in (-WIDTH_STEP, 0, WIDTH_STEP))
+        for seed in range(seeds)
+    ]
+    prepare_data(api.resolve(load_job(None, ["run.tokens=1000000"])))
+    with ProcessPoolExecutor(this_machine().cores, multiprocessing.get_context("spawn")) as pool:
+        results = dict(zip(trials, pool.map(Trial.bits_per_byte, trials), strict=True))
     figures = []
     for compute in budgets:
-        chosen = chosen_width(compute)
-        bits: dict[int, float] = {}
-        for width in (chosen - WIDTH_STEP, chosen, chosen + WIDTH_STEP):
-            bits[width] = mean(final_bits_per_byte(width, compute, seed, folder) for seed in range(seeds))
+        bits = {
+            width: mean(results[Trial(compute, width, seed, folder)] for seed in range(seeds))
+            for width in (chosen[compute] + step for step in (-WIDTH_STEP, 0, WIDTH_STEP))
+        }
         for width, value in bits.items():
-            side = {-1: "smaller", 0: "chosen", 1: "larger"}[(width > chosen) - (width < chosen)]
-            name = f"{compute:.1e} FLOPs, {side}: width {width}"
+            side = {-1: "smaller", 0: "chosen", 1: "larger"}[
+                (width > chosen[compute]) - (width < chosen[compute])
+            ]
+            name, best = f"{compute:.1e} FLOPs, {side}: width {width}", bits[chosen[compute]]
             if side == "chosen":
                 figures.append(Figure(name, value, "bits per byte"))
-                continue
-            ratio = value / bits[chosen]
-            figures.append(Figure(name, value, "bits per byte", "ratio >= 0.99", bits[chosen], ratio))
+            else:
+                figures.append(Figure(name, value, "bits per byte", "ratio >= 0.99", best, value / best))
     return figures
 
 
