@@ -95,7 +95,7 @@ def test_a_decision_of_the_clock_is_replayed(
     steps_later: int | None, small_job: Make, tmp_path: Path
 ) -> None:
     """The end that was decided stays, and a run that follows the decisions takes the same steps unstopped."""
-    kill = Kill("before", 50) if steps_later is None else Kill("decided", steps_later)
+    kill = Kill("before", 13) if steps_later is None else Kill("decided", steps_later)
     job = small_job("killed", *TIMED)
     assert train_in_processes(job, [kill]) == [-9]
     decided = run_of(job).events("decision")
@@ -121,7 +121,7 @@ def test_a_decision_of_the_clock_is_replayed(
 def test_a_run_whose_end_was_never_decided_can_be_followed(small_job: Make, tmp_path: Path) -> None:
     """The clock of the follower decides what the followed run had left open."""
     job = small_job("killed", *TIMED)
-    assert train_in_processes(job, [Kill("before", 50)]) == [-9]
+    assert train_in_processes(job, [Kill("before", 13)]) == [-9]
     follower = follower_of(job, tmp_path / "follower")
     assert train_in_processes(follower, follow=Path(job.run.folder)) == [0]
     assert run_of(follower).outcome == "finished"
