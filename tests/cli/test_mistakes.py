@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from colossus.cli.words import split
 from tests.cli.commands import colossus
 
 MISTAKES = [
@@ -15,6 +16,7 @@ MISTAKES = [
     (["train", "model=lama3.2-1b"], "did you mean 'llama3.2-1b'?"),
     (["train", "run=fast"], "no presets of 'run' exist"),
     (["train", "precision.type=bf61"], "precision.type=bf61: must be 'fp32' or 'bf16'; did you mean 'bf16'?"),
+    (["train", "run.minuts=" + 300 * "5"], "did you mean 'run.minutes'?"),
     (["train", "run.steps=-3"], "run.steps=-3: must be greater than or equal to 1"),
     (["train", "run.steps=many"], "run.steps=many: must be a whole number"),
     (["train", "run.steps=true"], "run.steps=true: must not be true or false"),
@@ -48,6 +50,16 @@ def test_mistakes_in_a_file_are_told_with_the_file(tmp_path: Path) -> None:
     path.write_text("[run]\nstpes = 3\n")
     done = colossus("train", str(path))
     assert done.returncode == 2 and "run.stpes: no such field" in done.stderr
+
+
+def test_what_is_a_value_and_what_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value may be longer than the name of any file, and stays one beside a file of its name."""
+    monkeypatch.chdir(tmp_path)
+    prompt = "run.prompt=" + "def " * 100
+    for name in ("run.steps=3", "lr=0.1.toml"):
+        Path(name).touch()
+    assert split([prompt, "run.steps=3", "model=lama"]) == (None, [prompt, "run.steps=3", "model=lama"])
+    assert split(["lr=0.1.toml", "run.steps=3"]) == (Path("lr=0.1.toml"), ["run.steps=3"])
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
