@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import lzma
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -74,6 +75,7 @@ def open_corpus(name: str, text_field: str = "text") -> Corpus:
     Raises:
         UserError: there is no such thing, or nothing in it can be read.
     """
+    check_corpus(name)
     if name == "python":
         from colossus.data.python_corpus import python_corpus
 
@@ -82,14 +84,31 @@ def open_corpus(name: str, text_field: str = "text") -> Corpus:
         from colossus.data.hugging_face import stream_corpus
 
         return stream_corpus(name, text_field)
-    path = Path(name.removeprefix("file://")).expanduser()
-    if path.exists():
+    if _is_there(path := _path(name)):
         from colossus.data.files import local_corpus
 
         return local_corpus(name, path, text_field)
-    if ":" in name and "/" not in name:
-        return _users_own(name)
-    raise _no_such_path(name, path)
+    return _users_own(name)
+
+
+def check_corpus(name: str) -> None:
+    """Raises the UserError of `open_corpus` where a path is not there or the user's own cannot be imported.
+
+    Reads nothing, so it can be asked before anything that takes long.
+    """
+    if name == "python" or name.startswith("hf:") or _is_there(path := _path(name)):
+        return
+    if ":" not in name or "/" in name:
+        raise _no_such_path(name, path)
+    _Called(*name.split(":", 1)).find()
+
+
+def _path(name: str) -> Path:
+    return Path(name.removeprefix("file://")).expanduser()
+
+
+def _is_there(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110  # Path.exists raises for a name that no file can have
 
 
 def fingerprint_of(entries: list[tuple[Any, ...]]) -> str:
@@ -119,7 +138,7 @@ def _valid(text: str) -> str:
 
 def _no_such_path(name: str, path: Path) -> UserError:
     folder = path.parent
-    siblings = [str(folder / p.name) for p in folder.iterdir()] if folder.is_dir() else []
+    siblings = [str(folder / p.name) for p in folder.iterdir()] if os.path.isdir(folder) else []  # noqa: PTH112
     guess = nearest(str(path), [*siblings, "python"])
     hint = f"; did you mean {guess!r}?" if guess else ""
     return UserError(

@@ -237,7 +237,7 @@ class _Parquet:
 
         try:
             table = pyarrow.parquet.ParquetFile(self.path)
-        except (OSError, pyarrow.ArrowInvalid) as error:
+        except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"data.corpus: {self.path}: not a Parquet file ({error})") from None
         kinds = {field.name: field.type for field in table.schema_arrow}
         texts = [name for name, kind in kinds.items() if kind in (pyarrow.string(), pyarrow.large_string())]
@@ -248,5 +248,8 @@ class _Parquet:
                 f"no column of text in {self.path}; it has {list(kinds)}",
                 texts,
             )
-        for batch in table.iter_batches(batch_size=256, columns=[self.text_field]):
-            yield from (text for text in batch.column(0).to_pylist() if text)
+        try:
+            for batch in table.iter_batches(batch_size=256, columns=[self.text_field]):
+                yield from (text for text in batch.column(0).to_pylist() if text)
+        except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+            raise UserError(f"data.corpus: {self.path}: cannot be read ({error})") from None

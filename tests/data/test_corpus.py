@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossus.data import files, python_corpus
-from colossus.data.corpus import Corpus, open_corpus
+from colossus.data.corpus import Corpus, check_corpus, open_corpus
 from colossus.errors import UserError
 
 
@@ -68,6 +68,22 @@ def test_a_parquet_file(tmp_path: Path) -> None:
         texts(open_corpus(str(path), "bodi"))
     with pytest.raises(UserError, match=r"data\.text_field=n: no column of text"):
         texts(open_corpus(str(path), "n"))
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_a_damaged_parquet_file(tmp_path: Path, compression: str) -> None:
+    """Wherever a stretch of it was overwritten: what comes out is the text, or an error with the file."""
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"text": [f"document {i}" for i in range(300)]})
+    pyarrow.parquet.write_table(table, path, compression=compression)
+    whole, errors = path.read_bytes(), 0
+    for at in range(0, len(whole), 16):
+        path.write_bytes(whole[:at] + b"\xff" * 16 + whole[at + 16 :])
+        try:
+            texts(open_corpus(str(path)))
+        except UserError as error:
+            errors += "rows.parquet" in str(error)
+    assert errors > len(whole) // 64
 
 
 def test_a_folder_is_read_in_the_order_of_names_and_below(tmp_path: Path) -> None:
@@ -158,6 +174,25 @@ def test_a_missing_path_names_the_nearest(tmp_path: Path) -> None:
         open_corpus("pyhton")
     with pytest.raises(UserError, match="no such file or folder; python, a path, hf:NAME"):
         open_corpus("/nowhere/at/all")
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    for name in (300 * "x", f"{300 * 'x'}/y", f"/{300 * 'x'}/y"):
+        with pytest.raises(UserError, match="no such file or folder"):
+            open_corpus(name)
+
+
+@pytest.mark.usefixtures("own")
+def test_checked_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "junk.txt").write_bytes(b"\xff")
+    for name in ("python", "hf:any/name", str(tmp_path / "junk.txt"), str(tmp_path), "mine.corpora:Wrong"):
+        check_corpus(name)
+    for name in ("pyhton", str(tmp_path / "jnuk.txt"), "mine.corpora:Plian", "mine.nothing:Plain"):
+        with pytest.raises(UserError) as checked:
+            check_corpus(name)
+        with pytest.raises(UserError) as opened:
+            open_corpus(name)
+        assert str(checked.value) == str(opened.value)
 
 
 def test_an_empty_corpus(tmp_path: Path) -> None:
