@@ -140,7 +140,7 @@ class JsonTokenizer:
         state = json.loads(self._text)
         split = state.get("pre_tokenizer") or {}
         plain = (
-            state["model"]["type"] == "BPE"
+            state["model"].get("type") == "BPE"  # which old files leave out
             and not state.get("normalizer")
             and not state["model"].get("dropout")
             and all(token["special"] for token in state["added_tokens"])
@@ -201,7 +201,7 @@ def load_tokenizer(path: str | Path) -> JsonTokenizer | BytesTokenizer:
         UserError: there is none, or it says of no token that it begins or ends a document.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises for a name that no folder can have
         if (path / "bytes.json").is_file():
             return BytesTokenizer()
         path = path / "tokenizer.json"
@@ -226,18 +226,30 @@ def load_tokenizer(path: str | Path) -> JsonTokenizer | BytesTokenizer:
 
 def _document_tokens(folder: Path, special: dict[str, int]) -> tuple[str | None, str | None]:
     """The names of the tokens that begin and end a document: as configured, else the usual ones."""
-    config: dict[str, Any] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = _config(folder / "tokenizer_config.json")
 
     def named(key: str, usual: tuple[str, ...]) -> str | None:
         asked = config.get(key)
         asked = asked.get("content") if isinstance(asked, dict) else asked
-        return next((name for name in (asked, *usual) if name in special), None)
+        names = (asked, *usual) if isinstance(asked, str) else usual
+        return next((name for name in names if name in special), None)
 
     bos = named("bos_token", (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]"))
     eos = named("eos_token", (EOS, "</s>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "[EOS]"))
     return bos, eos
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """What a tokenizer_config.json holds; nothing where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.tokenizer: {path}: cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"data.tokenizer: {path}: not a tokenizer_config.json")
+    return config
 
 
 def _byte_characters() -> dict[int, str]:

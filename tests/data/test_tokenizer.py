@@ -205,6 +205,31 @@ def test_the_tokens_of_documents(
     assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint  # by its folder, too
 
 
+def test_a_model_that_does_not_say_its_type(tmp_path: Path) -> None:
+    """As files of early versions of the library, which still reads them."""
+    state = json.loads(TRAINED._text)
+    del state["model"]["type"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, JsonTokenizer)
+    assert not tokenizer.quicken(TEXTS[:2])
+    assert tokenizer.encode(TEXTS[0]) == TRAINED.encode(TEXTS[0])
+
+
+@pytest.mark.parametrize("config", [b"", b"{", b"[]", b"\xff"])
+def test_a_broken_configuration_is_named(tmp_path: Path, config: bytes) -> None:
+    TRAINED.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(config)
+    with pytest.raises(UserError, match=r"data\.tokenizer: .*tokenizer_config\.json: "):
+        load_tokenizer(tmp_path)
+
+
+def test_a_token_of_the_configuration_that_is_no_text(tmp_path: Path) -> None:
+    TRAINED.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": ["</s>"], "bos_token": {"content": []}}')
+    assert load_tokenizer(tmp_path).eos_id == TRAINED.eos_id
+
+
 def test_no_token_ends_a_document(tmp_path: Path) -> None:
     library = trained_by_library(pre_tokenizers.ByteLevel(add_prefix_space=False), ["<mask>"])
     with pytest.raises(UserError, match=r"none of its special tokens \['<mask>'\] .*tokenizer_config\.json"):
@@ -229,6 +254,8 @@ def test_a_tokenizer_that_the_library_cannot_read(tmp_path: Path) -> None:
 def test_a_missing_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.tokenizer=.*nothing: cannot be read"):
         load_tokenizer(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"xx: cannot be read"):
+        load_tokenizer(300 * "x")
 
 
 @pytest.mark.parametrize("tokenizer", [TRAINED, BytesTokenizer()], ids=["bpe", "bytes"])
