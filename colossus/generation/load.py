@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -40,13 +41,13 @@ def load_model(
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
     """(checkpoint, run) for a run's folder or a checkpoint's. Raises UserError where it is neither."""
-    if not path.is_dir():
-        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    if not os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises for a name that no folder can have
+        siblings = [str(p) for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []  # noqa: PTH112
         raise UserError.field(
             "path", str(path), "no such folder; a run or a checkpoint is expected", siblings
         )
     if is_committed(path):
-        return path, path.parent.parent
+        return path, path.resolve().parent.parent  # `step-00000100` alone says nothing of its run
     if checkpoints_folder(path).is_dir() or (path / "job.toml").is_file():
         newest = latest(path)
         if newest is None:

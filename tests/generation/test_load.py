@@ -42,6 +42,12 @@ def test_a_run_loads_its_newest_checkpoint_and_a_checkpoint_itself(tmp_path):
         assert generate(model, tokenizer, ["abc"]) == generate(expected, TOKENIZER, ["abc"])
 
 
+def test_a_checkpoint_by_its_name_alone(tmp_path, monkeypatch):
+    _, folder = save(tmp_path, 10, seed=1)
+    monkeypatch.chdir(folder.parent)
+    assert load_model(folder.name)[1].vocab_size == TOKENIZER.vocab_size
+
+
 def test_the_type_of_the_products_can_be_chosen(tmp_path):
     save(tmp_path, 10, seed=1)
     model, tokenizer = load_model(tmp_path, dtype=torch.bfloat16)
@@ -55,6 +61,9 @@ def test_what_is_no_model_is_said_in_words(tmp_path):
     (tmp_path / "runs" / "llama-1").mkdir()
     with pytest.raises(UserError, match=r"did you mean .*llama-1'"):
         load_model(tmp_path / "runs" / "llama-2")
+    for name in (300 * "x", f"{300 * 'x'}/y"):
+        with pytest.raises(UserError, match="no such folder"):
+            load_model(name)
     with pytest.raises(UserError, match="neither a run"):
         load_model(tmp_path / "runs" / "llama-1")
     (tmp_path / "runs" / "llama-1" / "config.json").touch()
