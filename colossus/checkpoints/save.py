@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -228,7 +229,8 @@ class Saver:
 
     def _run_in_thread(self, save: _Save) -> None:
         if sys.platform == "linux":
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # training comes first
+            with contextlib.suppress(OSError):  # a container may forbid it
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # training comes first
         self._run(save)
 
     def _run(self, save: _Save) -> None:

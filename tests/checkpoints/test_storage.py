@@ -114,6 +114,17 @@ def test_no_permission(tmp_path: Path) -> None:
         Saver(tmp_path)
 
 
+def test_where_priorities_may_not_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    saver = Saver(tmp_path)
+    saver.save(1, TWO_MB, {})
+    saver.wait()
+    assert [saved.step for saved in saver.poll()] == [1]
+
+
 def test_leaving_after_an_error_raises_that_error(tmp_path: Path) -> None:
     with pytest.raises(KeyError), Saver(tmp_path) as saver:
         saver.save(1, TWO_MB, {})
