@@ -27,13 +27,14 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from benchmarks.tree_memory import TreeMemory
-from colossus.data.build import Request, build, default_workers, open_split
+from colossus.data.build import Request, build, open_split
 from colossus.data.corpus import Corpus, open_corpus, text_of
 from colossus.data.loader import Batches
 from colossus.data.order import BatchSchedule, Order, Phase
 from colossus.data.shards import ShardedTokens
 from colossus.data.split import divide, sizes_of
 from colossus.data.tokenizer import JsonTokenizer, load_tokenizer
+from colossus.hardware.machine import available_cores
 from colossus.measure.machine import this_machine
 from colossus.perf.receipts import Figure, print_figures, write_receipt
 
@@ -99,7 +100,7 @@ def rates(
 
     The shards are built again beside a tokenizer that is there, as of the second corpus of a job.
     """
-    request = Request((corpus,), (1.0,), tokenizer, VOCABULARY, HELD_OUT, default_workers())
+    request = Request((corpus,), (1.0,), tokenizer, VOCABULARY, HELD_OUT, available_cores())
     first = seconds(lambda: build(request, folder))
     library, texts = library_of(folder), texts_of(corpus, PEER_BYTES)
     num_bytes = sum(len(text.encode()) for text in texts)
@@ -115,7 +116,7 @@ def rates(
 def by_processor(corpus: Corpus, folder: Path) -> tuple[list[float], list[float]]:
     """Bytes a processor second from text to shards, imports of the workers included; and the peer's."""
     given = str(folder / "tokenizer" / "tokenizer.json")
-    request = Request((corpus,), (1.0,), given, VOCABULARY, HELD_OUT, default_workers())
+    request = Request((corpus,), (1.0,), given, VOCABULARY, HELD_OUT, available_cores())
     target = folder.with_name(f"{folder.name}-by-processor")
     ours = corpus.num_bytes / processor_seconds(lambda: build(request, target))
     library, texts = library_of(folder), texts_of(corpus, PEER_BYTES)
@@ -219,7 +220,7 @@ def measure(quick: bool, folder: Path) -> list[Figure]:
         Figure("text of the default corpus", corpus.num_bytes, "bytes"),
         Figure("open it, near-duplicates removed", opening, "s"),
         Figure("build it from nothing, tokenizer included", first, "s", "< 20"),
-        Figure("share of it for compressed sizes", sizing / (first * default_workers()), "", "< 0.05"),
+        Figure("share of it for compressed sizes", sizing / (first * available_cores()), "", "< 0.05"),
         Figure("bytes a token", train.num_bytes / train.num_tokens, "bytes"),
         Figure("held out", held_out.num_bytes, "bytes"),
         against("text to shards, tiktoken agrees", ours, theirs, ">= 10e6 on 2 cores"),

@@ -30,10 +30,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from colossus.architecture import Architecture, num_parameters
 from colossus.data.loader import Batch
 from colossus.job import Job
-from colossus.measure.machine import TYPES, this_machine
+from colossus.measure.machine import this_machine
 from colossus.parallel.world import World
 from colossus.perf.flops import executed_flops_per_token, model_flops_per_token
 from colossus.perf.receipts import Figure, print_figures, write_receipt
+from colossus.precision import torch_type
 from colossus.trainer.state import TrainState
 from colossus.trainer.step import train_step
 
@@ -206,7 +207,7 @@ def product_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.15) ->
 
 def measure(quick: bool, turns: int) -> list[Figure]:
     size, machine, steps = shape(quick), this_machine(), 1 if quick else 3
-    bf16 = machine.best_type == "bf16"
+    bf16 = machine.best.type == "bf16"
     compile_too = machine.compiler is not None and not quick
 
     def best_peer(types: Iterable[str]) -> Contestant:
@@ -222,9 +223,9 @@ def measure(quick: bool, turns: int) -> list[Figure]:
     if bf16:
         peers.append(best_peer(("bf16",)))
     print("colossus")
-    settings = [Setting(machine.best_type, compile_) for compile_ in (False, True)[: 1 + compile_too]]
+    settings = [Setting(machine.best.type, compile_) for compile_ in (False, True)[: 1 + compile_too]]
     mine = tried(ours, size, settings, steps)[0]
-    return in_turns(mine, peers, size, {"fp32", machine.best_type}, turns)
+    return in_turns(mine, peers, size, {"fp32", machine.best.type}, turns)
 
 
 def in_turns(
@@ -235,7 +236,7 @@ def in_turns(
     rows: list[list[float]] = []  # of a turn: the best product rate, tokens/s of ours and of each peer
     for _ in range(turns):
         for name, found in rates.items():
-            found.append(product_rate(TYPES[name]))
+            found.append(product_rate(torch_type(name)))
         seconds = [min(contestant.step() for _ in range(TURN_STEPS)) for contestant in (mine, *peers)]
         rows.append([max(found[-1] for found in rates.values()), *(size.num_tokens / s for s in seconds)])
 

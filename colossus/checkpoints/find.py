@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from colossus.checkpoints.format import (
     read_manifest,
     read_serial,
 )
+from colossus.hardware.machine import available_cores
 
 Say = Callable[[str], None]
 
@@ -138,4 +138,4 @@ def read_exactly(stream: io.FileIO, out: memoryview, begin: int) -> int:
 
 def num_threads() -> int:
     """Threads that read: reading and CRC32 both release the GIL."""
-    return max(1, min(4, os.cpu_count() or 1))
+    return min(4, available_cores())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from colossus.data.build import Progress, Request, build, corpus_folder, default_workers
+from colossus.data.build import Progress, Request, build, corpus_folder
 from colossus.data.corpus import open_corpus
 from colossus.data.tokenizer import load_tokenizer
 from colossus.errors import UserError
-from colossus.hardware.machine import cache_folder
+from colossus.hardware.machine import available_cores, cache_folder
 from colossus.job import Job
 
 MAX_TRAINED_VOCABULARY = 2**15  # of a tokenizer that is trained for a model whose vocabulary is a preset's
@@ -30,7 +30,7 @@ def prepare_data(job: Job, progress: Progress = lambda done, total: None) -> Job
         job.data.tokenizer,
         vocabulary_to_train(job),
         job.data.validation_fraction,
-        default_workers(),
+        available_cores(),
     )
     folder = Path(job.data.folder or cache_folder() / "data" / request.key)
     build(request, folder, progress)

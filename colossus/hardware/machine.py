@@ -1,7 +1,8 @@
-"""This machine as measured: plain data, kept as JSON."""
+"""This machine as measured: plain data, kept as JSON; and what of it is at hand, without measuring."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
+CGROUP = Path("/sys/fs/cgroup")  # the limits of a container, where this is one
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -64,11 +66,6 @@ class Machine:
         return max(self.rates, key=lambda rate: rate.flops_per_second)
 
     @property
-    def best_type(self) -> str:
-        """The quickest type for matrix products: "fp32" or "bf16"."""
-        return "bf16" if self.gpus else self.best.type
-
-    @property
     def best_threads(self) -> int:
         """The fewest threads that come within 3% of the best rate."""
         best = self.best
@@ -109,6 +106,16 @@ class Machine:
     def from_json(cls, text: str) -> Machine:
         """Reads what `to_json` wrote. Raises ValueError where that is damaged."""
         return TypeAdapter(cls).validate_json(text)
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, and a container's share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+        if quota != "max":
+            return min(cores, max(1, round(int(quota) / int(period))))
+    return cores
 
 
 def cache_folder() -> Path:

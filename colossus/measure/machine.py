@@ -24,10 +24,9 @@ from pathlib import Path
 
 import torch
 
-from colossus.hardware.machine import Gpu, Machine, Rate, cache_folder, slug
+from colossus.hardware.machine import CGROUP, Gpu, Machine, Rate, available_cores, cache_folder, slug
+from colossus.precision.policy import TYPES
 
-CGROUP = Path("/sys/fs/cgroup")  # the limits of a container, where this is one
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZE = 1024  # of the square products
 GPU_SIZE = 8192
 SMALL = 128  # a product that shows a hopeless type within milliseconds
@@ -87,16 +86,6 @@ def measure_machine() -> Machine:
         quiet=quiet,
         seconds=round(time.perf_counter() - started, 3),
     )
-
-
-def available_cores() -> int:
-    """Cores that this process may use: its affinity, and a container's share."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = (CGROUP / "cpu.max").read_text().split()
-        if quota != "max":
-            return min(cores, max(1, round(int(quota) / int(period))))
-    return cores
 
 
 def memory_bytes() -> int:

@@ -16,9 +16,12 @@ from pathlib import Path
 import pytest
 
 from colossus.data import build as building
+from colossus.data import prepare
 from colossus.data.build import build, corpus_folder, is_built, open_split
 from colossus.data.corpus import open_corpus
 from colossus.errors import MachineError, UserError
+from colossus.hardware import machine
+from colossus.job import load_job
 from tests.data.building import built, contents, in_memory, request_for, write_corpus
 
 BUILDER = """
@@ -352,6 +355,26 @@ print(peak() - first)
         pytest.skip("the system does not tell the peak")
     grown = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
     assert grown < 120 * 1024
+
+
+def test_a_container_s_share_of_the_cores_bounds_the_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    (tmp_path / "text.txt").write_text("text")
+    asked: list[int] = []
+
+    def stop_here(request: building.Request, *_: object) -> None:
+        asked.append(request.workers)
+        raise UserError("enough")
+
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(prepare, "build", stop_here)
+    values = [f"data.corpus={tmp_path / 'text.txt'}", "data.weights=1", "data.tokenizer=bytes"]
+    values += ["data.text_field=text", "data.validation_fraction=0.1", "model.vocab_size=258"]
+    with pytest.raises(UserError, match="enough"):
+        prepare.prepare_data(load_job(None, values))
+    assert asked == [1]
 
 
 def test_the_journal_is_gone_at_the_end(tmp_path: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colossus.hardware.machine import Gpu, Machine, Rate, cache_folder, slug
+from colossus.hardware import machine as module
+from colossus.hardware.machine import Gpu, Machine, Rate, available_cores, cache_folder, slug
 
 
 def machine(*rates: tuple[str, int, float], **values) -> Machine:
@@ -33,8 +35,8 @@ AVX512_BF16 = machine(("fp32", 1, 90e9), ("fp32", 2, 180e9), ("bf16", 1, 210e9),
 
 
 def test_the_type_follows_from_the_rates() -> None:
-    assert AVX2.best_type == "fp32" and AVX2.peak_flops_per_second("cpu") == 120e9
-    assert AVX512_BF16.best_type == "bf16" and AVX512_BF16.peak_flops_per_second("cpu") == 415e9
+    assert AVX2.best.type == "fp32" and AVX2.peak_flops_per_second("cpu") == 120e9
+    assert AVX512_BF16.best.type == "bf16" and AVX512_BF16.peak_flops_per_second("cpu") == 415e9
     assert AVX2.flops_per_second("bf16") == 0.9e9 and AVX2.flops_per_second("fp64") == 0
 
 
@@ -46,11 +48,7 @@ def test_threads_that_bring_nothing_are_not_taken() -> None:
 
 def test_a_gpu_decides_where_there_is_one() -> None:
     with_gpu = dataclasses.replace(AVX2, gpus=(Gpu("H100", 80 * 10**9, 7e14),))
-    assert (with_gpu.device, with_gpu.best_type, with_gpu.peak_flops_per_second("cuda")) == (
-        "cuda",
-        "bf16",
-        7e14,
-    )
+    assert (with_gpu.device, with_gpu.peak_flops_per_second("cuda")) == ("cuda", 7e14)
     assert AVX2.device == "cpu"
 
 
@@ -106,6 +104,20 @@ def test_what_is_no_table_is_refused(text: str) -> None:
 
 def test_a_table_of_a_newer_version_is_read() -> None:
     assert Machine.from_json(json.dumps(AVX2.to_dict() | {"new_field": 1})) == AVX2
+
+
+def test_the_cores_are_those_that_this_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
+    assert available_cores() == 6  # no container
+    for limit, cores in {"max": 6, "400000": 4, "900000": 6, "250000": 2, "1000": 1}.items():
+        (tmp_path / "cpu.max").write_text(f"{limit} 100000\n")
+        assert available_cores() == cores
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert available_cores() == 1
 
 
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
