@@ -24,8 +24,8 @@ from colossus.layout import Layout
 from colossus.section import Name, Section, derived
 
 Origin = Literal["argument", "file", "preset", "derived"]
-_RANK = {"derived": 0, "preset": 1, "file": 2, "argument": 3}
-KEPT_ORIGINS = ("derived", "preset")  # in a job file; the rest of its values are the file's own
+_RANK: dict[Origin, int] = {"derived": 0, "preset": 1, "file": 2, "argument": 3}
+KEPT_ORIGINS: tuple[Origin, ...] = ("derived", "preset")  # in a job file; its other values are its own
 
 
 def _as_list(value: Any) -> Any:
@@ -129,7 +129,7 @@ class RunSection(Section):
     folder: Name = derived()
     global_batch: int = derived(ge=1, le=10**7)  # sequences of a step, over all ranks
     batch_schedule: Annotated[list[Pair], AfterValidator(_from_step_0)] = derived()  # (from step, sequences)
-    expected_steps: int = derived(ge=1)  # what the length is likely to give; the clock has the last word
+    expected_steps: int = derived(ge=1, le=10**16)  # what the length is likely to give; the clock decides
     threads: int = derived(ge=1, le=4096)
     validate_every: int = derived(ge=0, le=10**9)  # steps; 0: at the end only
     prompt: str = derived()  # what the sample at the end continues
@@ -171,7 +171,7 @@ MAY_STAY_OPEN = {*LENGTHS, "model.preset", "model.rope_scaling", "fleet.preset"}
 class Job:
     """One run, described. A value that is None is derived before anything starts.
 
-    origins: dotted field -> "argument", "file", "preset" or "derived".
+    origins: of every dotted field that has a value.
     made: what a resolved job was derived on (processor, version); empty for one that a user wrote.
     """
 
@@ -183,7 +183,7 @@ class Job:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     fleet: Fleet = field(default_factory=Fleet)
     run: RunSection = field(default_factory=RunSection)
-    origins: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
     made: dict[str, str] = field(default_factory=dict)
 
     def get(self, dotted: str) -> Any:
@@ -195,7 +195,7 @@ class Job:
         """A job with `values` ({"run.seed": 0}) where this one has None; what is there stays."""
         return self.put({name: v for name, v in values.items() if self.get(name) is None}, "derived")
 
-    def put(self, values: Mapping[str, Any], origin: str) -> Job:
+    def put(self, values: Mapping[str, Any], origin: Origin) -> Job:
         """A job with `values` set, validated."""
         changed: dict[str, dict[str, Any]] = {}
         for dotted, value in values.items():
@@ -243,7 +243,7 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
     Raises:
         UserError: unknown section, field or preset, a wrong type, two lengths, an unreadable file.
     """
-    layers: dict[str, dict[str, Any]] = {"preset": {}, "file": {}, "argument": {}, "derived": {}}
+    layers: dict[Origin, dict[str, Any]] = {"preset": {}, "file": {}, "argument": {}, "derived": {}}
     made: dict[str, str] = {}
     if path is not None:
         tree = _read_toml(Path(path))
@@ -338,7 +338,7 @@ def _made(table: Any) -> dict[str, str]:
     return table
 
 
-def _origins(table: Any) -> dict[str, str]:
+def _origins(table: Any) -> dict[str, Origin]:
     """Field -> origin, for the fields of which a job file keeps it."""
     if not isinstance(table, dict) or not all(
         name in KEPT_ORIGINS and _is_text(v) for name, v in table.items()
@@ -386,7 +386,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
 
 
-def _one_length(layers: dict[str, dict[str, Any]]) -> None:
+def _one_length(layers: dict[Origin, dict[str, Any]]) -> None:
     """Of minutes, steps and tokens the strongest origin decides; two of one origin contradict."""
     for origin in ("argument", "file", "preset", "derived"):
         given = [name for name in LENGTHS if name in layers[origin]]
