@@ -16,6 +16,8 @@ from pydantic import Field
 from colossus.errors import UserError
 from colossus.section import Name, Section, derived
 
+IGNORED = -100  # the target of a position that is not learned or scored, as in PyTorch's cross entropy
+
 Group = Literal["matrix", "embedding", "head", "norm"]
 
 

@@ -24,8 +24,8 @@ from colossus.data.shards import (
     ShardedTokens,
     crc32,
     fingerprint,
+    replace_synced,
     write_manifest,
-    write_synced,
 )
 from colossus.data.split import Split, divide
 from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer, train_bpe
@@ -87,7 +87,7 @@ def is_built(request: Request, folder: Path) -> bool:
 
 def _build(request: Request, folder: Path, progress: Progress) -> None:
     if not _is_claimed(folder, request):
-        write_synced(folder / "request.json", json.dumps(_claim_of(request)).encode())
+        replace_synced(folder / "request.json", json.dumps(_claim_of(request)).encode())
     divided = [divide(corpus, request.held_out) for corpus in request.corpora]
     tokenizer = _tokenizer(request, divided, folder / "tokenizer")
     total = sum(corpus.num_bytes for corpus in request.corpora)
@@ -169,7 +169,7 @@ def _build_corpus(
     splits = {side: [r[side] for r in results if r[side]["num_tokens"]] for side in ("train", "validation")}
     assert all(splits.values()), f"{corpus.name} changed while it was read"
     documents = folder / "validation.documents"
-    write_synced(documents, _held_out_documents(results, folder).tobytes())
+    replace_synced(documents, _held_out_documents(results, folder).tobytes())
     write_manifest(
         folder,
         {

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from colossus.data.corpus import Document, Part, text_of
-from colossus.data.shards import STARTS, Shard, crc32, write_synced
+from colossus.data.shards import STARTS, Shard, crc32, replace_synced
 from colossus.data.split import Split, key_of, sizes_of
 from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer
 from colossus.errors import MachineError
@@ -70,7 +70,7 @@ def encode_task(task: Task) -> dict[str, Any]:
             done = {"train": train.finish(), "validation": validation.finish(), "sizes": validation.sizes}
     except OSError as error:
         raise MachineError(f"{task.folder}: cannot be written ({error.strerror or error})") from error
-    write_synced(task.journal, json.dumps(done).encode())
+    replace_synced(task.journal, json.dumps(done).encode())
     return done
 
 
@@ -143,7 +143,7 @@ class _Writer:
             (self._task.folder / self._names["tokens"]).unlink()
             return asdict(Shard(0, 0, 0, {}))
         path = self._task.folder / self._names["starts"]
-        write_synced(path, np.array(self._starts, STARTS).tobytes())
+        replace_synced(path, np.array(self._starts, STARTS).tobytes())
         crc = self._crc | {"starts": crc32(path)}
         files = {
             kind: {"name": name, "bytes": (self._task.folder / name).stat().st_size, "crc32": crc[kind]}

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from colossus.architecture import IGNORED
 from colossus.data.order import BatchSchedule, Order
-from colossus.data.packing import IGNORED, TokenSource, fill_window
+from colossus.data.packing import TokenSource, fill_window
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-IGNORED = -100  # a target that counts for nothing, as in PyTorch's cross entropy
+from colossus.architecture import IGNORED
 
 
 class TokenSource(Protocol):

@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from colossus.data.compressors import COMPRESSORS
 from colossus.errors import MachineError, UserError
 
 SCHEMA = 2
 REMEDY = "remove the folder and build the data again"
 STARTS = np.dtype(np.int64)
-HELD_OUT = np.dtype([(n, np.int64) for n in ("start", "num_bytes", "gzip_bytes", "bz2_bytes", "xz_bytes")])
+HELD_OUT = np.dtype([(n, np.int64) for n in ("start", "num_bytes", *(f"{c}_bytes" for c in COMPRESSORS))])
 
 
 @dataclass(frozen=True)
@@ -178,10 +179,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest last and whole: from then on the folder is a corpus."""
     text = json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1)
-    write_synced(folder / "manifest.json", text.encode())
+    replace_synced(folder / "manifest.json", text.encode())
 
 
-def write_synced(path: Path, data: bytes) -> None:
+def replace_synced(path: Path, data: bytes) -> None:
     """Writes a file that is either whole or not there.
 
     Raises:

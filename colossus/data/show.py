@@ -8,8 +8,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from colossus.architecture import IGNORED
 from colossus.data.order import BatchSchedule
-from colossus.data.packing import IGNORED, fill_window
+from colossus.data.packing import fill_window
 from colossus.data.sources import TrainingData
 
 

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from colossus.architecture import IGNORED
+from colossus.data.compressors import COMPRESSORS
 from colossus.errors import UserError
 from colossus.evaluation.eager import eagerly
-from colossus.evaluation.windows import IGNORED, Windows, batches, windows
+from colossus.evaluation.windows import Windows, batches, windows
 
-COMPRESSORS = ("gzip", "bz2", "xz")
 BATCH_TOKENS = 8192
 
 

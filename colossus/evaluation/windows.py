@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-IGNORED = -100
 NUM_LENGTHS = 8  # padded lengths that occur, at most
 Column = np.ndarray
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-IGNORED = -100  # the target of a position that is not scored
+from colossus.architecture import IGNORED
+
 CHUNK_LOGITS = 2**21  # that exist at once, unless that is less than MIN_CHUNK tokens: 8 MiB stay in a cache
 MIN_CHUNK = 512
 

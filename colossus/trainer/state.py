@@ -13,6 +13,7 @@ from colossus.architecture import Architecture
 from colossus.checkpoints.load import Checkpoint
 from colossus.job import Job
 from colossus.models import Decoder
+from colossus.models.init import logical_name
 from colossus.optim import Optimizer
 from colossus.parallel.apply import apply, reshard
 from colossus.parallel.world import World
@@ -42,10 +43,9 @@ class TrainState:
     def tensors(self) -> LogicalTensors:
         """(name, kind) -> tensor, for checkpoints: weights in fp32, buffers, optimizer state."""
         reshard(self.model)
-        weights = {(name, "weight"): p.detach() for name, p in logical(self.model.named_parameters())}
-        buffers = {
-            (n, "buffer"): b for n, b in logical(self.model.named_buffers()) if n in self.model.state_dict()
-        }
+        weights = {(logical_name(n), "weight"): p.detach() for n, p in self.model.named_parameters()}
+        named_buffers = ((logical_name(name), b) for name, b in self.model.named_buffers())
+        buffers = {(n, "buffer"): b for n, b in named_buffers if n in self.model.state_dict()}
         return weights | buffers | self.optimizer.state()
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -61,9 +61,3 @@ class TrainState:
             "optimizer_steps": self.optimizer.num_steps,
             "architecture": self.arch.model_dump(),
         }
-
-
-def logical(named: Any) -> Any:
-    """Names as the parameter table has them, without what wrappers put in."""
-    for name, tensor in named:
-        yield name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", ""), tensor

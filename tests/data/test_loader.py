@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from colossus.architecture import IGNORED
 from colossus.data.loader import Batches, micro_batches
 from colossus.data.order import BatchSchedule, Order, Phase
-from colossus.data.packing import IGNORED
 from tests.data.streams import Stream, counting, one_phase
 
 SOURCES = [counting(400), counting(900, first=10_000)]

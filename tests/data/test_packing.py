@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colossus.data.packing import IGNORED, fill_window
+from colossus.architecture import IGNORED
+from colossus.data.packing import fill_window
 from tests.data.streams import Stream, counting
 
 
