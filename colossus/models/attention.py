@@ -11,8 +11,6 @@ from colossus.models.linear import Linear
 from colossus.models.norm import RMSNorm
 from colossus.models.rope import rotate
 
-LayerCache = tuple[torch.Tensor, torch.Tensor]
-
 
 class KVCache:
     """Keys and values of the tokens seen so far, in buffers of a fixed size.

@@ -77,7 +77,3 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
         return self.sum([float(flag)])[0] > 0
-
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        self.sum([0.0])

@@ -68,7 +68,7 @@ class Kill(Hook):
     def before_step(self, training: Training) -> None:
         if self.where == "before" and training.step == self.step:
             training.saver.wait()
-            training.world.barrier()
+            training.world.sum([0.0])  # waits for all ranks
             self._now(training)
         if self.where == "save" and training.step == self.step - 1 and training.world.rank == self.rank:
             _kill_at_sync(3)
