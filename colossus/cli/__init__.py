@@ -23,10 +23,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done; 2 what the user gave is wrong; 3 the machine or its storage failed, running again goes on;
     130 and 143 stopped by a signal. Anything else that is raised is a bug, and keeps its traceback.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    code = _run(list(sys.argv[1:] if arguments is None else arguments) or ["--help"])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _nobody_reads_on()
+    except OSError as error:
+        _nobody_reads_on()
+        return code or _say(f"the output cannot be written ({error.strerror})", MACHINE_ERROR)
+    return code
+
+
+def _run(words: list[str]) -> int:
     try:
         code = app()(args=words, prog_name="colossus", standalone_mode=False)
-        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except UserError as error:
         return _say(str(error), USER_ERROR)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, cast
 
+from colossus.monitor.live import Stream
 from colossus.words import clock, percent, size
 
 PLAIN_SECONDS = 5.0
@@ -14,7 +15,7 @@ PLAIN_SECONDS = 5.0
 class BuildProgress:
     """Pass `show` as the `progress` of a build. Nothing is shown of a build that has nothing to do."""
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: Stream) -> None:
         self._out = out
         self._bar: Any = None
         self._began = self._last = time.monotonic()
@@ -47,7 +48,7 @@ class BuildProgress:
 
         if self._bar is None:
             columns = (TextColumn("tokens"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(file=self._out), transient=True)
+            self._bar = Progress(*columns, console=Console(file=cast(TextIO, self._out)), transient=True)
             self._bar.start()
             self._bar.add_task("tokens", total=total)
         self._bar.update(self._bar.task_ids[0], completed=done)

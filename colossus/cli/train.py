@@ -43,14 +43,15 @@ def train(
         print(to_toml(job), end="")
         return 0
 
-    from colossus.monitor import LiveView, summary
+    from colossus.monitor import LiveView, Quiet, summary
 
-    print(brief(job), flush=True)
-    view = LiveView(sys.stdout)
+    out = Quiet(sys.stdout)
+    print(brief(job), file=out, flush=True)
+    view = LiveView(out)
     try:
-        with BuildProgress(sys.stdout) as build:
+        with BuildProgress(out) as build:
             run = api.train(job, follow=follow, listeners=[view.show], progress=build.show)
     finally:
         view.close()
-    print("\n" + summary(run.folder), end="")
+    print("\n" + summary(run.folder), end="", file=out)
     return EXIT_CODES.get(run.outcome, 3)

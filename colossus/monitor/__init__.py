@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from colossus.monitor.live import LiveView
+from colossus.monitor.live import LiveView, Quiet
 from colossus.monitor.report import write_report
 from colossus.monitor.summary import summary
 
-__all__ = ["LiveView", "summary", "write_report"]
+__all__ = ["LiveView", "Quiet", "summary", "write_report"]

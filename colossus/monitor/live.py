@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 from colossus.events import number
 from colossus.monitor import phrases
@@ -19,18 +19,49 @@ SMOOTH_SECONDS = 5.0  # over which speed and loss are averaged
 CLEAR, BOLD, DIM, RESET = "\r\x1b[2K", "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 
+class Stream(Protocol):
+    """What a view writes to: `sys.stdout`, or a file."""
+
+    def write(self, text: str, /) -> object: ...
+    def flush(self) -> object: ...
+    def isatty(self) -> bool: ...
+
+
+class Quiet:
+    """A stream that goes silent once it cannot be written (closed pipe, full disk): no view ends a run."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream: Stream | None = stream
+
+    def write(self, text: str, /) -> None:
+        self._try(lambda stream: stream.write(text))
+
+    def flush(self) -> None:
+        self._try(lambda stream: stream.flush())
+
+    def isatty(self) -> bool:
+        return bool(self._try(lambda stream: stream.isatty()))
+
+    def _try(self, act: Callable[[Stream], object]) -> object:
+        try:
+            return act(self._stream) if self._stream is not None else None
+        except (OSError, ValueError):  # a closed file is a ValueError
+            self._stream = None
+            return None
+
+
 class LiveView:
     """Shows events as they are written: pass `show` as a listener of the event log.
 
     In a terminal, steps change one line in place; elsewhere they are plain lines, ten seconds apart. What
     is worth remembering (validation, decisions, checkpoints) has a line of its own in both. NO_COLOR is
-    honoured.
+    honoured. Once `out` cannot be written, nothing is shown any more, and the run goes on.
     """
 
     def __init__(
-        self, out: TextIO, *, terminal: bool | None = None, now: Callable[[], float] = time.monotonic
+        self, out: Stream, *, terminal: bool | None = None, now: Callable[[], float] = time.monotonic
     ) -> None:
-        self._out, self._now = out, now
+        self._out, self._now = Quiet(out), now
         self._terminal = (out.isatty() and os.environ.get("TERM") != "dumb") if terminal is None else terminal
         self._colour = self._terminal and "NO_COLOR" not in os.environ
         self._last_drawn = -1e9

@@ -1,5 +1,6 @@
 import io
 
+import pytest
 from made_run import write_run
 
 from colossus.events import read_events
@@ -57,6 +58,33 @@ def test_an_event_of_another_version_breaks_nothing():
     common = {"run_seconds": 0.0, "attempt": 0, "step": 0}
     for kind in ("start", "validation", "checkpoint", "decision", "unheard-of", "step", "end"):
         view.show(common | {"kind": kind})
+
+
+class Full(io.StringIO):
+    """A stream that holds `room` characters, and then fails as a closed pipe or a closed file does."""
+
+    def __init__(self, room, error):
+        super().__init__()
+        self.room, self.error, self.refused = room, error, 0
+
+    def write(self, text):
+        if self.tell() + len(text) > self.room:
+            self.refused += 1
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(), OSError(28, "No space left on device"), ValueError("closed")]
+)
+def test_a_view_that_nobody_reads_goes_silent(tmp_path, terminal, error):
+    out = Full(200, error)
+    view = LiveView(out, terminal=terminal)
+    for event in read_events(write_run(tmp_path, steps=100)):
+        view.show(event)
+    view.close()
+    assert "training on" in out.getvalue() and out.refused == 1
 
 
 def test_a_run_of_steps_tells_the_time_left_from_their_pace():
