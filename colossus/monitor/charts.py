@@ -18,7 +18,8 @@ WIDTH, HEIGHT = 1000.0, 300.0  # of the drawing, in its own units
 
 @dataclass(frozen=True)
 class Line:
-    """name: as the legend says it. style: a class of `report.css` (`one` to `four`, `faint`, `dots`)."""
+    """name: as the legend says it. style: classes of `report.css` (`one` to `four`, `faint`, `dots`; `loose`:
+    dots that no line joins)."""
 
     name: str
     x: Sequence[float]
@@ -73,6 +74,8 @@ def draw(chart: Chart) -> str:
         for _, y in chart.levels
     ]
     for line in lines:
+        if "loose" in line.style:
+            continue
         points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in zip(line.x, line.y, strict=True))
         svg.append(f'<polyline class="{line.style}" points="{points}"/>')
     html = [f'<div class="y" style="top:{_share(py(t), HEIGHT)}">{escape(chart.say(t))}</div>' for t in ticks]

@@ -22,10 +22,7 @@ def learning(view: RunView) -> str:
 def _loss(view: RunView) -> Chart:
     x, y = _series(view, "loss")
     lines = [Line("each step", x, y, "one faint quiet"), Line("training, smoothed", x, smoothed(y), "one")]
-    if view.validations:
-        steps = [float(e["step"]) for e in view.validations]
-        losses = [number(e["loss"]) for e in view.validations]
-        lines.append(Line("held out", steps, losses, "two dots"))
+    lines += _held_out(view, "loss")
     marks = [(float(e.get("step") or 0), "resumed") for e in view.starts[1:]]
     return Chart(
         "Loss",
@@ -44,22 +41,31 @@ def _bits_per_byte(view: RunView) -> Chart | None:
     if len(view.validations) < 2:
         return None
     last = view.validations[-1]
-    steps = [float(e["step"]) for e in view.validations]
-    values = [number(e["bits_per_byte"]) for e in view.validations]
     levels = [(tool.split()[0], number(last[f"{key}_bits_per_byte"])) for key, tool in COMPRESSORS]
-    partial = [e for e in view.validations if not e.get("whole")]
-    note = "Points within the run are of a fixed part of the held-out documents." if partial else ""
     return Chart(
         "Bits per byte",
-        [Line("held out", steps, values, "two dots")],
+        _held_out(view, "bits_per_byte"),
         "on held-out documents, less is better",
         lambda value: f"{value:.2f}",
         levels=levels,
         x_max=_x_max(view),
         x_tokens=_tokens_at(view),
         wide=True,
-        note=note,
     )
+
+
+def _held_out(view: RunView, name: str) -> list[Line]:
+    """What a part of the documents gives is no point of the same curve as what all of them give."""
+    kinds = (
+        (False, "a part of the held-out documents", "two dots"),
+        (True, "all held-out documents", "four dots loose"),
+    )
+    lines = []
+    for whole, said, style in kinds:
+        events = [e for e in view.validations if bool(e.get("whole")) == whole]
+        values = [number(e[name]) for e in events]
+        lines += [Line(said, [float(e["step"]) for e in events], values, style)] if events else []
+    return lines
 
 
 def _speed(view: RunView) -> Chart:

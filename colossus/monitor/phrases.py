@@ -30,21 +30,28 @@ def decision(name: str, value: Any) -> str:
         return f"samples of {value[0]['seq_len']:,} tokens" + (
             f", in {len(value)} phases" if len(value) > 1 else ""
         )
+    if name in ("validation_documents", "final_documents"):
+        which = "each" if name == "validation_documents" else "the last"
+        return f"{which} validation takes {held_out(value)}"
     known = {
-        "validation_documents": "each validation takes the first {} held-out documents",
-        "final_documents": "the last validation takes the first {} held-out documents",
         "follow": "the decisions of another run are followed: {}",
     }
     text = {True: "yes", False: "no"}.get(value) if isinstance(value, bool) else None
     return known.get(name, f"{name.replace('_', ' ')}: {{}}").format(text or value)
 
 
+def held_out(number: int, whole: bool = False) -> str:
+    """Which documents a validation takes."""
+    if number == 1:
+        return f"the {'only' if whole else 'first'} held-out document"
+    return f"{'all' if whole else 'the first'} {plural(number, 'held-out document')}"
+
+
 def _validation(event: dict[str, Any]) -> str:
     beside = ", ".join(f"{tool} {number(event[f'{key}_bits_per_byte']):.3f}" for key, tool in YARDSTICKS)
-    which = "all " if event.get("whole") else ""
     return (
         f"step {event['step']:,}: {number(event['bits_per_byte']):.3f} bits per byte on "
-        f"{which}{plural(event['num_documents'], 'held-out document')} ({beside}), "
+        f"{held_out(event['num_documents'], event.get('whole', False))} ({beside}), "
         f"loss {number(event['loss']):.3f}, in {duration(number(event['seconds']))}"
     )
 

@@ -20,7 +20,8 @@ for (const plot of document.querySelectorAll("[data-plot]")) {
   plot.addEventListener("pointermove", (event) => {
     const box = plot.getBoundingClientRect();
     const x = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width)) * data.xMax;
-    const step = data.lines[0].x[nearest(data.lines[0].x, x)];
+    const steps = data.lines.map((line) => line.x[nearest(line.x, x)]);
+    const step = steps.reduce((a, b) => (Math.abs(b - x) < Math.abs(a - x) ? b : a));
     const rows = [`<b>step ${step.toLocaleString("en")}</b>`];
     for (const line of data.lines) {
       const i = nearest(line.x, step);

@@ -14,7 +14,7 @@ from colossus.monitor import curves, phrases
 from colossus.monitor.subject import Subject
 from colossus.monitor.summary import verdict
 from colossus.monitor.view import COMPRESSORS, RunView
-from colossus.words import count, duration, percent, plural, rate, size
+from colossus.words import count, duration, percent, rate, size
 
 UNCOMPRESSED = 8.0
 
@@ -108,8 +108,8 @@ def _yardstick(view: RunView) -> str:
             f'<div class="bar{own}"><span>{_e(name)}</span><div class="track">'
             f'<i style="--w:{width:.1f}%"></i><b>{value:.3f}</b></div></div>'
         )
-    which = "all " if final.get("whole") else "the first "
-    documents = f"{which}{plural(final['num_documents'], 'held-out document')} ({size(final['num_bytes'])})"
+    which = phrases.held_out(final["num_documents"], final.get("whole", False))
+    documents = f"{which} ({size(final['num_bytes'])})"
     return (
         f'<section class="card hero"><div><div class="big">{ours:.2f}</div>'
         '<div class="of">bits per byte</div>'

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from colossus.events import number
+from colossus.monitor import phrases
 from colossus.monitor.view import COMPRESSORS, RunView, beats
 from colossus.words import count, duration, percent, plural
 
@@ -45,8 +46,8 @@ def _yardstick(view: RunView) -> list[str]:
     rows += [(tool, number(final[f"{key}_bits_per_byte"])) for key, tool in COMPRESSORS]
     finite = [value for _, value in rows if value < float("inf")]
     longest = max(finite, default=1.0)
-    documents = plural(final["num_documents"], "held-out document")
-    lines = [f"Bits per byte on {'all ' if final.get('whole') else ''}{documents}, less is better:", ""]
+    documents = phrases.held_out(final["num_documents"], final.get("whole", False))
+    lines = [f"Bits per byte on {documents}, less is better:", ""]
     for name, value in sorted(rows, key=lambda row: row[1]):
         bar = "█" * round(BAR_WIDTH * value / longest) if value < float("inf") else ""
         mark = ">" if name == "this model" else " "

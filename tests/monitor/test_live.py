@@ -27,7 +27,7 @@ def test_plain_lines_come_ten_seconds_apart(tmp_path, monkeypatch):
     assert steps[-1].startswith("step 1,7") and "/1,800" in steps[-1]
     for said in (
         "training on AMD EPYC",
-        "bits per byte on 14 held-out documents (gzip -9 1.602",
+        "bits per byte on the first 14 held-out documents (gzip -9 1.602",
         "on all 33 held-out",
         "saved checkpoints/step-00000450, 15.8 MB",
         "decided: the learning rate falls",

@@ -129,6 +129,18 @@ def test_a_long_run_makes_a_small_page_quickly(tmp_path):
     assert len(html) < 400_000
 
 
+def test_a_validation_of_all_documents_is_a_point_by_itself(tmp_path):
+    html, text = page(write_run(tmp_path / "run", steps=400))
+    assert text.count("all held-out documents") == 2 and text.count("a part of the held-out documents") == 2
+    for title, joined in (("Loss", 3), ("Bits per byte", 1)):  # each step, smoothed and the part; the part
+        figure = html.partition(f"<b>{title}</b>")[2].partition("</figure>")[0]
+        lines = re.findall(r'<polyline class="([^"]*)" points="([^"]*)"', figure)
+        assert len(lines) == joined and lines[-1][0] == "two dots"
+        assert (
+            len(lines[-1][1].split()) == 7 and '<i class="dot four dots loose" style="left:100.00%' in figure
+        )
+
+
 def test_the_data_under_the_pointer_is_json(tmp_path):
     html, _ = page(write_run(tmp_path / "run", steps=200))
     plots = re.findall(r'data-plot="([^"]*)"', html)

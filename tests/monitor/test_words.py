@@ -1,6 +1,7 @@
 import pytest
 
 from colossus import words
+from colossus.monitor import phrases
 from colossus.monitor.charts import nice_ticks, smoothed
 
 
@@ -44,6 +45,19 @@ def test_sizes_rates_and_shares():
     assert [words.percent(x) for x in (0, 0.0001, 0.042, 0.54, 1)] == ["0%", "<0.1%", "4.2%", "54%", "100%"]
     assert words.clock(151) == "2:31" and words.clock(3751) == "1:02:31"
     assert words.plural(1, "step") == "1 step" and words.plural(2, "step") == "2 steps"
+
+
+def test_documents_of_a_validation():
+    said = "each validation takes the first held-out document"
+    assert phrases.decision("validation_documents", 1) == said
+    assert (
+        phrases.decision("final_documents", 1_000)
+        == "the last validation takes the first 1,000 held-out documents"
+    )
+    assert [phrases.held_out(n, whole=True) for n in (1, 2)] == [
+        "the only held-out document",
+        "all 2 held-out documents",
+    ]
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (1.4, 8.1), (0, 3e-5), (-2, 1e9), (5, 5 + 1e-6)])
