@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = (), *, e
         from colossus.trainer.folder import followed
 
         return followed(path.parent, job_module.load_job(None, overrides))
-    if path is not None and path.is_dir():
+    if path is not None and os.path.isdir(path):
         if not (path / "job.toml").is_file():
             raise UserError(f"{path}: not the folder of a run (it has no job.toml)")
         job = job_module.load_job(path / "job.toml", overrides)
@@ -61,12 +62,17 @@ def resolve(job: Job, *, exact: bool = False) -> Job:
     Raises:
         UserError: what was asked for cannot be, or the folder holds another job.
     """
+    from colossus.data.corpus import check_corpus
     from colossus.derive import derive
     from colossus.measure.machine import this_machine
     from colossus.trainer.folder import continued, is_run
 
+    goes_on = job.run.folder is not None and is_run(Path(job.run.folder))
+    if not goes_on:  # a mistake is told at once, before the machine is measured
+        for corpus in job.data.corpus or ():
+            check_corpus(corpus)
     machine = this_machine()
-    if job.run.folder is not None and is_run(Path(job.run.folder)):
+    if goes_on:
         job = continued(Path(job.run.folder), job)
     elif job.made and job.made.get("processor") != machine.processor and not exact:
         job = job.asked()
@@ -123,13 +129,13 @@ def train(
         folders.make(folder, job, Path(job.data.folder) / "tokenizer", decided)
         return job, folder
 
-    job, folder = first_rank_prepares(lambda: prepare(job))
-    is_finished = Run(folder).outcome == "finished"
-    if not is_finished:
-        launch(job, folder, hooks, [LogText(folder).show, *listeners])
-    if is_first_rank() and not (is_finished and has_report(folder)):
-        write_report(folder)
-    return Run(folder)
+    with first_rank_prepares(lambda: prepare(job)) as (job, folder):
+        is_finished = Run(folder).outcome == "finished"
+        if not is_finished:
+            launch(job, folder, hooks, [LogText(folder).show, *listeners])
+        if is_first_rank() and not (is_finished and has_report(folder)):
+            write_report(folder)
+        return Run(folder)
 
 
 def load_model(path: str | Path) -> tuple[Decoder, Tokenizer]:

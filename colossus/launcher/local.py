@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
-import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from colossus.errors import MachineError, UserError
@@ -24,7 +26,7 @@ PREPARING = timedelta(days=1)  # that building the data may take
 TELLING = timedelta(seconds=10)  # that the others have to hear why there is none
 STOP_SECONDS = 0.2  # between two looks at the ranks, and at the event log
 FAREWELL_SECONDS = 2.0  # that the parent has to read the result of a rank that is done
-_stores: list[Any] = []  # kept: the process group that is made later meets at the same place
+TOLD = {kind.__name__: kind for kind in (UserError, MachineError)}
 
 
 def is_first_rank() -> bool:
@@ -32,15 +34,20 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def first_rank_prepares(prepare: Callable[[], Prepared]) -> Prepared:
-    """What `prepare` returns; where torchrun started several processes, the first one alone calls it."""
+@contextlib.contextmanager
+def first_rank_prepares(prepare: Callable[[], Prepared]) -> Iterator[Prepared]:
+    """What `prepare` returns; where torchrun started several processes, the first one alone calls it.
+
+    The place where they meet for that stays open until this is left: a process group that is made within
+    meets there too.
+    """
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        return prepare()
+        yield prepare()
+        return
     from torch.distributed import DistError
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, size = next(rendezvous("env://", timeout=PREPARING))
-    _stores.append(store)
     if rank != 0:
         prepared = pickle.loads(store.get("colossus/prepared"))
         store.set(f"colossus/told-{rank}", "")
@@ -55,7 +62,7 @@ def first_rank_prepares(prepare: Callable[[], Prepared]) -> Prepared:
             with contextlib.suppress(DistError):
                 store.wait([f"colossus/told-{other}" for other in range(1, size)], TELLING)
         raise prepared
-    return prepared
+    yield prepared
 
 
 def launch(job: Job, folder: Path, hooks: Sequence[Hook] = (), listeners: Iterable[Listener] = ()) -> None:
@@ -69,11 +76,11 @@ def launch(job: Job, folder: Path, hooks: Sequence[Hook] = (), listeners: Iterab
     if job.layout.num_ranks == 1 or "RANK" in os.environ:
         train(job, folder, hooks, listeners)
         return
-    with _Follower(folder, listeners):
-        _launch_ranks(job, folder, hooks)
+    with _Follower(folder, listeners), TemporaryDirectory(prefix="colossus-ranks-") as errors:
+        _launch_ranks(job, folder, hooks, Path(errors))
 
 
-def _launch_ranks(job: Job, folder: Path, hooks: Sequence[Hook]) -> None:
+def _launch_ranks(job: Job, folder: Path, hooks: Sequence[Hook], errors: Path) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -91,27 +98,48 @@ def _launch_ranks(job: Job, folder: Path, hooks: Sequence[Hook]) -> None:
         monitor_interval=STOP_SECONDS,
     )
     try:
-        elastic_launch(config, _rank)(job, folder, list(hooks))
+        elastic_launch(config, _rank)(job, folder, list(hooks), errors)
     except SignalException as stopped:
         if Run(folder).outcome == "unfinished":  # the ranks had not begun, so there was nothing to save
             raise SystemExit(128 + stopped.sigval) from None
     except ChildFailedError as failed:
         rank, failure = min(failed.failures.items(), key=lambda item: item[1].timestamp)
-        text = failure.message if isinstance(failure.message, str) else str(failure.message)
-        for kind in (UserError, MachineError):
-            found = re.findall(rf"{kind.__name__}: (.*)", text)
-            if found:
-                raise kind(found[-1]) from None
+        if failure.exitcode >= 0 and (told := _first_told(errors)) is not None:
+            raise told from None
+        said: Any = failure.message
+        text = said["extraInfo"]["py_callstack"] if isinstance(said, dict) else said
         raise MachineError(f"rank {rank} ended with exit code {failure.exitcode}: {text}") from failed
 
 
-def _rank(job: Job, folder: Path, hooks: list[Hook]) -> None:
+def _tell(errors: Path, error: UserError | MachineError) -> None:
+    """Leaves what a rank raised for the parent, to which torchelastic hands on a part of its text alone."""
+    kind = next(name for name, kind in TOLD.items() if isinstance(error, kind))
+    with contextlib.suppress(OSError):
+        (errors / f"{time.time_ns()}-{os.getpid()}").write_text(
+            json.dumps({"kind": kind, "text": str(error)}), encoding="utf-8"
+        )
+
+
+def _first_told(errors: Path) -> UserError | MachineError | None:
+    """The error that came first: the others may be of waiting for that rank in vain."""
+    first = min(errors.iterdir(), default=None)
+    if first is None:
+        return None
+    told = json.loads(first.read_text(encoding="utf-8"))
+    return TOLD[told["kind"]](told["text"])
+
+
+def _rank(job: Job, folder: Path, hooks: list[Hook], errors: Path) -> None:
     # Ctrl-C in a terminal reaches every process of its group, and two signals end a rank without saving; it
     # gets one from its parent. (Where the parent is killed, PyTorch has the kernel send SIGINT, on Linux.)
     os.setsid()
     from colossus.trainer.loop import train
 
-    train(job, folder, hooks)
+    try:
+        train(job, folder, hooks)
+    except (UserError, MachineError) as error:
+        _tell(errors, error)
+        raise
     # torchelastic lets a rank wait until its result was read; a parent that stops, or was killed, reads none.
     leave = threading.Timer(FAREWELL_SECONDS, os._exit, (0,))
     leave.daemon = True

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from colossus.checkpoints.format import DamagedCheckpoint
 from colossus.errors import MachineError, UserError
 from colossus.events import EventLog
 from colossus.launcher import local
@@ -31,9 +32,10 @@ def test_the_first_rank_is_the_one_that_speaks(
 def test_a_process_alone_prepares_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     value = object()
-    assert local.first_rank_prepares(lambda: value) is value
-    with pytest.raises(UserError, match="a reason"):
-        local.first_rank_prepares(_refuse)
+    with local.first_rank_prepares(lambda: value) as prepared:
+        assert prepared is value
+    with pytest.raises(UserError, match="a reason"), local.first_rank_prepares(_refuse):
+        pass
 
 
 def _refuse() -> None:
@@ -54,11 +56,13 @@ def prepared(folder: Path, kind: str) -> dict[str, Any]:
         return {"tokens": 3, "by": os.environ["RANK"]}
 
     try:
-        answer: dict[str, Any] = {"value": local.first_rank_prepares(prepare)}
+        with (
+            local.first_rank_prepares(prepare) as value,
+            World.join(Layout(dp_replicate=1, dp_shard=2), "cpu") as world,
+        ):
+            return {"value": value, "sum": world.sum([1.0 + world.rank])}
     except (UserError, MachineError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    with World.join(Layout(dp_replicate=1, dp_shard=2), "cpu") as world:
-        return answer | {"sum": world.sum([1.0 + world.rank])}
 
 
 @pytest.mark.parametrize(
@@ -74,6 +78,23 @@ def test_one_rank_prepares_and_all_have_what_it_made(
 ) -> None:
     assert in_ranks(2, prepared, tmp_path, kind) == [expected, expected]
     assert [path.name for path in tmp_path.iterdir()] == ["by-0"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (UserError("two lines\nand 'quotes'"), UserError),
+        (DamagedCheckpoint("step-3: truncated:\n  a\n  b"), MachineError),
+    ],
+)
+def test_what_a_rank_raised_first_reaches_the_parent_whole(
+    tmp_path: Path, error: UserError | MachineError, kind: type[Exception]
+) -> None:
+    assert local._first_told(tmp_path) is None
+    local._tell(tmp_path, error)
+    local._tell(tmp_path, MachineError("waited in vain"))
+    told = local._first_told(tmp_path)
+    assert type(told) is kind and str(told) == str(error)
 
 
 def test_a_follower_hands_on_what_is_new_once_and_in_order(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from colossus import api
+from colossus.checkpoints.format import DamagedCheckpoint
 from colossus.errors import MachineError, UserError
 from colossus.job import Job
 from colossus.trainer.hooks import Hook
@@ -36,7 +37,9 @@ class Leave(Hook):
         if self.how == "user error":
             raise UserError("data.seq_len=1: a reason")
         if self.how == "machine error" and training.world.rank == 1:
-            raise MachineError("the disk of rank 1")
+            raise DamagedCheckpoint("the disk of rank 1:\n  both of its files")
+        if self.how == "bug" and training.world.rank == 1:
+            raise ZeroDivisionError("a bug")
         if self.how == "kill" and training.world.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.how == "signal" and training.world.rank == 0:
@@ -66,17 +69,23 @@ def test_hooks_reach_the_ranks_and_events_come_back(small_job: Make, tmp_path: P
     ("how", "kind", "message"),
     [
         ("user error", UserError, "data.seq_len=1: a reason"),
-        ("machine error", MachineError, "the disk of rank 1"),
+        ("machine error", MachineError, "the disk of rank 1:\n  both of its files"),
+        ("bug", MachineError, "rank 1 ended with exit code 1: Traceback"),
         ("kill", MachineError, "rank 1 ended with exit code -9"),
     ],
 )
-def test_what_a_rank_raises_is_raised_here_in_one_line(
+def test_what_a_rank_raises_is_raised_here_whole(
     how: str, kind: type[Exception], message: str, small_job: Make, tmp_path: Path
 ) -> None:
     job = two_ranks(small_job)
     with pytest.raises(kind) as caught:
         api.train(job, [Leave(tmp_path, 6, how)])
-    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    assert type(caught.value) is kind
+    said = str(caught.value)
+    if how == "bug":
+        assert said.startswith(message) and "in before_step\n" in said and "ZeroDivisionError: a bug" in said
+    else:
+        assert said.startswith(message) and said.count("\n") == message.count("\n")
     if how == "kill":
         assert api.train(job).outcome == "finished"
         assert [e["step"] for e in run_of(job).events("resume")] == [4]
