@@ -38,7 +38,7 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = (), *, e
         from colossus.trainer.folder import followed
 
         return followed(path.parent, job_module.load_job(None, overrides))
-    if path is not None and os.path.isdir(path):
+    if path is not None and os.path.isdir(path):  # noqa: PTH112 - False too for a name that no file can have
         if not (path / "job.toml").is_file():
             raise UserError(f"{path}: not the folder of a run (it has no job.toml)")
         job = job_module.load_job(path / "job.toml", overrides)
