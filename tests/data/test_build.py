@@ -50,13 +50,25 @@ def test_in_parallel_as_in_series(tmp_path: Path, tokenizer: str) -> None:
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
+def wait_for_corpus(folder: Path, patience_seconds: float = 60.0) -> None:
+    """Until a build has begun to write a corpus."""
+    deadline = time.monotonic() + patience_seconds
+    while not corpus_folder(folder, 0).is_dir():
+        assert time.monotonic() < deadline, "the build never began"
+        time.sleep(0.001)
+
+
 @pytest.mark.parametrize(("tokenizer", "workers"), [("bytes", 1), ("bpe", 2)])
 def test_killed_at_any_instant(tmp_path: Path, tokenizer: str, workers: int) -> None:
     """Nothing loads; and the build that follows takes up what was finished and ends with the same bytes."""
     text = write_corpus(tmp_path / "text", num=80)
+    undisturbed = start(text, tmp_path / "whole", tokenizer, workers)
+    wait_for_corpus(tmp_path / "whole")
     began = time.perf_counter()
-    assert start(text, tmp_path / "whole", tokenizer, workers).wait() == 0
-    usual = time.perf_counter() - began
+    assert undisturbed.wait() == 0
+    usual = (
+        time.perf_counter() - began
+    )  # of encoding: imports come before, and take most of a build this small
     whole = contents(tmp_path / "whole")
     draw = random.Random(f"{tokenizer} {workers}")
     unfinished = 0
@@ -64,11 +76,8 @@ def test_killed_at_any_instant(tmp_path: Path, tokenizer: str, workers: int) -> 
         out = tmp_path / f"life-{life}"
         for _ in range(2):
             builder = start(text, out, tokenizer, workers)
-            # The first half goes into imports: half of the kills come right behind something was written.
-            deadline = time.monotonic() + usual
-            while not (corpus_folder(out, 0).is_dir() or time.monotonic() > deadline):
-                time.sleep(0.001)
-            time.sleep(draw.random() * usual * 0.3)
+            wait_for_corpus(out)
+            time.sleep(draw.random() * usual * 0.6)
             builder.kill()
             builder.wait()
             manifest = corpus_folder(out, 0) / "manifest.json"

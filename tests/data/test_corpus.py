@@ -185,9 +185,20 @@ def test_a_name_that_no_file_can_have() -> None:
 @pytest.mark.usefixtures("own")
 def test_checked_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "junk.txt").write_bytes(b"\xff")
-    for name in ("python", "hf:any/name", str(tmp_path / "junk.txt"), str(tmp_path), "mine.corpora:Wrong"):
+    for name in (
+        "python",
+        "hf:any/name",
+        str(tmp_path / "junk.txt"),
+        str(tmp_path),
+        "kept_corpora.corpora:Wrong",
+    ):
         check_corpus(name)
-    for name in ("pyhton", str(tmp_path / "jnuk.txt"), "mine.corpora:Plian", "mine.nothing:Plain"):
+    for name in (
+        "pyhton",
+        str(tmp_path / "jnuk.txt"),
+        "kept_corpora.corpora:Plian",
+        "kept_corpora.nothing:Plain",
+    ):
         with pytest.raises(UserError) as checked:
             check_corpus(name)
         with pytest.raises(UserError) as opened:
@@ -290,42 +301,42 @@ not_callable = 3
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package of the user in the current folder, which is not on the path."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "__init__.py").touch()
-    (tmp_path / "mine" / "corpora.py").write_text(OWN)
+    (tmp_path / "kept_corpora").mkdir()
+    (tmp_path / "kept_corpora" / "__init__.py").touch()
+    (tmp_path / "kept_corpora" / "corpora.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
-    for name in ("mine", "mine.corpora"):
+    for name in ("kept_corpora", "kept_corpora.corpora"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
 
 def test_the_users_own(own: Path) -> None:
-    assert texts(open_corpus("mine.corpora:Plain")) == ["one", "two"]
-    chat = open_corpus("mine.corpora:Chat")
+    assert texts(open_corpus("kept_corpora.corpora:Plain")) == ["one", "two"]
+    chat = open_corpus("kept_corpora.corpora:Chat")
     assert chat.masked
     assert texts(chat) == [[("question", False), ("answer", True)]]
 
 
 @pytest.mark.usefixtures("own")
 def test_the_users_own_goes_wrong() -> None:
-    with pytest.raises(UserError, match=r"has no such callable; did you mean 'mine\.corpora:Plain'"):
-        open_corpus("mine.corpora:Plian")
+    with pytest.raises(UserError, match=r"has no such callable; did you mean 'kept_corpora\.corpora:Plain'"):
+        open_corpus("kept_corpora.corpora:Plian")
     with pytest.raises(UserError, match="has no such callable"):
-        open_corpus("mine.corpora:not_callable")
-    with pytest.raises(UserError, match=r"cannot be imported \(No module named 'mine\.nothing'\)"):
-        open_corpus("mine.nothing:Plain")
+        open_corpus("kept_corpora.corpora:not_callable")
+    with pytest.raises(UserError, match=r"cannot be imported \(No module named 'kept_corpora\.nothing'\)"):
+        open_corpus("kept_corpora.nothing:Plain")
     with pytest.raises(UserError, match="yields int 7; text, or a list of"):
-        texts(open_corpus("mine.corpora:Wrong"))
+        texts(open_corpus("kept_corpora.corpora:Wrong"))
     with pytest.raises(UserError, match=r"yields list .*; text, or a list of"):
-        texts(open_corpus("mine.corpora:Uneven"))
+        texts(open_corpus("kept_corpora.corpora:Uneven"))
 
 
 def test_the_users_own_has_the_fingerprint_of_its_code(own: Path) -> None:
-    before = open_corpus("mine.corpora:Plain").fingerprint
-    assert open_corpus("mine.corpora:Chat").fingerprint != before
-    (own / "mine" / "corpora.py").write_text(OWN.replace('"two"', '"three"'))
-    assert open_corpus("mine.corpora:Plain").fingerprint != before
+    before = open_corpus("kept_corpora.corpora:Plain").fingerprint
+    assert open_corpus("kept_corpora.corpora:Chat").fingerprint != before
+    (own / "kept_corpora" / "corpora.py").write_text(OWN.replace('"two"', '"three"'))
+    assert open_corpus("kept_corpora.corpora:Plain").fingerprint != before
 
 
 @pytest.fixture
