@@ -31,6 +31,7 @@ from colossus.architecture import Architecture, num_parameters, parameter_table
 from colossus.checkpoints.format import Key
 from colossus.checkpoints.load import open_checkpoint, verify
 from colossus.checkpoints.save import Saver
+from colossus.measure.machine import this_machine
 from colossus.perf.receipts import Figure, print_figures, write_receipt
 
 State = dict[Key, torch.Tensor]
@@ -206,7 +207,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix=".checkpoint-") as folder:
         figures = measure(arguments.quick, Path(folder))
     print_figures(figures)
-    write_receipt("checkpoint", figures, arguments.out)
+    write_receipt("checkpoint", figures, arguments.out, this_machine().to_dict())
 
 
 if __name__ == "__main__":
