@@ -26,7 +26,7 @@ from colossus.measure.machine import this_machine
 from colossus.perf.flops import model_flops_per_token
 from colossus.perf.receipts import Figure, print_figures, write_receipt
 
-BUDGETS = (4e12, 8e12, 1.6e13)
+BUDGETS = (4e12, 6e12, 9e12)
 
 
 @dataclass(frozen=True)
