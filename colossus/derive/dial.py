@@ -21,7 +21,7 @@ WIDTH_STEP, MAX_WIDTH = 32, 16_384  # of the default models
 VOCABULARY = 4096  # of a small model's own tokenizer
 TOKENS_PER_FLOP = 2.2  # the constant of `tokens_for`
 # The constant of `batch_tokens_for`: on 1e13 FLOPs a model of width 96 ended at 1.23 bits per byte with 2,048
-# tokens a step, at 1.35 with 4,096. More and smaller steps cost time on a processor.
+# tokens a step, at 1.35 with 4,096 (one seed each). More and smaller steps cost time on a processor.
 BATCH_TOKENS_PER_FLOP = 0.12
 
 
