@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +120,12 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         ["bash", "-c", f"({command}) | true"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.stderr.strip() == "0"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", ["models", "--help"])
+def test_output_that_cannot_be_written_is_one_line(words: str) -> None:
+    command = f"{sys.executable} -m colossus {words} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr == "error: the output cannot be written (No space left on device)\n"
