@@ -6,7 +6,7 @@ import math
 
 from colossus import architecture, layout
 from colossus.architecture import Architecture
-from colossus.derive.dial import Plan, batch_tokens_for, dial, lr_for
+from colossus.derive.dial import Plan, batch_tokens_for, beta2_for, dial, lr_for
 from colossus.derive.machine import (
     USABLE,
     check_device,
@@ -150,7 +150,7 @@ def _derive_optimizer(job: Job, plan: Plan) -> Job:
             "optimizer.matrix_lr": job.optimizer.lr or lr,
             "optimizer.weight_decay": 0.1,
             "optimizer.beta1": 0.9,
-            "optimizer.beta2": 0.95,
+            "optimizer.beta2": beta2_for(job.run.global_batch * job.data.seq_len),
             "optimizer.eps": 1e-8,
             "optimizer.momentum": 0.95,
             "optimizer.grad_clip": 1.0,
