@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -129,3 +130,14 @@ def test_output_that_cannot_be_written_is_one_line(words: str) -> None:
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert done.stderr == "error: the output cannot be written (No space left on device)\n"
+
+
+@pytest.mark.parametrize("asked", [None, "7"])
+def test_waiting_threads_turn_in_circles_briefly_unless_asked_otherwise(asked: str | None) -> None:
+    script = "import os; from colossus.cli import main; main(['--version']); print(os.environ['GOMP_SPINCOUNT'])"
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    if asked is not None:
+        environment["GOMP_SPINCOUNT"] = asked
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [__version__, asked or "3000"]
