@@ -134,7 +134,9 @@ def test_output_that_cannot_be_written_is_one_line(words: str) -> None:
 
 @pytest.mark.parametrize("asked", [None, "7"])
 def test_waiting_threads_turn_in_circles_briefly_unless_asked_otherwise(asked: str | None) -> None:
-    script = "import os; from colossus.cli import main; main(['--version']); print(os.environ['GOMP_SPINCOUNT'])"
+    script = (
+        "import os; from colossus.cli import main; main(['--version']); print(os.environ['GOMP_SPINCOUNT'])"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     if asked is not None:
         environment["GOMP_SPINCOUNT"] = asked
