@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from colossus.job import Job
 from colossus.models import Decoder, initialise
-from colossus.parallel.binaries import drop_torn_binaries
+from colossus.parallel.binaries import choose_cache, drop_torn_binaries
 from colossus.parallel.world import World
 from colossus.precision import apply_precision, torch_type
 
@@ -42,6 +42,7 @@ def recompute_layers(model: Decoder) -> None:
 
 def compile_layers(model: Decoder) -> None:
     """Compiles layer by layer: they are alike, so one compilation serves all."""
+    choose_cache()
     drop_torn_binaries()
     for layer in model.layers:
         layer.compile(dynamic=False)

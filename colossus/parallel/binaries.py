@@ -1,7 +1,8 @@
-"""The compiler's cache, kept free of what a killed compilation left behind.
+"""The compiler's cache: one for each kind of vector instructions, free of what a killed compilation left.
 
 The compiler keeps its binaries between runs and loads any that is there. A linker that was killed leaves half
-a file, and every later run would fail on it ("file too short").
+a file, and every later run would fail on it ("file too short"). And what was compiled while PyTorch used
+AVX-512 gave losses that are no numbers to a run that is held to AVX2 (ATEN_CPU_CAPABILITY).
 """
 
 from __future__ import annotations
@@ -12,6 +13,18 @@ import os
 import struct
 import sys
 from pathlib import Path
+
+
+def choose_cache() -> None:
+    """Lets this process and its children compile into a folder of the processor's vector instructions, unless
+    the environment names one."""
+    import torch
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
+    usual = default_cache_dir()
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", usual) == usual:  # PyTorch itself sets it, where it is not
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(usual) / capability)
 
 
 def drop_torn_binaries(folder: Path | None = None) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -58,3 +60,28 @@ def test_nothing_goes_while_another_run_may_be_writing(binary: Path) -> None:
 def test_a_cache_that_cannot_be_made_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert drop_torn_binaries(tmp_path / "file" / "cache") == []
+
+
+CHOSEN = (
+    "import os; from colossus.parallel.binaries import choose_cache; "
+    "choose_cache(); print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+)
+
+
+def chosen_cache(**settings: str) -> str:
+    """What a process compiles into that has these environment variables."""
+    environment = {n: v for n, v in os.environ.items() if n not in ("TORCHINDUCTOR_CACHE_DIR", *settings)}
+    command = [sys.executable, "-c", CHOSEN]
+    done = subprocess.run(command, env=environment | settings, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names kinds of x86")
+def test_kinds_of_vector_instructions_share_no_binaries() -> None:
+    avx2, default = (Path(chosen_cache(ATEN_CPU_CAPABILITY=name)) for name in ("avx2", "default"))
+    assert avx2 != default and avx2.parent == default.parent
+    assert (avx2.name, default.name) == ("avx2", "default")
+
+
+def test_a_cache_that_the_user_names_is_kept(tmp_path: Path) -> None:
+    assert chosen_cache(TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) == str(tmp_path)
