@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colossus import job as job_module
+from colossus import named
 from colossus.errors import UserError
 from colossus.events import Listener
 from colossus.job import Job
@@ -71,6 +72,8 @@ def resolve(job: Job, *, exact: bool = False) -> Job:
     if not goes_on:  # a mistake is told at once, before the machine is measured
         for corpus in job.data.corpus or ():
             check_corpus(corpus)
+    for hook in job.run.hooks or ():
+        named.find("run.hooks", hook)
     machine = this_machine()
     if goes_on:
         job = continued(Path(job.run.folder), job)

@@ -133,6 +133,7 @@ class RunSection(Section):
     threads: int = derived(ge=1, le=4096)
     validate_every: int = derived(ge=0, le=10**9)  # steps; 0: at the end only
     prompt: str = derived()  # what the sample at the end continues
+    hooks: Annotated[list[Name], BeforeValidator(_as_list)] = derived()  # each `package.module:Name`
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -39,6 +39,7 @@ FLOORS = {
     "events": 0,
     "errors": 0,
     "words": 0,
+    "named": 0,
     "hardware": 0,
     "presets": 0,
 }

@@ -6,7 +6,6 @@ Parts are small descriptions that travel to worker processes; nothing is read be
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import json
 import lzma
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from colossus import named
 from colossus.errors import UserError, nearest
 
 Document = str | list[tuple[str, bool]]  # text, or pieces of text with whether each is learned
@@ -100,7 +100,7 @@ def check_corpus(name: str) -> None:
         return
     if ":" not in name or "/" in name:
         raise _no_such_path(name, path)
-    _Called(*name.split(":", 1)).find()
+    named.find("data.corpus", name)
 
 
 def _path(name: str) -> Path:
@@ -148,37 +148,19 @@ def _no_such_path(name: str, path: Path) -> UserError:
 
 def _users_own(name: str) -> Corpus:
     """`package.module:Name`: called without arguments, it gives an iterable of documents."""
-    documents = _Called(*name.split(":", 1))
-    documents.find()
-    source = inspect.getsourcefile(sys.modules[documents.module])
+    named.find("data.corpus", name)
+    documents = _Called(name)
+    source = inspect.getsourcefile(sys.modules[name.partition(":")[0]])
     code = zlib.crc32(Path(source).read_bytes()) if source else 0
     return Corpus(name, (Part(name, 0, documents),), fingerprint_of([(name, code)]), masked=True)
 
 
 @dataclass(frozen=True)
 class _Called:
-    module: str
-    attribute: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.module}:{self.attribute}"
-
-    def find(self) -> Callable[[], Any]:
-        here = str(Path.cwd())
-        if here not in sys.path:  # as `python -m` would have it, also for the installed command
-            sys.path.append(here)
-        try:
-            module = importlib.import_module(self.module)
-        except ImportError as error:
-            raise UserError(f"data.corpus={self.name}: cannot be imported ({error})") from None
-        if not callable(getattr(module, self.attribute, None)):
-            names = [f"{self.module}:{name}" for name in vars(module) if not name.startswith("_")]
-            raise UserError.field("data.corpus", self.name, f"{self.module} has no such callable", names)
-        return getattr(module, self.attribute)
+    name: str
 
     def __call__(self) -> Iterator[Document]:
-        for document in self.find()():
+        for document in named.find("data.corpus", self.name)():
             if not isinstance(document, str) and not _is_pieces(document):
                 raise UserError(
                     f"data.corpus={self.name}: yields {type(document).__name__} {document!r:.60}; "

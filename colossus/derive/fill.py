@@ -174,6 +174,7 @@ def _derive_rest(job: Job) -> Job:
     return job.derive(
         **{
             "run.prompt": prompt,
+            "run.hooks": [],
             "checkpoint.minutes": min(10.0, (job.run.minutes or math.inf) / 5),
             "checkpoint.steps": 0,
             "checkpoint.keep": 2,

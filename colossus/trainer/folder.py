@@ -19,7 +19,7 @@ from colossus.job import Job, load_job, save_job
 from colossus.trainer.decisions import Decision
 
 # Between the attempts of a run: never what it learns.
-MAY_CHANGE = ("layout.", "checkpoint.", "run.threads", "fleet.device")
+MAY_CHANGE = ("layout.", "checkpoint.", "run.threads", "run.hooks", "fleet.device")
 BEGUN = {"lock", "tokenizer", "events.jsonl", "job.toml.part"}  # what a kill while a run is made may leave
 
 
@@ -57,8 +57,8 @@ def is_run(path: Path) -> bool:
 def continued(folder: Path, asked: Job) -> Job:
     """The job that the run in `folder` follows, with what may change between its attempts as `asked`.
 
-    That is how it is spread and saved (MAY_CHANGE); whatever else was asked for must be what the run was
-    begun with.
+    That is how it is spread, saved and watched (MAY_CHANGE); whatever else was asked for must be what the run
+    was begun with.
 
     Raises:
         UserError: it is another job; the fields that differ are named.

@@ -25,7 +25,7 @@ def train(job: Job, folder: Path, hooks: Sequence[Hook] = (), listeners: Iterabl
         MachineError: storage failed, or the loss stayed non-finite; what is saved is whole.
     """
     with Training.open(job, folder, listeners) as training:
-        all_hooks = with_defaults(hooks)
+        all_hooks = with_defaults(job, hooks)
         for hook in all_hooks:
             hook.on_start(training)
         with contextlib.suppress(Stopped):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from colossus import named
+from colossus.errors import UserError
+from colossus.job import Job
 from colossus.trainer.hooks import Hook
 from colossus.trainer.hooks.guard import Guard
 from colossus.trainer.hooks.log import Log
@@ -13,7 +16,17 @@ from colossus.trainer.hooks.stop import StopOnSignal
 from colossus.trainer.hooks.validate import Validate
 
 
-def with_defaults(hooks: Sequence[Hook]) -> list[Hook]:
+def with_defaults(job: Job, hooks: Sequence[Hook]) -> list[Hook]:
     """The user's hooks among those of every run. At the end: save, validate, write a sample; then the user's
     hooks, which find all of that done; then the end of the log."""
-    return [StopOnSignal(), Log(), Guard(), *hooks, Sample(), Validate(), Save()]
+    named_hooks = [_made(name) for name in job.run.hooks]
+    return [StopOnSignal(), Log(), Guard(), *named_hooks, *hooks, Sample(), Validate(), Save()]
+
+
+def _made(name: str) -> Hook:
+    """The hook that a job names: what `name` gives when it is called without arguments."""
+    hook = named.find("run.hooks", name)()
+    if not isinstance(hook, Hook):
+        kind = type(hook).__name__
+        raise UserError(f"run.hooks={name}: gives a {kind}; must give a colossus.trainer.hooks.Hook")
+    return hook
