@@ -5,7 +5,6 @@ Nothing heavy is imported before a verb needs it, so that `--help` answers at on
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -55,10 +54,12 @@ def _run(words: list[str]) -> int:
         return _say("interrupted", INTERRUPTED)
     except BrokenPipeError:
         return _nobody_reads_on()
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        return _say(f"{error.filename or 'the output'} cannot be written ({error.strerror})", MACHINE_ERROR)
+    except OSError:
+        try:
+            print(flush=True)
+        except OSError as error:  # it is the output that cannot be written
+            return _say(f"the output cannot be written ({error.strerror})", MACHINE_ERROR)
+        raise
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # typer makes exit code 1 of it
             return _nobody_reads_on()
