@@ -4,7 +4,7 @@ model that it derives against the next smaller and the next larger one, each tra
 A neighbour should end worse, or within 1% of the chosen one. Budgets are in model FLOPs, so that the result
 does not depend on the machine's speed: the largest is about what five minutes give on two cores with AVX2.
 Below them it is chance that orders the models: after some two million tokens, sooner with one seed than with
-another, a model learns to copy, and its loss falls by a third.
+another, a model learns to copy, and its loss falls by a quarter.
 
     python -m benchmarks.dial [--quick] [--out FILE] [--budgets FLOPS ...] [--seeds N]
 """

@@ -18,8 +18,7 @@ from colossus.job import Job
 from colossus.perf.flops import model_flops_per_token
 
 WIDTH_STEP, MAX_WIDTH = 32, 16_384  # of the default models
-# Below it heads are half as wide, so that there are several: a layer of one head may never learn to copy.
-MANY_HEADS = 128
+MANY_HEADS = 128  # width from which a layer has more than one head of 64
 VOCABULARY = 4096  # of a small model's own tokenizer
 TOKENS_PER_FLOP = 2.2  # the constant of `tokens_for`
 # The constant of `batch_tokens_for`: on 1e13 FLOPs a model of width 96 ended at 1.23 bits per byte with 2,048

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -13,6 +14,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+# Variables of the environment that change how quick PyTorch is: a receipt says those that were set.
+SPEED_VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+)
 PACKAGES = ("colossus-train", "torch", "numpy", "tokenizers", "tiktoken", "transformers", "safetensors")
 
 
@@ -40,7 +50,7 @@ def write_receipt(
         return
     receipt = {
         "name": name,
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": command(name),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": versions(),
         "hardware": dict(hardware or {}),
@@ -49,6 +59,12 @@ def write_receipt(
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(receipt, indent=1) + "\n")
+
+
+def command(name: str) -> str:
+    """The command line that runs benchmark `name` as this process does."""
+    variables = [f"{v}={os.environ[v]}" for v in SPEED_VARIABLES if v in os.environ]
+    return shlex.join([*variables, "python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossus.architecture import check, num_parameters
-from colossus.derive import derive_data, dial
-from colossus.derive.dial import WIDTH_STEP, batch_tokens_for, complete, lr_for, tokens_for
+from colossus.derive import derive, derive_data, dial
+from colossus.derive.dial import WIDTH_STEP, batch_tokens_for, beta2_for, complete, lr_for, tokens_for
 from colossus.job import load_job
+from colossus.measure.machine import this_machine
 from colossus.perf.flops import model_flops_per_token
 
 JOB = derive_data(load_job())
@@ -46,6 +47,20 @@ def test_the_laws_are_those_of_their_source() -> None:
     assert lr_for(1e17) == pytest.approx(0.3118 * 1e17**-0.125)
     assert math.log(batch_tokens_for(1e18) / batch_tokens_for(1e17), 10) == pytest.approx(0.3271)
     assert math.log(tokens_for(1e18) / tokens_for(1e17), 10) == pytest.approx(0.4757)
+
+
+def test_narrow_models_have_several_heads() -> None:
+    heads = {width: complete(JOB, width).num_heads for width in (32, 64, 96, 128, 256)}
+    assert heads == {32: 1, 64: 2, 96: 3, 128: 2, 256: 4}
+
+
+@pytest.mark.parametrize(
+    ("words", "beta2"), [(["run.global_batch=8"], 0.99), (["run.global_batch=128"], 0.95)]
+)
+def test_small_steps_remember_squares_for_longer(words: list[str], beta2: float) -> None:
+    """128 samples of 256 tokens are 2^15."""
+    job = derive(load_job(None, ["data.seq_len=256", "run.steps=100", *words]), this_machine())
+    assert job.optimizer.beta2 == beta2 == beta2_for(job.run.global_batch * 256)
 
 
 def test_what_was_asked_of_the_model_is_kept() -> None:

@@ -13,13 +13,19 @@ import numpy
 import pytest
 import torch
 
-from colossus.perf.receipts import Figure, print_figures, versions, write_receipt
+from colossus.perf.receipts import SPEED_VARIABLES, Figure, print_figures, versions, write_receipt
 
 FIGURES = [
     Figure("training", 1234.5, "tokens/s", ">= 1.05 x the peer", 1000.0, 1.2345),
     Figure("model FLOPs", 1.5e11, "FLOP/s"),
     Figure("saves that were lost", 0, "", "0"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SPEED_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
 
 
 def written(tmp_path: Path, **hardware: object) -> dict:
@@ -44,6 +50,16 @@ def test_what_a_receipt_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_command_without_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["speed.py"])
     assert written(tmp_path)["command"] == "python -m benchmarks.speed"
+
+
+def test_a_command_says_the_variables_that_change_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--quick"])
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "3000")
+    command = "ATEN_CPU_CAPABILITY=avx2 GOMP_SPINCOUNT=3000 python -m benchmarks.speed --quick"
+    assert written(tmp_path)["command"] == command
 
 
 def test_what_a_figure_has_not_is_left_out(tmp_path: Path) -> None:
