@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -98,7 +100,8 @@ def _launch_ranks(job: Job, folder: Path, hooks: Sequence[Hook], errors: Path) -
         monitor_interval=STOP_SECONDS,
     )
     try:
-        elastic_launch(config, _rank)(job, folder, list(hooks), errors)
+        with _signals_given_back():
+            elastic_launch(config, _rank)(job, folder, list(hooks), errors)
     except SignalException as stopped:
         if Run(folder).outcome == "unfinished":  # the ranks had not begun, so there was nothing to save
             raise SystemExit(128 + stopped.sigval) from None
@@ -109,6 +112,21 @@ def _launch_ranks(job: Job, folder: Path, hooks: Sequence[Hook], errors: Path) -
         said: Any = failure.message
         text = said["extraInfo"]["py_callstack"] if isinstance(said, dict) else said
         raise MachineError(f"rank {rank} ended with exit code {failure.exitcode}: {text}") from failed
+
+
+@contextlib.contextmanager
+def _signals_given_back() -> Iterator[None]:
+    """torchelastic takes the signals that end a process, and keeps them; a script or a notebook goes on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _tell(errors: Path, error: UserError | MachineError) -> None:
@@ -137,13 +155,25 @@ def _rank(job: Job, folder: Path, hooks: list[Hook], errors: Path) -> None:
 
     try:
         train(job, folder, hooks)
-    except (UserError, MachineError) as error:
-        _tell(errors, error)
+    except Exception as error:
+        atexit.register(_leave_late)
+        if isinstance(error, (UserError, MachineError)):
+            _tell(errors, error)
         raise
     # torchelastic lets a rank wait until its result was read; a parent that stops, or was killed, reads none.
     leave = threading.Timer(FAREWELL_SECONDS, os._exit, (0,))
     leave.daemon = True
     leave.start()
+
+
+def _leave_late() -> None:
+    """Ends a rank that failed. Others fail when it is gone: the parent looks before they are gone, too.
+
+    Python is not taken down: PyTorch's threads may abort a process then, rarely, and the parent would see a
+    signal in place of the error.
+    """
+    time.sleep(3 * STOP_SECONDS)
+    os._exit(1)
 
 
 class _Follower:
