@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from colossus.data.corpus import Corpus, Part, fingerprint_of
-from colossus.data.encode import Task
+from colossus.data.encode import Task, journals
 from colossus.data.sample import proof_sample, tokenizer_sample
 from colossus.data.shards import (
     HELD_OUT,
@@ -76,7 +76,16 @@ def build(request: Request, folder: Path, progress: Progress = lambda done, tota
                 _build(request, folder, progress)
     except OSError as error:
         raise MachineError(f"data.folder={folder}: cannot be written ({error.strerror or error})") from error
+    _drop_journals(request, folder)
     return folder
+
+
+def _drop_journals(request: Request, folder: Path) -> None:
+    """What is built needs none: also where a build was killed when it had just finished."""
+    with contextlib.suppress(OSError):  # the folder may be read-only
+        for index in range(len(request.corpora)):
+            for journal in journals(corpus_folder(folder, index)):
+                journal.unlink(missing_ok=True)
 
 
 def is_built(request: Request, folder: Path) -> bool:
@@ -191,8 +200,6 @@ def _build_corpus(
             },
         },
     )
-    for task in tasks:
-        task.journal.unlink(missing_ok=True)
 
 
 def _held_out_documents(results: Sequence[dict[str, Any]], folder: Path) -> np.ndarray:

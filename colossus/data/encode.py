@@ -46,6 +46,11 @@ class Task:
         return json.loads(self.journal.read_text())
 
 
+def journals(folder: Path) -> list[Path]:
+    """Those that lie in the folder of a corpus."""
+    return list(folder.glob("part-*.json"))
+
+
 def encode_task(task: Task) -> dict[str, Any]:
     """Encodes the task's parts and returns its journal.
 

@@ -392,3 +392,13 @@ def test_the_journal_is_gone_at_the_end(tmp_path: Path) -> None:
     assert not [name for name in names if name.startswith("part-") or name.endswith(".part")]
     request = json.loads((tmp_path / "out" / "request.json").read_text())
     assert request["corpora"] == ["given"]
+
+
+def test_journals_go_that_a_build_killed_at_its_end_left(tmp_path: Path) -> None:
+    corpus = in_memory([f"document {i}" for i in range(50)], parts=5)
+    built(tmp_path / "out", corpus)
+    whole = contents(tmp_path / "out")
+    left = corpus_folder(tmp_path / "out", 0) / "part-00003.json"
+    left.write_text("{}")
+    built(tmp_path / "out", corpus)
+    assert contents(tmp_path / "out") == whole and not left.exists()
