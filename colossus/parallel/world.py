@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,7 @@ from colossus.errors import UserError
 from colossus.layout import Layout
 
 TIMEOUT = timedelta(minutes=10)
+LETTING_GO_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class World:
             yield cls(dist.get_rank(), dist.get_world_size(), place, mesh)
         finally:
             dist.destroy_process_group()
+            # A thread of gloo lets go of its last tensors a moment after the collective has ended, and needs
+            # Python's lock for it. Where Python is being taken down by then, that aborts the process.
+            time.sleep(LETTING_GO_SECONDS)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

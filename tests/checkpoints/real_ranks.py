@@ -1,38 +1,22 @@
-"""What every rank of a real world does in `test_real_ranks`: FSDP2 saves, other layouts load.
-
-RANK=r WORLD_SIZE=n MASTER_ADDR=... MASTER_PORT=... python -m tests.checkpoints.real_ranks FOLDER
-"""
+"""What every rank of a real world does in `test_real_ranks`: FSDP2 saves, other layouts load."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from colossus.checkpoints.format import Key
 from colossus.checkpoints.load import newest_whole
 from colossus.checkpoints.save import Saver
+from colossus.layout import Layout
+from colossus.parallel.world import World
 
 STEPS = 3
-
-
-class Ranks:
-    """The process group, as checkpoints want it."""
-
-    def __init__(self) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-
-    def broadcast(self, value: Any) -> Any:
-        values = [value]
-        dist.broadcast_object_list(values)
-        return values[0]
 
 
 def build() -> nn.Sequential:
@@ -63,38 +47,30 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def run_rank(folder: Path) -> None:
-    """Runs inside an initialised process group."""
-    ranks = Ranks()
-    mesh = init_device_mesh("cpu", (ranks.size,))
-    model = build()
-    fully_shard(model, mesh=mesh)
-    saved = state(model, train(model, STEPS))
-    with Saver(folder, ranks) as saver:
-        saver.save(STEPS, saved, {"rank": ranks.rank})
-    dist.barrier()
+def save_and_load(folder: Path) -> None:
+    """Runs in each of several ranks."""
+    with World.join(Layout(dp_replicate=1, dp_shard=2), "cpu") as world:
+        mesh = world.mesh
+        assert mesh is not None
+        model = build()
+        fully_shard(model, mesh=mesh["dp_shard"])
+        saved = state(model, train(model, STEPS))
+        with Saver(folder, world) as saver:
+            saver.save(STEPS, saved, {"rank": world.rank})
+        dist.barrier()
 
-    fresh = build()
-    fully_shard(fresh, mesh=mesh)
-    zeros = {key: torch.zeros(t.shape, dtype=t.dtype) for key, t in saved.items()}
-    layouts = [state(fresh, train(fresh, 1)), zeros]
-    for placement in (Shard(0), Replicate()):
-        layouts.append({k: distribute_tensor(t, mesh, [placement]) for k, t in zeros.items() if t.ndim})
-    for tensors in layouts:
-        checkpoint = newest_whole(folder, ranks)
-        assert checkpoint is not None
-        assert (checkpoint.step, checkpoint.meta) == (STEPS, {"rank": 0})
-        checkpoint.load_into(tensors)
-        for key, tensor in tensors.items():
-            assert torch.equal(whole(tensor), whole(saved[key])), key
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    run_rank(Path(sys.argv[1]))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+        fresh = build()
+        fully_shard(fresh, mesh=mesh["dp_shard"])
+        zeros = {key: torch.zeros(t.shape, dtype=t.dtype) for key, t in saved.items()}
+        layouts = [state(fresh, train(fresh, 1)), zeros]
+        for placement in (Shard(0), Replicate()):
+            layouts.append(
+                {k: distribute_tensor(t, mesh["dp_shard"], [placement]) for k, t in zeros.items() if t.ndim}
+            )
+        for tensors in layouts:
+            checkpoint = newest_whole(folder, world)
+            assert checkpoint is not None
+            assert (checkpoint.step, checkpoint.meta) == (STEPS, {"rank": 0})
+            checkpoint.load_into(tensors)
+            for key, tensor in tensors.items():
+                assert torch.equal(whole(tensor), whole(saved[key])), key
