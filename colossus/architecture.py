@@ -378,9 +378,7 @@ def check(arch: Architecture) -> None:
 def _check_latent(arch: Architecture, latent: Latent) -> None:
     width = latent.nope_dim + latent.rope_dim
     if arch.head_dim != width:
-        raise UserError(
-            f"model.head_dim={arch.head_dim}: latent attention has nope_dim + rope_dim; {width}"
-        )
+        raise UserError(f"model.head_dim={arch.head_dim}: latent attention has nope_dim + rope_dim; {width}")
     if arch.num_kv_heads != arch.num_heads:
         raise UserError(
             f"model.num_kv_heads={arch.num_kv_heads}: latent attention has as many as model.num_heads; "

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import date, time
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
@@ -165,7 +165,6 @@ MESSAGES = {  # of pydantic's kinds of errors, those that would speak of Python 
     "tuple_type": "must be a list",
 }
 LENGTHS = ("run.minutes", "run.steps", "run.tokens")
-MAY_STAY_OPEN = {*LENGTHS, "model.preset", "model.rope_scaling", "fleet.preset"}
 
 
 @dataclass(frozen=True)
@@ -224,8 +223,8 @@ class Job:
         return dataclasses.replace(self, **sections, origins=origins)
 
     def missing(self) -> list[str]:
-        """The fields that nobody has filled in yet."""
-        return [name for name in fields() if self.get(name) is None and name not in MAY_STAY_OPEN]
+        """The fields that nobody has filled in yet, but for those that may stay open."""
+        return [name for name in fields() if self.get(name) is None and not _may_be_none(name)]
 
     def differing(self, other: Job) -> list[str]:
         """Fields whose values differ, as `field: ours, theirs`."""
@@ -236,6 +235,11 @@ class Job:
 def fields() -> list[str]:
     """Every `section.field` of a job."""
     return [f"{name}.{leaf}" for name, section in SECTIONS.items() for leaf in section.model_fields]
+
+
+def _may_be_none(dotted: str) -> bool:
+    section, name = dotted.split(".")
+    return type(None) in get_args(SECTIONS[section].model_fields[name].annotation)
 
 
 def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Job:
@@ -266,7 +270,9 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
         if not equals:
             raise UserError(f"{override!r}: expected section.field=value or section=PRESET")
         section, _, leaf = name.partition(".")
-        if leaf and leaf != "preset":
+        if "." in leaf:
+            _put_inside(layers, name, text)
+        elif leaf and leaf != "preset":
             layers["argument"][_known(name)] = _value(name, text)
         else:
             _check_section(section)
@@ -284,16 +290,21 @@ def to_toml(job: Job) -> str:
     lines = ["# What this run follows. A value marked 'derived' was not asked for."]
     for section in SECTIONS:
         lines += ["", f"[{section}]"]
-        for name, value in getattr(job, section).model_dump(exclude_none=True).items():
+        for name, value in getattr(job, section).model_dump(exclude_none=True, exclude_unset=True).items():
             origin = job.origins.get(f"{section}.{name}", "derived")
             lines.append(f"{name} = {_toml(value)}  # {origin}")
     lines += ["", "[origins]"]
     for kept in KEPT_ORIGINS:
-        names = [n for n in fields() if job.get(n) is not None and job.origins.get(n, "derived") == kept]
+        names = [n for n in fields() if _is_given(job, n) and job.origins.get(n, "derived") == kept]
         lines.append(f"{kept} = {_toml(names)}")
     if job.made:
         lines += ["", "[made]", *(f"{name} = {_toml(value)}" for name, value in job.made.items())]
     return "\n".join(lines) + "\n"
+
+
+def _is_given(job: Job, dotted: str) -> bool:
+    section, name = dotted.split(".")
+    return name in getattr(job, section).model_fields_set and job.get(dotted) is not None
 
 
 def save_job(job: Job, path: Path) -> None:
@@ -368,10 +379,33 @@ def _known(dotted: str) -> str:
     return dotted
 
 
+def _put_inside(layers: dict[Origin, dict[str, Any]], dotted: str, text: str) -> None:
+    """`model.experts.num_experts=8`: one value of a table, the others as they are without it."""
+    section, name, leaf = dotted.split(".", 2)
+    outer = f"{section}.{name}"
+    kind = next(
+        iter(get_args(SECTIONS[section].model_fields[_known(outer).partition(".")[2]].annotation)), None
+    )
+    if not (isinstance(kind, type) and issubclass(kind, Section)):
+        raise UserError(f"{dotted}: no such field; {outer} has no fields")
+    if leaf not in kind.model_fields:
+        names = [f"{outer}.{known}" for known in kind.model_fields]
+        guess = nearest(dotted, names)
+        hint = f"; did you mean {guess!r}?" if guess else ""
+        raise UserError(f"{dotted}: no such field; {outer} has {', '.join(kind.model_fields)}{hint}")
+    strongest = (layers[origin].get(outer) for origin in ("argument", "file", "preset"))
+    table = next((table for table in strongest if isinstance(table, dict)), {})
+    layers["argument"][outer] = table | {leaf: _parsed(text, kind.model_fields[leaf].annotation)}
+
+
 def _value(dotted: str, text: str) -> Any:
-    """A TOML value where `text` is one that fits the field, else the text itself; of texts in a list, too."""
+    """The value that `text` says for a field."""
     section, _, name = _known(dotted).partition(".")
-    kind = SECTIONS[section].model_fields[name].annotation
+    return _parsed(text, SECTIONS[section].model_fields[name].annotation)
+
+
+def _parsed(text: str, kind: Any) -> Any:
+    """A TOML value where `text` is one that fits the kind, else the text itself; of texts in a list, too."""
     try:
         (value,) = tomllib.loads(f"value = {text}").values()
     except ValueError:  # no TOML, or more than one value

@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import tomllib
+from importlib import resources
+
 import pytest
+import torch
 
 from colossus.architecture import num_active, num_parameters, parameter_table
 from colossus.errors import UserError
-from colossus.job import load_job
+from colossus.job import load_job, preset_names
+from colossus.models import Decoder
 
-# Computed from the published configurations tensor by tensor, apart from this code.
-PUBLISHED = {
-    "llama2-7b": 6_738_415_616,
-    "llama3-8b": 8_030_261_248,
-    "llama3-70b": 70_553_706_496,
-    "llama3.1-8b": 8_030_261_248,
-    "llama3.1-70b": 70_553_706_496,
-    "llama3.1-405b": 405_853_388_800,
-    "llama3.2-1b": 1_235_814_400,
-    "llama3.2-3b": 3_212_749_824,
+PRESETS = resources.files("colossus") / "presets" / "model"
+
+FACTS = {
+    name: tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))["facts"]
+    for name in preset_names("model")
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_counts_equal_the_published_models(name: str) -> None:
+@pytest.mark.parametrize("name", FACTS)
+def test_counts_equal_those_of_the_published_configuration(name: str) -> None:
+    """The facts were computed tensor by tensor, apart from this code; see their sources in the presets."""
+    arch, facts = load_job(None, [f"model={name}"]).model, FACTS[name]
+    assert num_parameters(arch) == facts["num_parameters"]
+    assert num_active(arch) == facts.get("num_active", facts["num_parameters"])
+    embedding = 0 if arch.tie_embeddings else arch.vocab_size * arch.hidden_size
+    assert num_active(arch, input_embedding=False) == num_active(arch) - embedding
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_the_decoder_is_built_exactly_as_the_table_says(name: str) -> None:
     arch = load_job(None, [f"model={name}"]).model
-    assert num_parameters(arch) == PUBLISHED[name]
-    embedding = arch.vocab_size * arch.hidden_size
-    without = num_active(arch, input_embedding=False)
-    assert without == PUBLISHED[name] - (0 if arch.tie_embeddings else embedding)
+    with torch.device("meta"):
+        model = Decoder(arch)
+    table = parameter_table(arch)
+    built = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    assert built == [(p.name, p.shape) for p in table if p.trainable]
+    held = {p.name: p.shape for p in table if not p.trainable}
+    buffers = {name: tuple(b.shape) for name, b in model.named_buffers() if not name.endswith(".shares")}
+    assert buffers == held
+    assert sum(p.numel for p in table) == FACTS[name]["num_parameters"]
 
 
 def test_names_are_unique_and_axes_fit_the_shapes() -> None:

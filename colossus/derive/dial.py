@@ -127,7 +127,7 @@ def complete(job: Job, width: int) -> Architecture:
         "qk_norm": True,
         "initializer_range": 0.02,
     }
-    given = asked.model_dump(exclude_none=True)
+    given = asked.model_dump(exclude_none=True, exclude_unset=True)
     return Architecture.model_validate(sizes | given)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from colossus.models.attention import KVCache
 from colossus.models.build import build
+from colossus.models.cache import KVCache
 from colossus.models.decoder import Decoder
 from colossus.models.init import initialise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,51 +12,109 @@ ROWS = 256  # queries whose scores exist at once: 128 to 512 are alike, and fewe
 MAX_BLOCKED = 1024  # tokens; the plain products keep T^2 probabilities a head for the backward pass
 
 
-def attend(
-    q_BHTE: torch.Tensor, k_BKSE: torch.Tensor, v_BKSE: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Each of T queries looks at S keys: [B, H, T, E].
+@dataclass(frozen=True)
+class Scores:
+    """How scores come of q k^T: times `scale`, then soft_cap x tanh(score / soft_cap), in fp32 or better."""
 
-    mask: [..., T, S], true where a query may look, and never beyond the causal rule. None: that rule, T = S.
+    scale: float
+    soft_cap: float | None = None
+
+
+def attend(
+    q_BHTE: torch.Tensor,
+    k_BKSE: torch.Tensor,
+    v_BKSE: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scores: Scores | None = None,
+    temperature_T: torch.Tensor | None = None,
+    sinks_H: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Each of T queries looks at S keys: [B, H, T, E of v].
+
+    mask: [..., T, S], true where a query may look, and never beyond the causal rule. None: that rule where
+        T = S; a single query looks at all keys.
+    scores: None: 1/sqrt(E), no cap. temperature_T: multiplies the scores of each query, after the cap.
+    sinks_H: the score of one more key, whose value is 0, for each head (openai/gpt-oss).
     """
     num_new, num_keys = q_BHTE.shape[2], k_BKSE.shape[2]
-    if q_BHTE.device.type == "cpu" and 1 < num_new == num_keys <= MAX_BLOCKED:
-        return attend_by_products(q_BHTE, k_BKSE, v_BKSE, mask)
+    scores = scores if scores is not None else Scores(1 / math.sqrt(q_BHTE.shape[3]))
+    special = scores.soft_cap is not None or temperature_T is not None or sinks_H is not None
+    if special or (q_BHTE.device.type == "cpu" and 1 < num_new == num_keys <= MAX_BLOCKED):
+        return attend_by_products(q_BHTE, k_BKSE, v_BKSE, mask, scores, temperature_T, sinks_H)
     return F.scaled_dot_product_attention(
         q_BHTE,
         k_BKSE,
         v_BKSE,
         attn_mask=mask,
-        is_causal=mask is None,
+        is_causal=mask is None and num_new > 1,
+        scale=scores.scale,
         enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
     )
 
 
 def attend_by_products(
-    q_BHTE: torch.Tensor, k_BKTE: torch.Tensor, v_BKTE: torch.Tensor, mask: torch.Tensor | None = None
+    q_BHTE: torch.Tensor,
+    k_BKSE: torch.Tensor,
+    v_BKSE: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scores: Scores | None = None,
+    temperature_T: torch.Tensor | None = None,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same for T = S in batched products, block by block of queries, which look at no later keys.
+    """The same in batched products, block by block of queries, which look at no later keys.
 
     A processor's fused kernel does its products in small tiles. At B=8, H=6, T=512, E=64, forward and
     backward took, in ms: with AVX-512 bf16 54 in bf16, where this took 19; in fp32 63, where this took 50.
     """
-    batch, heads, num_tokens, width = q_BHTE.shape
-    group = heads // k_BKTE.shape[1]
+    batch, heads, num_new, width = q_BHTE.shape
+    num_keys, group = k_BKSE.shape[2], heads // k_BKSE.shape[1]
+    scores = scores if scores is not None else Scores(1 / math.sqrt(width))
     if group > 1:
-        k_BKTE, v_BKTE = (x.repeat_interleave(group, dim=1) for x in (k_BKTE, v_BKTE))
-    q_NTE, k_NTE, v_NTE = (x.flatten(0, 1) for x in (q_BHTE, k_BKTE, v_BKTE))
+        k_BKSE, v_BKSE = (x.repeat_interleave(group, dim=1) for x in (k_BKSE, v_BKSE))
+    q_NTE, k_NSE, v_NSE = (x.flatten(0, 1) for x in (q_BHTE, k_BKSE, v_BKSE))
+    special = scores.soft_cap is not None or temperature_T is not None or sinks_H is not None
     blocks = []
-    for start in range(0, num_tokens, ROWS):
-        end = min(start + ROWS, num_tokens)
-        hidden = _hidden(mask, start, end, q_BHTE)
-        scores_NRS = torch.baddbmm(hidden, q_NTE[:, start:end], k_NTE[:, :end].mT, alpha=1 / math.sqrt(width))
-        blocks.append(torch.bmm(scores_NRS.softmax(-1), v_NTE[:, :end]))
+    for start in range(0, num_new, ROWS):
+        end = min(start + ROWS, num_new)
+        keys = num_keys - num_new + end  # none looks beyond itself
+        hidden = _hidden(mask, start, end, keys, q_BHTE)
+        if special:
+            scores_NRS = torch.bmm(q_NTE[:, start:end], k_NSE[:, :keys].mT)
+            rows = None if temperature_T is None else temperature_T[start:end]
+            shares_NRS = _special_softmax(scores_NRS, hidden, scores, rows, sinks_H)
+        else:
+            scores_NRS = torch.baddbmm(hidden, q_NTE[:, start:end], k_NSE[:, :keys].mT, alpha=scores.scale)
+            shares_NRS = scores_NRS.softmax(-1)
+        blocks.append(torch.bmm(shares_NRS, v_NSE[:, :keys]))
     return torch.cat(blocks, dim=1).unflatten(0, (batch, heads))
 
 
-def _hidden(mask: torch.Tensor | None, start: int, end: int, q_BHTE: torch.Tensor) -> torch.Tensor:
+def _special_softmax(
+    products_NRS: torch.Tensor,
+    hidden: torch.Tensor,
+    scores: Scores,
+    temperature_R: torch.Tensor | None,
+    sinks_H: torch.Tensor | None,
+) -> torch.Tensor:
+    exact = torch.promote_types(products_NRS.dtype, torch.float32)
+    scores_NRS = products_NRS.to(exact) * scores.scale
+    if scores.soft_cap is not None:
+        scores_NRS = scores.soft_cap * torch.tanh(scores_NRS / scores.soft_cap)
+    if temperature_R is not None:
+        scores_NRS = scores_NRS * temperature_R.to(exact)[:, None]
+    scores_NRS = scores_NRS + hidden
+    if sinks_H is None:
+        return scores_NRS.softmax(-1).to(products_NRS.dtype)
+    batch = products_NRS.shape[0] // len(sinks_H)
+    sinks_NR1 = sinks_H.to(exact).repeat(batch)[:, None, None].expand(-1, products_NRS.shape[1], 1)
+    shares_NRS = torch.cat((scores_NRS, sinks_NR1), dim=-1).softmax(-1)[..., :-1]
+    return shares_NRS.to(products_NRS.dtype)
+
+
+def _hidden(mask: torch.Tensor | None, start: int, end: int, keys: int, q_BHTE: torch.Tensor) -> torch.Tensor:
     """What is added to the scores of queries start to end: 0 where they may look, else minus infinity."""
     if mask is None:
-        return q_BHTE.new_full((end - start, end), -math.inf).triu(start + 1)
-    hidden = q_BHTE.new_zeros(()).where(mask[..., start:end, :end], -math.inf)
+        first = keys - (end - start)
+        return q_BHTE.new_full((end - start, keys), -math.inf).triu(first + 1)
+    hidden = q_BHTE.new_zeros(()).where(mask[..., start:end, :keys], -math.inf)
     return hidden.expand(*q_BHTE.shape[:2], -1, -1).flatten(0, 1)

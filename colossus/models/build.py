@@ -21,7 +21,9 @@ def build(
     """
     with torch.device("meta"):
         model = Decoder(arch)
-    model.to_empty(device=device).to(dtype)
+    model.to_empty(device=device)
+    for tensor in model.parameters():
+        tensor.data = tensor.data.to(dtype)
     model.compute_dtype = dtype
     initialise(model, arch, seed)
     return model

@@ -31,6 +31,8 @@ def initialise(model: nn.Module, arch: Architecture, seed: int) -> None:
             f"{name}: {tuple(tensor.shape)} is not {parameter.shape}"
         )
         initialise_parameter(tensor.detach(), parameter, seed)
+    for buffer in model.buffers():  # what training moves otherwise than by a gradient
+        buffer.zero_()
 
 
 def logical_name(name: str) -> str:

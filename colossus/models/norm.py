@@ -1,13 +1,16 @@
-"""Root-mean-square normalisation."""
+"""Normalisation over the last dimension."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from colossus.architecture import Architecture
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 or better."""
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 or better."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -19,3 +22,24 @@ class RMSNorm(nn.Module):
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
         return (exact * scale * self.weight).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias, computed in fp32 or better."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., width] -> the same shape and type."""
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        weight, bias = self.weight.to(exact.dtype), self.bias.to(exact.dtype)
+        return F.layer_norm(exact, weight.shape, weight, bias, self.eps).to(x.dtype)
+
+
+def norm(arch: Architecture) -> nn.Module:
+    """The norm of the residual stream that `arch` names."""
+    return (RMSNorm if arch.norm == "rms" else LayerNorm)(arch.hidden_size, arch.norm_eps)

@@ -1,4 +1,4 @@
-"""Rotary positions, plain and as stretched by Llama 3.1."""
+"""Rotary positions, plain and as stretched by Llama 3.1 or YaRN."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import math
 
 import torch
 
-from colossus.architecture import Architecture
+from colossus.architecture import Architecture, RopeScaling
 
 
 def inverse_frequencies(arch: Architecture, device: torch.device) -> torch.Tensor:
-    """Radians a token of each pair of coordinates, [E/2] in fp32.
+    """Radians a token of each pair of coordinates that turns, [E/2] in fp32.
 
     Computed in fp32 in the order in which published models computed it, so that theirs are met bitwise.
     """
-    exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.int64, device=device).float() / arch.head_dim
-    plain = 1.0 / (arch.rope_theta**exponents)
+    width = arch.latent.rope_dim if arch.latent is not None else arch.rotary_dim or arch.head_dim
+    exponents = torch.arange(0, width, 2, dtype=torch.int64, device=device).float() / width
+    turns = arch.rope_theta**exponents
     scaling = arch.rope_scaling
     if scaling is None:
-        return plain
+        return 1.0 / turns
+    return (
+        _llama3(1.0 / turns, scaling) if scaling.kind == "llama3" else _yarn(turns, arch.rope_theta, scaling)
+    )
+
+
+def _llama3(plain: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     low_wavelength = scaling.original_max_seq_len / scaling.low_freq_factor
     high_wavelength = scaling.original_max_seq_len / scaling.high_freq_factor
     wavelength = 2 * math.pi / plain
@@ -31,6 +38,25 @@ def inverse_frequencies(arch: Architecture, device: torch.device) -> torch.Tenso
     return torch.where(is_between, between, scaled)
 
 
+def _yarn(turns: torch.Tensor, theta: float, scaling: RopeScaling) -> torch.Tensor:
+    width = 2 * len(turns)
+
+    def coordinate(rotations: float) -> float:
+        """The coordinate that turns so often in the original length."""
+        wavelength = scaling.original_max_seq_len / (rotations * 2 * math.pi)
+        return width * math.log(wavelength) / (2 * math.log(theta))
+
+    low, high = coordinate(scaling.beta_fast), coordinate(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    if low == high:
+        high += 0.001
+    ramp = (torch.arange(width // 2, dtype=torch.float32, device=turns.device) - low) / (high - low)
+    kept = 1 - ramp.clamp(0, 1)
+    return 1.0 / (scaling.factor * turns) * (1 - kept) + 1.0 / turns * kept
+
+
 def rotations(arch: Architecture, positions_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """cos and sin of every position, stacked: [2, T, E/2] in `dtype`.
 
@@ -38,12 +64,20 @@ def rotations(arch: Architecture, positions_T: torch.Tensor, dtype: torch.dtype)
     T=2,048, E=64 it takes 0.3 ms of a step.
     """
     angles = positions_T.float()[:, None] * inverse_frequencies(arch, positions_T.device)[None, :]
-    return torch.stack((angles.cos(), angles.sin())).to(dtype)
+    turned = torch.stack((angles.cos(), angles.sin()))
+    if arch.rope_scaling is not None and arch.rope_scaling.magnitude != 1:
+        turned = turned * arch.rope_scaling.magnitude
+    return turned.to(dtype)
 
 
 def rotate(x_BTHE: torch.Tensor, rotations_2TE: torch.Tensor) -> torch.Tensor:
-    """Turns coordinates e and e + E/2 of each head by its position's angle; same shape and type."""
+    """Turns coordinates e and e + E/2 of each head by its position's angle; same shape and type.
+
+    Where there are fewer rotations than pairs of coordinates, the last coordinates of a head stay.
+    """
     cos, sin = rotations_2TE[0, :, None, :], rotations_2TE[1, :, None, :]
-    left, right = x_BTHE.chunk(2, dim=-1)
-    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
-    return turned.to(x_BTHE.dtype)
+    num_turned = 2 * cos.shape[-1]
+    turning, staying = x_BTHE[..., :num_turned], x_BTHE[..., num_turned:]
+    left, right = turning.chunk(2, dim=-1)
+    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x_BTHE.dtype)
+    return turned if num_turned == x_BTHE.shape[-1] else torch.cat((turned, staying), dim=-1)

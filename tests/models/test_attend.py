@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from colossus.models import attend as attend_module
 from colossus.models.attend import attend, attend_by_products
-from colossus.models.attention import document_mask
+from colossus.models.sight import document_mask
 
 Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

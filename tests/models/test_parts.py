@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from colossus.architecture import Architecture
 from colossus.job import load_job
-from colossus.models.mlp import SwiGLU
+from colossus.models.mlp import MLP
 from colossus.models.norm import RMSNorm
 from colossus.models.rope import inverse_frequencies, rotate, rotations
 from tests.models.reference import LLAMA31, architecture
@@ -159,7 +159,7 @@ def test_rms_norm_of_zeros_is_zero_and_has_a_gradient() -> None:
 
 def test_swiglu_and_its_gradient_are_the_formula() -> None:
     """Shazeer 2020, in NumPy; the gradient by differences."""
-    mlp = SwiGLU(architecture(hidden_size=6, intermediate_size=10)).double()
+    mlp = MLP(architecture(hidden_size=6), 10).double()
     with torch.no_grad():
         for seed, weight in enumerate(mlp.parameters()):
             weight.copy_(random(*weight.shape, seed=seed))

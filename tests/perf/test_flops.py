@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from colossus.architecture import Architecture
 from colossus.job import load_job
 from colossus.models import Decoder, build
-from colossus.models.attention import document_mask
+from colossus.models.sight import document_mask
 from colossus.parallel.apply import recompute_layers
 from colossus.perf.flops import (
     attention_forward_flops,

@@ -1,0 +1,134 @@
+"""Which experts a token visits, how its visits count, and what keeps the experts' loads alike."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from colossus.architecture import Architecture
+
+TINY = 1e-20  # added to a sum of sigmoids before it divides
+
+
+class Routes(NamedTuple):
+    """weights_NK, experts_NK: of the K visits of each of N tokens. load: see `Router.forward`. objective: the
+    terms that keep loads alike, [] in fp32 or better; None where there are none."""
+
+    weights_NK: torch.Tensor
+    experts_NK: torch.Tensor
+    load: torch.Tensor
+    objective: torch.Tensor | None
+
+
+class Router(nn.Module):
+    """Scores of all experts for each token, in fp32 or better.
+
+    selection_bias: added to scores where experts are chosen; moved between steps (see `Balance`), and no
+    gradient. shares: of the last step's visits, an expert; what the loss over the batch multiplies.
+    """
+
+    selection_bias: torch.Tensor
+    shares: torch.Tensor
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        assert arch.experts is not None
+        self.settings = settings = arch.experts
+        self.weight = nn.Parameter(torch.empty(settings.num_experts, arch.hidden_size))
+        self.bias = nn.Parameter(torch.empty(settings.num_experts)) if settings.router_bias else None
+        if settings.selection_bias:
+            self.register_buffer("selection_bias", torch.zeros(settings.num_experts))
+        if self._has_shares:
+            self.register_buffer("shares", torch.zeros(settings.num_experts))
+
+    @property
+    def _has_shares(self) -> bool:
+        return self.settings.balance_loss > 0 and self.settings.balance_over == "batch"
+
+    def forward(self, x_BTD: torch.Tensor, token_share: torch.Tensor | None) -> Routes:
+        """Routes of the B x T tokens.
+
+        token_share: 1 / tokens of the global batch, in training: the terms that keep loads alike are sums
+            over tokens or sequences, divided by these tokens.
+        The load is [X + 1]: visits of each expert, and the sum over tokens of the entropy of their scores.
+        """
+        exact = torch.promote_types(x_BTD.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(exact)
+        logits_BTX = F.linear(x_BTD.to(exact), self.weight.to(exact), bias)
+        cap = self.settings.soft_cap
+        if cap is not None:
+            logits_BTX = cap * torch.tanh(logits_BTX / cap)
+        scores_BTX = logits_BTX.softmax(-1) if self.settings.scores == "softmax" else logits_BTX.sigmoid()
+        experts_BTK = self._choose(scores_BTX.detach())
+        weights_BTK = scores_BTX.gather(-1, experts_BTK)
+        if self.settings.normalise:
+            weights_BTK = weights_BTK / (weights_BTK.sum(-1, keepdim=True) + TINY)
+        weights_BTK = weights_BTK * self.settings.scale
+        shares_BTX = scores_BTX
+        if self.settings.scores == "sigmoid":
+            shares_BTX = scores_BTX / (scores_BTX.sum(-1, keepdim=True) + TINY)
+        visits_BX = torch.zeros_like(logits_BTX[:, 0]).detach()
+        visits_BX = visits_BX.scatter_add(1, experts_BTK.flatten(1), torch.ones_like(weights_BTK.flatten(1)))
+        entropy = torch.special.entr(shares_BTX.detach()).sum()
+        load = torch.cat((visits_BX.detach().sum(0), entropy[None]))
+        objective = None
+        if token_share is not None:
+            objective = self._objective(logits_BTX, shares_BTX, visits_BX.detach(), token_share)
+        return Routes(weights_BTK.flatten(0, 1), experts_BTK.flatten(0, 1), load, objective)
+
+    def _choose(self, scores_BTX: torch.Tensor) -> torch.Tensor:
+        """The experts that each token visits, [B, T, K]."""
+        settings = self.settings
+        if settings.selection_bias:
+            scores_BTX = scores_BTX + self.selection_bias.to(scores_BTX.dtype)
+        if settings.num_groups > 1:
+            grouped = scores_BTX.unflatten(-1, (settings.num_groups, -1))
+            best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+            kept = torch.zeros_like(best, dtype=torch.bool)
+            kept = kept.scatter(-1, best.topk(settings.groups_per_token, dim=-1).indices, True)
+            scores_BTX = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
+        return scores_BTX.topk(settings.per_token, dim=-1).indices
+
+    def _objective(
+        self,
+        logits_BTX: torch.Tensor,
+        shares_BTX: torch.Tensor,
+        visits_BX: torch.Tensor,
+        token_share: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """balance_loss x X x sum over experts of (share of visits x mean score), as in Switch (Fedus et al.
+        2021, arXiv 2101.03961, section 2.2), and z_loss x logsumexp^2 (Zoph et al. 2022, arXiv 2202.08906).
+        """
+        settings, terms = self.settings, []
+        if settings.balance_loss and settings.balance_over == "batch":
+            shares_X = self.shares.to(shares_BTX.dtype)
+            terms.append(settings.balance_loss * settings.num_experts * (shares_BTX * shares_X).sum())
+        elif settings.balance_loss:
+            visited_BX = visits_BX / visits_BX.sum(-1, keepdim=True)
+            sums_BX = shares_BTX.sum(1)  # the mean over a sequence, times its tokens
+            terms.append(settings.balance_loss * settings.num_experts * (visited_BX * sums_BX).sum())
+        if settings.z_loss:
+            terms.append(settings.z_loss * logits_BTX.logsumexp(-1).square().sum())
+        return torch.stack(terms).sum() * token_share.to(terms[0].dtype) if terms else None
+
+
+class _WithObjective(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, objective: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return grad, grad.new_ones((), dtype=torch.promote_types(grad.dtype, torch.float32))
+
+
+def with_objective(x: torch.Tensor, objective: torch.Tensor | None) -> torch.Tensor:
+    """`x`, through which `objective` becomes a term of whatever is minimised: its gradient there is 1.
+
+    So a layer adds to the objective wherever it is, also on a stage of a pipeline, and the loss that is
+    returned stays the cross entropy.
+    """
+    return x if objective is None else _WithObjective.apply(x, objective)
