@@ -13,7 +13,7 @@ eight files each, `pytorch_model-000NN-TP-00R.safetensors`, cut for eight device
 same names, piece R of every expert of every layer; join w1 and w3 along axis 0, w2 along axis 1. Source:
 the docstring of a Grok-2 loader for Tenstorrent devices (class with `load_weights_to_state_dict_no_experts`
 and `load_experts_weights_to_state_dict`); SGLang's loader has the same patterns of names. No index file is
-known of: 42 files are published in all, and llama.cpp's pull request 15539 goes by the files' names.
+known of: llama.cpp's pull request 15539 finds the files by their names.
 """
 
 from __future__ import annotations

@@ -80,6 +80,26 @@ def test_bfloat16_is_torchs(numbers: list[float]) -> None:
     assert np.array_equal(parts.bfloat16_values(bits), expected.double().numpy())
 
 
+def test_bfloat16_rounds_ties_to_even() -> None:
+    step = 2.0**-7
+    found = parts.bfloat16_values(parts.bfloat16_bits(1 + step * np.array([0.5, 1.5, 0.51, -0.25])))
+    assert list(found) == [1, 1 + 2 * step, 1 + step, 1]
+
+
+def test_attention_scales_then_caps_then_heats_then_masks() -> None:
+    """Two query heads of width 1 on one key/value head, by hand."""
+    q, k, v = np.array([[[[2.0], [-1.0]]] * 3]), np.array([[[[1.0]], [[3.0]], [[9.0]]]]), np.eye(3)
+    heat = np.array([1.0, 1.0, 1.5])
+    for column in range(3):
+        out = parts.attend(q, k, v[:, column].reshape(1, 3, 1, 1), 0.5, 2.0, heat, parts.causal(3)[None])
+        for head, query in enumerate((2.0, -1.0)):
+            weights = [math.exp(1.5 * 2 * math.tanh(0.5 * query * key / 2)) for key in (1, 3, 9)]
+            assert out[0, 2, head] == pytest.approx(weights[column] / sum(weights), rel=1e-14)
+            two = [math.exp(2 * math.tanh(0.5 * query * key / 2)) for key in (1, 3)]
+            expected = [*(weight / sum(two) for weight in two), 0.0]
+            assert out[0, 1, head] == pytest.approx(expected[column], rel=1e-14)
+
+
 # --- the forward passes
 
 
