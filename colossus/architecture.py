@@ -105,6 +105,7 @@ class Architecture(Section):
     """
 
     preset: Name | None = None
+    init_from: Name | None = None  # a model whose weights training begins with
     family: Family = "llama"
     vocab_size: int = derived(ge=2, le=2**31 - 1)
     hidden_size: int = derived(ge=1, le=10**6)

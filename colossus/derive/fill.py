@@ -19,6 +19,7 @@ from colossus.derive.machine import (
     micro_batch,
     state_bytes,
 )
+from colossus.derive.origin import TUNING, follow_model
 from colossus.errors import UserError
 from colossus.hardware.machine import Machine
 from colossus.job import Job
@@ -42,6 +43,7 @@ def derive(job: Job, machine: Machine) -> Job:
         check_device(job, machine)
         _check(job)
         return job
+    job = follow_model(job)
     if job.run.minutes is None and job.run.steps is None and job.run.tokens is None:
         job = job.derive(**{"run.minutes": DEFAULT_MINUTES})
     job = derive_machine(job, machine)
@@ -142,10 +144,11 @@ def _derive_steps(job: Job, plan: Plan) -> Job:
 
 
 def _derive_optimizer(job: Job, plan: Plan) -> Job:
-    lr = float(f"{lr_for(plan.compute):.2g}")
+    tunes = job.model.init_from is not None
+    lr = float(f"{lr_for(plan.compute) * (TUNING if tunes else 1):.2g}")
     return job.derive(
         **{
-            "optimizer.name": "muon",
+            "optimizer.name": "adamw" if tunes else "muon",
             "optimizer.lr": lr,
             "optimizer.matrix_lr": job.optimizer.lr or lr,
             "optimizer.weight_decay": 0.1,

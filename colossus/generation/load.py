@@ -11,6 +11,7 @@ from colossus.architecture import Architecture
 from colossus.checkpoints.find import latest
 from colossus.checkpoints.format import checkpoints_folder, is_committed
 from colossus.checkpoints.load import open_checkpoint
+from colossus.checkpoints.weights import Weights
 from colossus.data.tokenizer import Tokenizer, load_tokenizer
 from colossus.errors import UserError
 from colossus.models import Decoder
@@ -27,16 +28,23 @@ def load_model(
         UserError: there is no run or checkpoint at `path`, or nothing was saved yet.
         MachineError: what is there is damaged.
     """
+    weights = open_weights(path)
+    with torch.device("meta"):
+        model = Decoder(weights.arch)
+    model.to_empty(device=device)
+    for buffer in model.buffers():
+        buffer.zero_()  # what inference does not need is not kept by every checkpoint
+    weights.load_into({name: tensor.detach() for name, tensor in model.named_parameters()})
+    model.compute_dtype = dtype
+    return model.eval(), load_tokenizer(weights.tokenizer)
+
+
+def open_weights(path: str | Path) -> Weights:
+    """What `load_model` loads, opened. Raises as it does."""
     checkpoint_folder, run_folder = find_checkpoint(Path(path))
     checkpoint = open_checkpoint(checkpoint_folder)
     arch = Architecture.model_validate(checkpoint.meta["architecture"])
-    with torch.device("meta"):
-        model = Decoder(arch)
-    model.to_empty(device=device)
-    weights = {(name, "weight"): tensor.detach() for name, tensor in model.named_parameters()}
-    checkpoint.load_into(weights)
-    model.compute_dtype = dtype
-    return model.eval(), load_tokenizer(run_folder / "tokenizer")
+    return Weights(Path(path), arch, run_folder / "tokenizer", checkpoint)
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:

@@ -11,6 +11,7 @@ from torch import nn
 from colossus import optim
 from colossus.architecture import Architecture
 from colossus.checkpoints.load import Checkpoint
+from colossus.checkpoints.weights import Weights
 from colossus.job import Job
 from colossus.models import Decoder
 from colossus.models.init import logical_name
@@ -54,10 +55,17 @@ class TrainState:
         self.optimizer.num_steps = checkpoint.meta["optimizer_steps"]
         self.step = checkpoint.meta["step"]
 
+    def begin_with(self, weights: Weights) -> None:
+        """Takes the weights of another model, and no more: step 0 of a new schedule."""
+        reshard(self.model)
+        held = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        kept = self.model.state_dict().keys()
+        weights.load_into({logical_name(name): t.detach() for name, t in held.items() if name in kept})
+
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says beside its tensors."""
         return {
             "step": self.step,
             "optimizer_steps": self.optimizer.num_steps,
-            "architecture": self.arch.model_dump(),
+            "architecture": self.arch.model_dump(exclude={"init_from"}),
         }

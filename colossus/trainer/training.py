@@ -18,6 +18,7 @@ from colossus.data.sources import TrainingData
 from colossus.derive import choose_for_machine
 from colossus.errors import MachineError, UserError
 from colossus.events import EventLog, Listener, read_events
+from colossus.generation.load import open_weights
 from colossus.job import Job
 from colossus.measure.machine import this_machine
 from colossus.parallel.world import World
@@ -90,6 +91,8 @@ class Training:
             state = TrainState.build(job, world)
             if checkpoint is not None:
                 state.restore(checkpoint)
+            elif job.model.init_from is not None:
+                state.begin_with(open_weights(job.model.init_from))
             every = job.checkpoint
             saver = stack.enter_context(Saver(folder, world, keep=every.keep, keep_every=every.keep_every))
             batches = stack.enter_context(

@@ -1,0 +1,78 @@
+"""A job that begins with the weights of another model follows its architecture and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from colossus.architecture import Architecture
+from colossus.data.tokenizer import BytesTokenizer, load_tokenizer
+from colossus.errors import UserError
+from colossus.generation.load import open_weights
+from colossus.job import Job
+
+# Of the rate that a model from scratch would get: published recipes for tuning take a tenth to a thirtieth of
+# the rate of pretraining (Llama 2: 3e-4 and 2e-5; Touvron et al. 2023, arXiv 2307.09288).
+TUNING = 0.1
+OF_TRAINING = ("balance_loss", "balance_over", "bias_rate", "z_loss")  # of the experts
+FREE = ("preset", "init_from", "family", "initializer_range")
+
+
+def follow_model(job: Job) -> Job:
+    """The job with the architecture and the tokenizer of `model.init_from`, where that is given.
+
+    Raises:
+        UserError: there is no such model, or the job asks for something else than it is.
+    """
+    if job.model.init_from is None:
+        return job
+    weights = open_weights(job.model.init_from)
+    job = _follow_architecture(job, weights.arch)
+    return _follow_tokenizer(job, weights.tokenizer)
+
+
+def _follow_architecture(job: Job, arch: Architecture) -> Job:
+    values = {}
+    for name in Architecture.model_fields:
+        asked, there = getattr(job.model, name), getattr(arch, name)
+        if name in FREE:
+            continue
+        if job.origins.get(f"model.{name}", "derived") == "derived":
+            values[f"model.{name}"] = there
+        elif _of_weights(asked) != _of_weights(there):
+            raise UserError(
+                f"model.{name}={_said(asked)}: model.init_from={job.model.init_from} has {_said(there)}; "
+                "leave it out, or begin without init_from"
+            )
+    defaults = {f"model.{name}": field.default for name, field in Architecture.model_fields.items()}
+    kept = {name: value for name, value in values.items() if value != defaults[name]}
+    kept["model.family"] = arch.family
+    if arch.initializer_range is not None and job.model.initializer_range is None:
+        kept["model.initializer_range"] = arch.initializer_range
+    return job.put({n: v.model_dump() if hasattr(v, "model_dump") else v for n, v in kept.items()}, "derived")
+
+
+def _of_weights(value: Any) -> Any:
+    """What of a field the weights depend on, comparable."""
+    if not hasattr(value, "model_dump"):
+        return value
+    return {name: leaf for name, leaf in value.model_dump().items() if name not in OF_TRAINING}
+
+
+def _said(value: Any) -> str:
+    return str(value.model_dump(exclude_defaults=True)) if hasattr(value, "model_dump") else f"{value}"
+
+
+def _follow_tokenizer(job: Job, folder: Path) -> Job:
+    tokenizer = load_tokenizer(folder)
+    name = "bytes" if isinstance(tokenizer, BytesTokenizer) else str(folder)
+    asked = job.data.tokenizer
+    if asked is None:
+        return job.derive(**{"data.tokenizer": name})
+    if asked != name and (
+        asked in ("bpe", "bytes") or load_tokenizer(asked).fingerprint != tokenizer.fingerprint
+    ):
+        raise UserError(
+            f"data.tokenizer={asked}: model.init_from={job.model.init_from} has its own; leave it out"
+        )
+    return job

@@ -1,0 +1,109 @@
+"""Training that begins with the weights of another model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from colossus import api
+from colossus.data.tokenizer import BytesTokenizer
+from colossus.errors import UserError
+from colossus.generation.load import load_model
+from colossus.job import Job, load_job
+from colossus.trainer.hooks import Hook
+from colossus.trainer.run import Run
+from colossus.trainer.training import Training
+from tests.trainer.running import train_in_processes
+
+
+class Keep(Hook):
+    """Keeps what training begins with."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_start(self, training: Training) -> None:
+        self.weights = {name: p.detach().clone() for name, p in training.state.model.named_parameters()}
+
+
+def tuned(corpus: Path, folder: Path, source: Path | str, *more: str) -> Job:
+    """A job that says nothing of the model but where it comes from."""
+    said = [f"data.corpus={corpus}", f"run.folder={folder}", f"model.init_from={source}", "run.steps=3"]
+    rest = ["data.seq_len=32", "run.global_batch=4", "precision.type=fp32", "layout.compile=false"]
+    return load_job(None, [*said, *rest, "run.threads=1", "data.validation_fraction=0.2", *more])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A run of a small model."""
+    folder = tmp_path_factory.mktemp("source") / "run"
+    sizes = ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1"]
+    sizes += ["model.head_dim=16", "model.intermediate_size=64", "model.tie_embeddings=false"]
+    words = [f"data.corpus={corpus}", "data.tokenizer=bytes", "data.seq_len=64", "run.steps=4"]
+    words += ["run.global_batch=4", "precision.type=fp32", "layout.compile=false", "run.threads=1"]
+    api.train(load_job(None, [*sizes, *words, "data.validation_fraction=0.2", f"run.folder={folder}"]))
+    return folder
+
+
+@pytest.mark.parametrize("of", ["run", "checkpoint"])
+def test_it_begins_with_those_weights_and_a_new_schedule(
+    source: Path, corpus: Path, tmp_path: Path, of: str
+) -> None:
+    path = source if of == "run" else next((source / "checkpoints").iterdir())
+    keep, (there, _) = Keep(), load_model(source)
+    run = api.train(tuned(corpus, tmp_path / "tuned", path), [keep])
+    assert set(keep.weights) == {name for name, _ in there.named_parameters()}
+    for name, parameter in there.named_parameters():
+        assert torch.equal(keep.weights[name], parameter), name
+    assert [event["step"] for event in run.events("step")] == [0, 1, 2]
+    after, tokenizer = load_model(run.folder)
+    assert isinstance(tokenizer, BytesTokenizer)
+    assert after.arch.model_copy(update={"init_from": None, "family": there.arch.family}) == there.arch
+    assert any(not torch.equal(p, keep.weights[name]) for name, p in after.named_parameters())
+
+
+def test_what_it_learned_is_not_lost(source: Path, corpus: Path, tmp_path: Path) -> None:
+    first = api.train(tuned(corpus, tmp_path / "tuned", source)).loss[0]
+    fresh = Run(source).loss
+    assert 0.5 * fresh[max(fresh)] < first < 1.05 * fresh[max(fresh)] < 0.9 * fresh[0]
+
+
+def test_two_ranks_begin_as_one_does(source: Path, corpus: Path, tmp_path: Path) -> None:
+    losses = []
+    for ranks in (1, 2):
+        job = api.resolve(tuned(corpus, tmp_path / f"of-{ranks}", source, f"layout.dp_shard={ranks}"))
+        assert train_in_processes(job) == [0] * ranks
+        losses.append(Run(tmp_path / f"of-{ranks}").loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model.hidden_size=48"], r"model.hidden_size=48: model.init_from=.* has 32"),
+        (["model.tie_embeddings=true"], "model.tie_embeddings=True: .* has False"),
+        (["model.experts.num_experts=4"], "model.experts=.*num_experts': 4.* has None"),
+        (["model.max_seq_len=4096"], "model.max_seq_len=4096: .* has 64"),
+        (["data.tokenizer=bpe"], "data.tokenizer=bpe: .* has its own"),
+        (["data.seq_len=128"], "data.seq_len=128: longer than model.max_seq_len=64"),
+    ],
+)
+def test_a_contradiction_is_an_error(
+    source: Path, corpus: Path, tmp_path: Path, words: list[str], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        api.resolve(tuned(corpus, tmp_path / "tuned", source, *words))
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_what_agrees_may_be_said(source: Path, corpus: Path, tmp_path: Path) -> None:
+    said = ["model.hidden_size=32", "data.tokenizer=bytes", "optimizer.lr=0.001", "optimizer.name=muon"]
+    job = api.resolve(tuned(corpus, tmp_path / "tuned", source, *said))
+    assert (job.model.num_layers, job.optimizer.lr, job.optimizer.name) == (2, 0.001, "muon")
+
+
+def test_no_model_there_is_an_error(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        api.resolve(tuned(corpus, tmp_path / "tuned", tmp_path / "nothing"))
