@@ -122,8 +122,8 @@ def _build(request: Request, folder: Path, progress: Progress) -> None:
 def _with_note(corpus: Corpus) -> Corpus:
     """Says of chats that their template is not the tokenizer's own."""
     note = (
-        "chats without a template of the tokenizer's: each message is its role, a line's end and its text, "
-        "between the tokens that begin and end a document"
+        "no chat template with the tokenizer: a message is its role, a line's end and its text, between the "
+        "tokens that begin and end a document"
     )
     return replace(corpus, notes=(*corpus.notes, note)) if corpus.chats else corpus
 

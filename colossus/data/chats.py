@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +107,8 @@ def rendered(chat: Chat, template: ChatTemplate) -> tuple[str, list[Span]]:
     """
     whole = _render(chat, template, len(chat.messages))
     if template.marks_generation:
-        text, spans = template.generated(chat.messages, chat.tools)
+        with _refusals(chat, FIELD):
+            text, spans = template.generated(chat.messages, chat.tools)
         if text != whole or not spans:
             raise UserError(
                 f"data.corpus: {chat.where}: the chat template's generation blocks do not say which part of "
@@ -136,13 +138,18 @@ def rendered(chat: Chat, template: ChatTemplate) -> tuple[str, list[Span]]:
 
 def _render(chat: Chat, template: ChatTemplate, count: int, add_generation_prompt: bool = False) -> str:
     """The text of the first `count` messages."""
-    try:
+    which = FIELD if count == len(chat.messages) else f"{FIELD}[:{count}]"
+    with _refusals(chat, which):
         return template.render(chat.messages[:count], chat.tools, add_generation_prompt)
-    except Exception as error:  # whatever a program of the user's raises
-        which = "" if count == len(chat.messages) else f"[:{count}]"
-        raise UserError(
-            f"data.corpus: {chat.where}: the chat template refuses {FIELD}{which} ({error})"
-        ) from None
+
+
+@contextlib.contextmanager
+def _refusals(chat: Chat, which: str) -> Iterator[None]:
+    """Says of whatever a template, a program of the user's, raises where that was."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"data.corpus: {chat.where}: the chat template refuses {which} ({error})") from None
 
 
 def learned_tokens(offsets_N2: np.ndarray, spans: Sequence[Span]) -> np.ndarray:

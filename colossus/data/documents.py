@@ -19,9 +19,9 @@ Pieces = list[tuple[str, bool]]
 
 @dataclass(frozen=True)
 class Encoded:
-    """ids: uint32 [N]. mask: which are learned, uint8 [N]. text: what they stand for, as a whole.
+    """ids: uint32 [N]. mask: which are learned, uint8 [N].
 
-    learned: the part of the text that is learned, special tokens left out.
+    text: what they stand for, special tokens left out. learned: the part of it that is learned.
     """
 
     ids: np.ndarray
@@ -71,7 +71,7 @@ class Encoder:
         encoded = self._tokenizer.encode_rendered([text for text, _ in pairs])
         for (text, spans), (ids, offsets_N2) in zip(pairs, encoded, strict=True):
             learned = "".join(self._special.sub("", text[a:b]) for a, b in spans)
-            yield Encoded(ids, learned_tokens(offsets_N2, spans), text, learned)
+            yield Encoded(ids, learned_tokens(offsets_N2, spans), self._special.sub("", text), learned)
 
     def _texts(self, documents: Sequence[str | Pieces]) -> Iterator[Encoded]:
         """The tokens that begin and end a document are learned as what they stand beside."""

@@ -144,7 +144,7 @@ def test_chats_are_shown_with_what_is_learned(tmp_path: Path, capsys: pytest.Cap
     words = [*SMALL, f"data.corpus={path}", f"data.folder={tmp_path / 'out'}"]
     code, out, err = run(capsys, "build", *words, "--verify")
     assert (code, err) == (0, "")
-    assert out.count("chats without a template of the tokenizer's") == 1
+    assert out.count("no chat template with the tokenizer") == 1
     assert re.search(r"learned .* tokens \(\d+% of them learned\)", out)
     code, out, err = run(capsys, "show", *words, "--rows", "3")
     assert (code, err) == (0, "")
