@@ -120,13 +120,10 @@ def rendered(chat: Chat, template: ChatTemplate) -> tuple[str, list[Span]]:
         if message["role"] == "assistant":
             before = _render(chat, template, index, add_generation_prompt=True)
             after = _render(chat, template, index + 1)
-            if not (whole.startswith(after) and after.startswith(before)):
-                raise UserError(
-                    f"data.corpus: {chat.where}: what the chat template renders of the messages up to "
-                    f"messages[{index}] is not how the whole chat begins, so what the assistant says cannot "
-                    "be told apart; put {% generation %} and {% endgeneration %} around it in the "
-                    "template, or split the chat so that the assistant speaks once in each"
-                )
+            if not whole.startswith(after):
+                raise _unstable(chat, f"of {FIELD}[:{index + 1}] is not how the whole chat begins")
+            if not after.startswith(before):
+                raise _unstable(chat, f"to ask for {FIELD}[{index}] is not how that message begins")
             if len(before) < len(after):
                 spans.append((len(before), len(after)))
     if not spans:
@@ -134,6 +131,15 @@ def rendered(chat: Chat, template: ChatTemplate) -> tuple[str, list[Span]]:
             f"data.corpus: {chat.where}: the chat template renders nothing of what the assistant says"
         )
     return whole, spans
+
+
+def _unstable(chat: Chat, what: str) -> UserError:
+    several = sum(message["role"] == "assistant" for message in chat.messages) > 1
+    split = ", or split the chat so that the assistant speaks once in each" if several else ""
+    return UserError(
+        f"data.corpus: {chat.where}: what the chat template renders {what}, so what the assistant says "
+        f"cannot be told apart; put {{% generation %}} and {{% endgeneration %}} around it in the template{split}"
+    )
 
 
 def _render(chat: Chat, template: ChatTemplate, count: int, add_generation_prompt: bool = False) -> str:

@@ -154,9 +154,27 @@ def test_a_template_that_changes_what_it_said_before(tmp_path: Path) -> None:
     (found,) = encode(tokenizer, chat(say("Hello", "Hi")))
     assert learned_text(tokenizer, found) == ["<think>\n\n</think>\n\nHi<|im_end|>\n"]
     with pytest.raises(
-        UserError, match=r"data\.corpus: here: .*messages\[1\] is not how .*\{% generation %\}"
+        UserError, match=r"data\.corpus: here: .*\[:2\] is not how .*\{% generation %\}.*, or split"
     ):
         encode(tokenizer, chat(say("Hello", "Hi", "And", "so")))
+
+
+def test_a_header_that_is_not_that_of_the_answer(tmp_path: Path) -> None:
+    """As of models that are made to begin with a thought."""
+    family = FAMILIES["chatml"]
+    template = family.template.replace("assistant\\n", "assistant\\n<think>")
+    tokenizer = load_tokenizer(family.save(tmp_path / "tokenizer", template))
+    assert encode(tokenizer, chat(say("Hello", "<think></think>Hi")))[0].learned == "</think>Hi\n"
+    with pytest.raises(UserError, match=r"to ask for messages\[1\] is not how that .* in the template$"):
+        encode(tokenizer, chat(say("Hello", "Hi")))
+
+
+def test_a_first_token_is_never_learned(tmp_path: Path) -> None:
+    """Nothing of its document precedes it: it would be a target of the document before."""
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer = load_tokenizer(FAMILIES["chatml"].save(tmp_path / "tokenizer", template))
+    (found,) = encode(tokenizer, chat([{"role": "assistant", "content": "Hi you"}]))
+    assert found.mask.tolist() == [0] + [1] * (len(found.ids) - 1) and len(found.ids) > 1
 
 
 def test_tools_and_thoughts_reach_the_template(tmp_path: Path) -> None:
