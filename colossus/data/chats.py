@@ -138,7 +138,7 @@ def _unstable(chat: Chat, what: str) -> UserError:
     split = ", or split the chat so that the assistant speaks once in each" if several else ""
     return UserError(
         f"data.corpus: {chat.where}: what the chat template renders {what}, so what the assistant says "
-        f"cannot be told apart; put {{% generation %}} and {{% endgeneration %}} around it in the template{split}"
+        "cannot be told apart; put {% generation %} and {% endgeneration %} around it in the template" + split
     )
 
 

@@ -102,19 +102,25 @@ def open_bytes(path: str) -> BinaryIO:
 
 def _first_row(file: Path, kind: str) -> Any:
     """The first row of a table, or as much of it as tells what it is; None where that cannot be read."""
-    import pyarrow.parquet
-
     try:
         if kind == "jsonl":
             with open_bytes(str(file)) as stream:
                 return json.loads(next((line for line in stream if line.strip()), b"null"))
-        if kind == "parquet":
-            schema = pyarrow.parquet.read_schema(file)
-            lists = pyarrow.types.is_list, pyarrow.types.is_large_list
-            return {field.name: [] if any(test(field.type) for test in lists) else "" for field in schema}
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, pyarrow.ArrowException):
+        return _first_of_parquet(file) if kind == "parquet" else None
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError):
         return None  # reading all of it will say what is wrong
-    return None
+
+
+def _first_of_parquet(file: Path) -> dict[str, Any] | None:
+    """An empty value of each column's kind, as far as matters here."""
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(file)
+    except pyarrow.ArrowException:
+        return None
+    lists = pyarrow.types.is_list, pyarrow.types.is_large_list
+    return {field.name: [] if any(test(field.type) for test in lists) else "" for field in schema}
 
 
 def _binary_byte(file: Path) -> int | None:
