@@ -110,13 +110,15 @@ def _report(folder: Path, job: Job) -> list[str]:
         train, held_out = open_split(folder, index, "train"), open_split(folder, index, "validation")
         num_bytes = train.num_bytes + held_out.num_bytes
         num_tokens = train.num_tokens + held_out.num_tokens
+        learned = train.num_learned / train.num_tokens
+        share = f" ({percent(learned)} of them learned)" if learned < 1 else ""
         lines += [
             ("corpus", name),
             *(("", note) for note in train.manifest["corpus"]["notes"]),
             (
                 "learned",
                 f"{plural(train.num_documents, 'document')}, {size(train.num_bytes)} of text, "
-                f"{count(train.num_tokens)} tokens, {num_bytes / num_tokens:.2f} bytes a token",
+                f"{count(train.num_tokens)} tokens{share}, {num_bytes / num_tokens:.2f} bytes a token",
             ),
             (
                 "held out",

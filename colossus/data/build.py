@@ -7,13 +7,14 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from colossus.data.corpus import Corpus, Part, fingerprint_of
+from colossus.data.documents import chats_of
 from colossus.data.encode import Task, journals
 from colossus.data.sample import proof_sample, tokenizer_sample
 from colossus.data.shards import (
@@ -53,8 +54,11 @@ class Request:
     def key(self) -> str:
         """Names the result: the same request gives the same shards."""
         tokenizer: tuple[Any, ...] = (self.tokenizer, self.vocab_size if self.tokenizer == "bpe" else 0)
-        if self.tokenizer not in ("bpe", "bytes"):
-            tokenizer = (load_tokenizer(self.tokenizer).fingerprint,)
+        given = load_tokenizer(self.tokenizer) if self.tokenizer not in ("bpe", "bytes") else None
+        if given is not None:
+            tokenizer = (given.fingerprint,)
+        if any(corpus.chats for corpus in self.corpora):
+            tokenizer += (chats_of(given or BytesTokenizer()).fingerprint,)
         listing = [(corpus.name, corpus.fingerprint) for corpus in self.corpora]
         weights = self.weights if self.tokenizer == "bpe" and len(self.corpora) > 1 else ()
         return fingerprint_of([(SCHEMA,), *listing, tokenizer, weights, (self.held_out,)])
@@ -99,6 +103,8 @@ def _build(request: Request, folder: Path, progress: Progress) -> None:
         replace_synced(folder / "request.json", json.dumps(_claim_of(request)).encode())
     divided = [divide(corpus, request.held_out) for corpus in request.corpora]
     tokenizer = _tokenizer(request, divided, folder / "tokenizer")
+    if tokenizer.chats is not None and tokenizer.chats.is_default:
+        divided = [(_with_note(corpus), split) for corpus, split in divided]
     total = sum(corpus.num_bytes for corpus in request.corpora)
     done = 0
     for index, (corpus, split) in enumerate(divided):
@@ -111,6 +117,15 @@ def _build(request: Request, folder: Path, progress: Progress) -> None:
             _build_corpus(corpus, split, target, folder / "tokenizer", tokenizer, request.workers, advance)
         done += corpus.num_bytes
     progress(total, total)
+
+
+def _with_note(corpus: Corpus) -> Corpus:
+    """Says of chats that their template is not the tokenizer's own."""
+    note = (
+        "no chat template with the tokenizer: a message is its role, a line's end and its text, between the "
+        "tokens that begin and end a document"
+    )
+    return replace(corpus, notes=(*corpus.notes, note)) if corpus.chats else corpus
 
 
 def corpus_folder(folder: Path, index: int) -> Path:
@@ -151,6 +166,8 @@ def _tokenizer(
         tokenizer = train_bpe(tokenizer_sample(divided, request.weights), request.vocab_size)
     else:
         tokenizer = load_tokenizer(request.tokenizer)
+    if any(corpus.chats for corpus in request.corpora):
+        tokenizer.chats = chats_of(tokenizer)  # kept with it: a model must be asked as it was taught
     temporary = folder.with_name("tokenizer.part")
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save(temporary)
@@ -190,6 +207,7 @@ def _build_corpus(
                 "vocab_size": tokenizer.vocab_size,
                 "bos_id": tokenizer.bos_id,
                 "eos_id": tokenizer.eos_id,
+                **({"chats": tokenizer.chats.fingerprint} if corpus.chats and tokenizer.chats else {}),
             },
             "dtype": dtype,
             "splits": splits,
@@ -197,6 +215,7 @@ def _build_corpus(
                 "name": documents.name,
                 "bytes": documents.stat().st_size,
                 "crc32": crc32(documents),
+                "of": "learned",  # the sizes of documents, where not all of them is learned
             },
         },
     )
@@ -255,7 +274,9 @@ def verify(folder: Path, num_corpora: int, progress: Progress = lambda done, tot
     total = sum(split.num_file_bytes for split in splits)
     done = 0
     for split in splits:
-        if split.manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+        built_by = split.manifest["tokenizer"]
+        chats = tokenizer.chats.fingerprint if tokenizer.chats is not None else None
+        if built_by["fingerprint"] != tokenizer.fingerprint or built_by.get("chats", chats) != chats:
             raise UserError(f"{folder / 'tokenizer'}: changed since the shards were built; {REMEDY}")
 
         def advance(num_bytes: int) -> None:

@@ -13,14 +13,16 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from colossus import named
+from colossus.data.chats import Chat
 from colossus.errors import UserError, nearest
 
-Document = str | list[tuple[str, bool]]  # text, or pieces of text with whether each is learned
+# Text, pieces of text with whether each is learned, or a conversation.
+Document = str | list[tuple[str, bool]] | Chat
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Part:
 class Corpus:
     """name: as the user calls it. fingerprint: changes when the listing changes. notes: said once.
 
-    masked: some of its documents may come in pieces that are not all learned.
+    masked: some of its documents may not be learned whole. chats: some are conversations.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Corpus:
     fingerprint: str
     notes: tuple[str, ...] = ()
     masked: bool = False
+    chats: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -117,15 +120,28 @@ def fingerprint_of(entries: list[tuple[Any, ...]]) -> str:
 
 
 def text_of(document: Document) -> str:
-    """The whole text of a document."""
-    return document if isinstance(document, str) else "".join(text for text, _ in document)
+    """The whole text of a document; of a chat, what stands for it before it is rendered."""
+    if isinstance(document, str):
+        return document
+    return document.text if isinstance(document, Chat) else "".join(text for text, _ in document)
 
 
 def _encodable(document: Document) -> Document:
     """The document with lone surrogates, which JSON can spell and UTF-8 cannot, replaced."""
-    if not isinstance(document, str):
-        return [(_valid(text), learned) for text, learned in document]
-    return _valid(document)
+    if isinstance(document, str):
+        return _valid(document)
+    if isinstance(document, Chat):
+        return replace(document, messages=_all_valid(document.messages), tools=_all_valid(document.tools))
+    return [(_valid(text), learned) for text, learned in document]
+
+
+def _all_valid(value: Any) -> Any:
+    """A JSON value, its texts valid."""
+    if isinstance(value, dict):
+        return {_valid(key): _all_valid(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_all_valid(item) for item in value]
+    return _valid(value) if isinstance(value, str) else value
 
 
 def _valid(text: str) -> str:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from colossus.data.corpus import Document, Part, text_of
+from colossus.data.documents import Encoder
 from colossus.data.shards import STARTS, Shard, crc32, replace_synced
 from colossus.data.split import Split, key_of, sizes_of
-from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer
+from colossus.data.tokenizer import JsonTokenizer, load_tokenizer
 from colossus.errors import MachineError
 
 BATCH_BYTES = 2**21  # of text that is encoded at once
@@ -63,7 +64,8 @@ def encode_task(task: Task) -> dict[str, Any]:
     if task.quick and isinstance(tokenizer, JsonTokenizer):
         tokenizer.quicken([])
     try:
-        with _Writer(task, "train", tokenizer) as train, _Writer(task, "validation", tokenizer) as validation:
+        encoder = Encoder(tokenizer)
+        with _Writer(task, "train", encoder) as train, _Writer(task, "validation", encoder) as validation:
             if task.journal.is_file():  # finished meanwhile by a worker of a build that was killed
                 return task.done()
             train.begin()
@@ -96,9 +98,9 @@ def _batches(parts: Sequence[Part]) -> Iterator[list[Document]]:
 class _Writer:
     """Appends documents to one shard; memory stays at one batch and the documents' starts."""
 
-    def __init__(self, task: Task, split: str, tokenizer: JsonTokenizer | BytesTokenizer) -> None:
+    def __init__(self, task: Task, split: str, encoder: Encoder) -> None:
         stem = f"{split}-{task.index:05}"
-        self._task, self._tokenizer = task, tokenizer
+        self._task, self._encoder = task, encoder
         self._names = {"tokens": f"{stem}.bin", "starts": f"{stem}.starts"}
         if task.masked:
             self._names["mask"] = f"{stem}.mask"
@@ -124,18 +126,17 @@ class _Writer:
             file.truncate(0)
 
     def add(self, documents: list[Document], sizes: bool = False) -> None:
-        for document, (ids, mask) in zip(documents, self._encoded(documents), strict=True):
+        """sizes: of what is learned of each document, plain and compressed, are noted too."""
+        for document, encoded in zip(documents, self._encoder(documents), strict=True):
             self._starts.append(self._num_tokens)
-            self._num_tokens += len(ids)
-            self._put("tokens", ids.astype(self._task.dtype).tobytes())
+            self._num_tokens += len(encoded.ids)
+            self._put("tokens", encoded.ids.astype(self._task.dtype).tobytes())
             if self._task.masked:
-                self._put("mask", mask.tobytes())
-                self._num_learned += int(mask.sum())
-            text = text_of(document)
-            data = text.encode()
-            self._num_bytes += len(data)
+                self._put("mask", encoded.mask.tobytes())
+                self._num_learned += int(encoded.mask.sum())
+            self._num_bytes += len(encoded.text.encode())
             if sizes:
-                self.sizes.append([key_of(text) >> 1, *sizes_of(data)])
+                self.sizes.append([key_of(text_of(document)) >> 1, *sizes_of(encoded.learned.encode())])
 
     def finish(self) -> dict[str, Any]:
         """Closes the shard, all of it on disk. A file that says nothing is removed."""
@@ -159,21 +160,3 @@ class _Writer:
     def _put(self, kind: str, data: bytes) -> None:
         self._files[kind].write(data)
         self._crc[kind] = zlib.crc32(data, self._crc[kind])
-
-    def _encoded(self, documents: list[Document]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids between the tokens that begin and end a document, and which of them are learned."""
-        tokenizer = self._tokenizer
-        begin, end = np.array([tokenizer.bos_id], np.uint32), np.array([tokenizer.eos_id], np.uint32)
-        pieces = [[(d, True)] if isinstance(d, str) else d for d in documents]
-        ids = iter(self._ids([text for document in pieces for text, _ in document]))
-        for document in pieces:
-            encoded = [(next(ids), bool(learned)) for _, learned in document]
-            learned = [encoded[0][1], *(piece[1] for piece in encoded), encoded[-1][1]]
-            lengths = [1, *(len(piece[0]) for piece in encoded), 1]
-            mask = np.repeat(np.array(learned, np.uint8), lengths)
-            yield np.concatenate([begin, *(part for part, _ in encoded), end]), mask
-
-    def _ids(self, texts: list[str]) -> list[np.ndarray]:
-        if isinstance(self._tokenizer, JsonTokenizer):
-            return self._tokenizer.encode_many(texts)
-        return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for text in texts]

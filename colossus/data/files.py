@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from colossus.data.corpus import Corpus, Document, Part, fingerprint_of
+from colossus.data.records import Rows
 from colossus.errors import UserError
 
 CUT_BYTES = 2 * 2**20  # text files beyond it are cut into documents, at line ends
@@ -41,6 +42,7 @@ def local_corpus(name: str, path: Path, text_field: str) -> Corpus:
     )
     files = [file for file in files if file.stat().st_size]
     parts: list[Part] = []
+    chats = False
     skipped: list[str] = []
     for file in files:
         label = str(file.relative_to(path)) if file != path else file.name
@@ -50,7 +52,9 @@ def local_corpus(name: str, path: Path, text_field: str) -> Corpus:
                 raise UserError(f"data.corpus={name}: not text (byte {where} is not UTF-8); a file of text")
             skipped.append(label)
             continue
-        parts += _parts_of(file, label, kind, text_field)
+        rows = Rows.like(_first_row(file, kind), text_field)
+        chats |= rows.chats
+        parts += _parts_of(file, label, kind, rows)
     notes = []
     if skipped:
         some = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
@@ -58,7 +62,8 @@ def local_corpus(name: str, path: Path, text_field: str) -> Corpus:
     if not parts:
         raise UserError(f"data.corpus={name}: empty; it holds no file with text")
     listing = [(str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return Corpus(name, tuple(parts), fingerprint_of([*listing, (text_field,)]), tuple(notes))
+    fingerprint = fingerprint_of([*listing, (text_field,)])
+    return Corpus(name, tuple(parts), fingerprint, tuple(notes), masked=chats, chats=chats)
 
 
 def _visible(file: Path, root: Path) -> bool:
@@ -70,12 +75,12 @@ def _kind(file: Path) -> str:
     return KINDS.get(suffixes[-1] if suffixes else "", "text")
 
 
-def _parts_of(file: Path, label: str, kind: str, text_field: str) -> list[Part]:
+def _parts_of(file: Path, label: str, kind: str, rows: Rows) -> list[Part]:
     size = file.stat().st_size
     if kind == "parquet":
-        return [Part(label, size, _Parquet(str(file), text_field))]
+        return [Part(label, size, _Parquet(str(file), rows))]
     reader: Callable[..., Callable[[], Iterator[Document]]] = (
-        partial(_Jsonl, str(file), text_field) if kind == "jsonl" else partial(_Text, str(file))
+        partial(_Jsonl, str(file), rows) if kind == "jsonl" else partial(_Text, str(file))
     )
     if file.suffix in COMPRESSIONS or size <= CUT_BYTES:
         return [Part(label, size, reader(0, None))]
@@ -93,6 +98,29 @@ def open_bytes(path: str) -> BinaryIO:
 
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path), "zstd"), 2**20)
     return openers.get(suffix, lambda p: Path(p).open("rb"))(path)
+
+
+def _first_row(file: Path, kind: str) -> Any:
+    """The first row of a table, or as much of it as tells what it is; None where that cannot be read."""
+    try:
+        if kind == "jsonl":
+            with open_bytes(str(file)) as stream:
+                return json.loads(next((line for line in stream if line.strip()), b"null"))
+        return _first_of_parquet(file) if kind == "parquet" else None
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError):
+        return None  # reading all of it will say what is wrong
+
+
+def _first_of_parquet(file: Path) -> dict[str, Any] | None:
+    """An empty value of each column's kind, as far as matters here."""
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(file)
+    except pyarrow.ArrowException:
+        return None
+    lists = pyarrow.types.is_list, pyarrow.types.is_large_list
+    return {field.name: [] if any(test(field.type) for test in lists) else "" for field in schema}
 
 
 def _binary_byte(file: Path) -> int | None:
@@ -181,10 +209,10 @@ def _decoded(data: bytes, path: str, offset: int) -> str:
 
 @dataclass(frozen=True)
 class _Jsonl:
-    """Lines that begin in [start, stop) of the file; the text is in field `text_field`."""
+    """Lines that begin in [start, stop) of the file."""
 
     path: str
-    text_field: str
+    rows: Rows
     start: int
     stop: int | None
 
@@ -199,38 +227,36 @@ class _Jsonl:
                     yield self._document(line, begin)
                 begin += len(line)
 
-    def _document(self, line: bytes, begin: int) -> str:
+    def _document(self, line: bytes, begin: int) -> Document:
         where = f"{self.path}, byte {begin}"
         try:
             row = json.loads(line)
         except ValueError as error:
             raise UserError(f"data.corpus: {where}: not a JSON line ({error})") from None
-        return text_in(row if isinstance(row, dict) else {}, self.text_field, where)
+        return self.rows.document(row if isinstance(row, dict) else {}, where, _Line(self.path, begin))
 
 
-def text_in(row: dict[str, Any], text_field: str, where: str) -> str:
-    """The text of a row of a table; none where it is null.
+@dataclass(frozen=True)
+class _Line:
+    """The line of a file that begins at byte `begin`. Counted when it is said."""
 
-    Raises:
-        UserError: it has no such field, or that holds something else.
-    """
-    if text_field in row and row[text_field] is None:
-        return ""
-    if not isinstance(row.get(text_field), str):
-        texts = [name for name, value in row.items() if isinstance(value, str)]
-        raise UserError.field(
-            "data.text_field", text_field, f"no text under this name at {where}; it has {list(row)}", texts
-        )
-    text: str = row[text_field]
-    return text
+    path: str
+    begin: int
+
+    def __str__(self) -> str:
+        number, left = 1, self.begin
+        with open_bytes(self.path) as stream:
+            while left and (chunk := stream.read(min(left, 2**20))):
+                number, left = number + chunk.count(b"\n"), left - len(chunk)
+        return f"{self.path}, line {number}"
 
 
 @dataclass(frozen=True)
 class _Parquet:
-    """The column `text_field`, batch by batch."""
+    """Batch by batch, of the columns that are read."""
 
     path: str
-    text_field: str
+    rows: Rows
 
     def __call__(self) -> Iterator[Document]:
         import pyarrow.parquet
@@ -241,15 +267,16 @@ class _Parquet:
             raise UserError(f"data.corpus: {self.path}: not a Parquet file ({error})") from None
         kinds = {field.name: field.type for field in table.schema_arrow}
         texts = [name for name, kind in kinds.items() if kind in (pyarrow.string(), pyarrow.large_string())]
-        if self.text_field not in texts:
+        if not self.rows.chats and (field := self.rows.text_field) not in texts:
             raise UserError.field(
-                "data.text_field",
-                self.text_field,
-                f"no column of text in {self.path}; it has {list(kinds)}",
-                texts,
+                "data.text_field", field, f"no column of text in {self.path}; it has {list(kinds)}", texts
             )
+        columns = [name for name in self.rows.columns if name in kinds]
+        number = 0
         try:
-            for batch in table.iter_batches(batch_size=256, columns=[self.text_field]):
-                yield from (text for text in batch.column(0).to_pylist() if text)
+            for batch in table.iter_batches(batch_size=256, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield self.rows.document(row, f"{self.path}, row {number}")
         except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise UserError(f"data.corpus: {self.path}: cannot be read ({error})") from None

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from colossus.data.chats import FIELD
 from colossus.data.corpus import Corpus, Document, Part, fingerprint_of
-from colossus.data.files import text_in
+from colossus.data.records import Rows
 from colossus.errors import UserError
 
 ROWS_A_PART = 1000  # of a data set that was saved whole, which is cut into up to MAX_PARTS
@@ -29,6 +30,7 @@ def stream_corpus(name: str, text_field: str) -> Corpus:
     split = split or "train"
     stream = _stream(where, split)
     count = stream.num_shards
+    rows = Rows.like(_first_row(stream), text_field)
     entries: list[tuple[Any, ...]] = [(where, split, text_field, count, datasets.__version__)]
     size = int(getattr((stream.info.splits or {}).get(split), "num_bytes", None) or 0)
     if Path(where).is_dir():
@@ -36,10 +38,20 @@ def stream_corpus(name: str, text_field: str) -> Corpus:
         entries += [(str(p.relative_to(where)), stat.st_size, stat.st_mtime_ns) for p, stat in files]
         size = sum(stat.st_size for _, stat in files)
     parts = [
-        Part(f"{where}@{index}", size // count, _Streamed(where, split, text_field, index, count))
+        Part(f"{where}@{index}", size // count, _Streamed(where, split, rows, index, count))
         for index in range(count)
     ]
-    return Corpus(name, tuple(parts), fingerprint_of(entries))
+    return Corpus(name, tuple(parts), fingerprint_of(entries), masked=rows.chats, chats=rows.chats)
+
+
+def _first_row(stream: Any) -> Any:
+    """The first row of a data set that may hold chats."""
+    if stream.features is not None and FIELD not in stream.features:
+        return None
+    try:
+        return next(iter(stream), None)
+    except (OSError, ValueError):
+        return None  # reading all of it will say what is wrong
 
 
 def _stream(where: str, split: str) -> Any:
@@ -66,10 +78,12 @@ def _stream(where: str, split: str) -> Any:
 class _Streamed:
     where: str
     split: str
-    text_field: str
+    rows: Rows
     index: int
     count: int
 
     def __call__(self) -> Iterator[Document]:
-        for row in _stream(self.where, self.split).shard(num_shards=self.count, index=self.index):
-            yield text_in(row, self.text_field, f"hf:{self.where}")
+        stream = _stream(self.where, self.split).shard(num_shards=self.count, index=self.index)
+        for number, row in enumerate(stream, 1):
+            place = f"hf:{self.where}:{self.split}, shard {self.index}, row {number}"
+            yield self.rows.document(row, f"hf:{self.where}", place)

@@ -3,7 +3,8 @@
 A folder holds one corpus: `manifest.json` (written last; without it there is nothing), and for each shard
 of each split the tokens (`.bin`, 16 or 32 bits), where documents start (`.starts`, 64 bits) and, where not
 every token is learned, a mask (`.mask`, one byte a token). Held-out documents come in a fixed shuffled order
-with their sizes in bytes, plain and compressed (`validation.documents`). Files have no headers.
+with the sizes in bytes of what is learned of them, plain and compressed (`validation.documents`). Files have
+no headers.
 """
 
 from __future__ import annotations
@@ -95,6 +96,20 @@ class ShardedTokens:
     def mask(self, start: int, stop: int) -> np.ndarray | None:
         """1 where a token is learned; None where all are."""
         return self._slice(self._masks, start, stop) if self._has_mask else None
+
+    def scored(self, start: int, stop: int) -> np.ndarray | None:
+        """1 where a held-out token counts; None where all do. What is not learned does not, but in shards
+        of a time when the sizes of documents were of their whole text."""
+        return self.mask(start, stop) if self.manifest["documents"].get("of") == "learned" else None
+
+    @property
+    def num_learned(self) -> int:
+        """Tokens that are learned. Reads the whole mask, where there is one."""
+        pairs = zip(self._masks, self.shards, strict=True)
+        return sum(
+            int(np.count_nonzero(mask)) if "mask" in shard.files else shard.num_tokens
+            for mask, shard in pairs
+        )
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Positions in [start, stop) where a document begins."""

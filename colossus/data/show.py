@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from colossus.architecture import IGNORED
 from colossus.data.order import BatchSchedule
 from colossus.data.packing import fill_window
 from colossus.data.sources import TrainingData
+from colossus.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,22 @@ def rows_of_step(
         cuts = np.unique(
             np.concatenate([[0], begins, np.flatnonzero(np.diff(learned_T)) + 1, [seq_len]])
         ).tolist()
+        decode = _spelled if "chats" in source.manifest["tokenizer"] else _decoded
         pieces = tuple(
-            Piece(data.tokenizer.decode(tokens_T[a:b].tolist()), bool(learned_T[a]), a in begins)
+            Piece(decode(data.tokenizer, tokens_T[a:b].tolist()), bool(learned_T[a]), a in begins)
             for a, b in pairwise(cuts)
         )
         num_targets = int(np.count_nonzero(targets_T != IGNORED))
         yield Row(sample, corpus, epoch, window, seq_len, num_targets, pieces)
+
+
+def _decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids)
+
+
+def _spelled(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """With the tokens that begin and end a document too: in a chat they may end a turn."""
+    ends = {tokenizer.bos_id, tokenizer.eos_id}
+    names = {index: name for name, index in tokenizer.special_tokens.items() if index in ends}
+    runs = [(name, [*run]) for name, run in groupby(ids, key=names.get)]
+    return "".join(name * len(run) if name is not None else tokenizer.decode(run) for name, run in runs)

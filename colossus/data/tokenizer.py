@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from colossus.data.chat_template import ChatFormat, chat_format
 from colossus.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,10 +27,14 @@ GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 
 
 class Tokenizer(Protocol):
-    """bos_id begins every document, eos_id ends it; neither comes out of `encode`."""
+    """bos_id begins every document, eos_id ends it; neither comes out of `encode`.
+
+    chats: how it renders chats; None where it does not say.
+    """
 
     bos_id: int
     eos_id: int
+    chats: ChatFormat | None
 
     @property
     def vocab_size(self) -> int: ...
@@ -37,6 +43,14 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str: ...
 
     def encode(self, text: str) -> list[int]: ...
+
+    @property
+    def special_tokens(self) -> dict[str, int]: ...
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each text, whose special tokens are spelled: ids, uint32 [N], and the first character of each
+        token and the one behind its last, int64 [N, 2]."""
+        ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -48,8 +62,34 @@ class BytesTokenizer:
 
     bos_id, eos_id, vocab_size, fingerprint = 256, 257, 258, "bytes"
 
+    def __init__(self, chats: ChatFormat | None = None) -> None:
+        self.chats = chats
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return {BOS: self.bos_id, EOS: self.eos_id}
+
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [self._encode_rendered(text) for text in texts]
+
+    def _encode_rendered(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        ids: list[np.ndarray] = []
+        offsets: list[np.ndarray] = []
+        at = 0
+        for piece in re.split("(" + "|".join(map(re.escape, self.special_tokens)) + ")", text):
+            if piece in self.special_tokens:
+                ids.append(np.array([self.special_tokens[piece]]))
+                offsets.append(np.array([[at, at + len(piece)]]))
+            else:
+                data = np.frombuffer(piece.encode(), np.uint8)
+                character = at + np.cumsum((data & 0xC0) != 0x80) - 1  # that a byte is of
+                ids.append(data)
+                offsets.append(np.stack([character, character + 1], 1))
+            at += len(piece)
+        return np.concatenate(ids).astype(np.uint32), np.concatenate(offsets).astype(np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
@@ -57,25 +97,39 @@ class BytesTokenizer:
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "bytes.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": self.vocab_size}))
+        if self.chats is not None:
+            self.chats.save(folder)
 
 
 class JsonTokenizer:
     """Any `tokenizer.json`. Encodes by tiktoken where that gives the same ids (see `quick`)."""
 
-    def __init__(self, text: str, bos_id: int, eos_id: int) -> None:
-        self._text, self.bos_id, self.eos_id = text, bos_id, eos_id
+    def __init__(self, text: str, bos_id: int, eos_id: int, chats: ChatFormat | None = None) -> None:
+        self._text, self.bos_id, self.eos_id, self.chats = text, bos_id, eos_id, chats
         self._quick: tiktoken.Encoding | None = None
 
     @cached_property
     def _tokenizer(self) -> tokenizers.Tokenizer:
+        tokenizer = self._read()
+        tokenizer.encode_special_tokens = True  # a text that spells one is text, not the end of a document
+        return tokenizer
+
+    @cached_property
+    def _of_rendered(self) -> tokenizers.Tokenizer:
+        """Of texts in which special tokens are spelled."""
+        tokenizer = self._read()
+        tokenizer.encode_special_tokens = False
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def _read(self) -> tokenizers.Tokenizer:
         import tokenizers
 
         try:
-            tokenizer = tokenizers.Tokenizer.from_str(self._text)
+            return tokenizers.Tokenizer.from_str(self._text)
         except Exception as error:  # it raises no narrower type
             raise UserError(f"data.tokenizer: not a tokenizer.json that can be used ({error})") from None
-        tokenizer.encode_special_tokens = True  # a text that spells one is text, not the end of a document
-        return tokenizer
 
     @cached_property
     def vocab_size(self) -> int:
@@ -84,6 +138,15 @@ class JsonTokenizer:
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(self._text.encode()).hexdigest()[:16]
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        encoded = self._of_rendered.encode_batch(list(texts), add_special_tokens=False)
+        return [(np.array(e.ids, np.uint32), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encoded]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_many([text])[0].tolist()
@@ -109,10 +172,16 @@ class JsonTokenizer:
             [i for i in ids if i not in (self.bos_id, self.eos_id)], skip_special_tokens=False
         )
 
+    def name(self, token: int) -> str:
+        return str(self._tokenizer.id_to_token(token))
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self._text, encoding="utf-8")
-        tokens = {"bos_token": self._name(self.bos_id), "eos_token": self._name(self.eos_id)}
+        tokens = {"bos_token": self.name(self.bos_id), "eos_token": self.name(self.eos_id)}
+        if self.chats is not None:  # a template may rely on one that is not configured
+            tokens = dict(self.chats.variables)
+            self.chats.save(folder)
         config = {"tokenizer_class": "PreTrainedTokenizerFast"} | tokens
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
@@ -129,9 +198,6 @@ class JsonTokenizer:
                 quick = None
         self._quick = quick
         return quick is not None
-
-    def _name(self, token: int) -> str:
-        return str(self._tokenizer.id_to_token(token))
 
     def _as_tiktoken(self) -> tiktoken.Encoding | None:
         """The same merges for tiktoken, where the tokenizer is a byte-level BPE with GPT-2's split."""
@@ -203,7 +269,7 @@ def load_tokenizer(path: str | Path) -> JsonTokenizer | BytesTokenizer:
     path = Path(path)
     if os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises for a name that no folder can have
         if (path / "bytes.json").is_file():
-            return BytesTokenizer()
+            return BytesTokenizer(chat_format(path, {}, BOS, EOS))
         path = path / "tokenizer.json"
     try:
         text = path.read_text(encoding="utf-8")
@@ -215,18 +281,19 @@ def load_tokenizer(path: str | Path) -> JsonTokenizer | BytesTokenizer:
         ) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"data.tokenizer={path}: not a tokenizer.json") from None
-    bos, eos = _document_tokens(path.parent, special)
+    config = _config(path.parent / "tokenizer_config.json")
+    bos, eos = _document_tokens(config, special)
     if eos is None:
         raise UserError(
             f"data.tokenizer={path}: none of its special tokens {sorted(special)} is known to end a "
             "document; name eos_token (and bos_token) in tokenizer_config.json beside it"
         )
-    return JsonTokenizer(text, special[bos] if bos is not None else special[eos], special[eos])
+    bos = eos if bos is None else bos
+    return JsonTokenizer(text, special[bos], special[eos], chat_format(path.parent, config, bos, eos))
 
 
-def _document_tokens(folder: Path, special: dict[str, int]) -> tuple[str | None, str | None]:
+def _document_tokens(config: dict[str, Any], special: dict[str, int]) -> tuple[str | None, str | None]:
     """The names of the tokens that begin and end a document: as configured, else the usual ones."""
-    config = _config(folder / "tokenizer_config.json")
 
     def named(key: str, usual: tuple[str, ...]) -> str | None:
         asked = config.get(key)

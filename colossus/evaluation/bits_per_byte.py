@@ -2,6 +2,9 @@
 
 A compressor that knew the model's predictions would need sum(-log2 p) bits for a document; divided by its
 UTF-8 bytes this is comparable between tokenizers, and with gzip, bz2 and xz on the same documents.
+
+Where not all of a document is learned, as in a chat, the model reads all of it, and what is learned counts:
+its tokens, and the bytes of its text. The compressors get that text alone.
 """
 
 from __future__ import annotations
@@ -33,6 +36,10 @@ class HeldOut(Protocol):
 
     def tokens(self, start: int, stop: int) -> np.ndarray: ...
 
+    def scored(self, start: int, stop: int) -> np.ndarray | None:
+        """1 where a token counts; None where all do."""
+        ...
+
     def documents(self) -> np.ndarray:
         """Structured, in a fixed shuffled order: start, num_bytes, gzip_bytes, bz2_bytes, xz_bytes."""
         ...
@@ -54,7 +61,7 @@ class Ranks(Protocol):
 class ValidationResult:
     """loss: nats a token. The compressors saw the same documents, each by itself.
 
-    num_tokens: predicted tokens. num_positions: forward positions that it took, padding included.
+    num_tokens: predicted tokens that count. num_positions: forward positions that it took, padding included.
     seconds: of wall time.
     """
 
@@ -85,6 +92,8 @@ class Validation:
         ends = [_ends(t["start"], corpus.num_tokens) for t, corpus in zip(tables, self._corpora, strict=True)]
         self._start = np.concatenate([table["start"] for table in tables])[order]
         self._num_tokens = np.concatenate(ends)[order] - self._start
+        triples = zip(self._corpora, tables, ends, strict=True)
+        self._num_scored = np.concatenate([_num_scored(c, t["start"], e) for c, t, e in triples])[order]
         self._bytes = {
             name: np.concatenate([table[f"{name}_bytes"] for table in tables])[order].astype(np.int64)
             for name in ("num", *COMPRESSORS)
@@ -99,8 +108,8 @@ class Validation:
         return len(self._start)
 
     def num_tokens(self, num_documents: int | None = None) -> int:
-        """Tokens that are predicted in the first `num_documents`, or in all."""
-        return int((self._num_tokens[:num_documents] - 1).sum())
+        """Predicted tokens that count in the first `num_documents`, or in all."""
+        return int(self._num_scored[:num_documents].sum())
 
     def num_positions(self) -> np.ndarray:
         """Forward positions that the first 1, 2, ... documents take, without padding: up to two a token."""
@@ -128,16 +137,20 @@ class Validation:
         for row, window in enumerate(rows.tolist()):
             document, count = table.document[window], int(table.length[window])
             begin = int(self._start[document] + table.begin[window])
-            tokens = self._corpora[self._corpus[document]].tokens(begin, begin + count + 1)
+            corpus = self._corpora[self._corpus[document]]
+            tokens = corpus.tokens(begin, begin + count + 1)
             first = int(table.first_scored[window])
             tokens_BT[row, :count] = tokens[:-1]
             targets_BT[row, first:count] = tokens[first + 1 :]
+            scored = corpus.scored(begin + 1, begin + count + 1)
+            if scored is not None:
+                targets_BT[row, :count][scored == 0] = IGNORED
         return tokens_BT, targets_BT
 
     def result(
         self, nats: float, num_documents: int | None, num_positions: int, seconds: float
     ) -> ValidationResult:
-        """`nats`: the sum of -log p over every predicted token of the first `num_documents`."""
+        """`nats`: the sum of -log p over every predicted token that counts of the first `num_documents`."""
         totals = {name: int(column[:num_documents].sum()) for name, column in self._bytes.items()}
         num_bytes, count = max(1, totals["num"]), len(self._start[:num_documents])
         num_tokens = self.num_tokens(num_documents)
@@ -210,6 +223,15 @@ def _ends(starts: np.ndarray, num_tokens: int) -> np.ndarray:
     ends = np.empty(len(starts), np.int64)
     ends[order] = np.append(starts[order][1:], num_tokens)
     return ends
+
+
+def _num_scored(corpus: HeldOut, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Predicted tokens that count of each document: all but its first, and but what is not learned."""
+    scored = corpus.scored(0, corpus.num_tokens)
+    if scored is None:
+        return ends - starts - 1
+    before = np.concatenate([[0], np.cumsum(scored, dtype=np.int64)])
+    return before[ends] - before[starts + 1]
 
 
 def _interleaved(counts: Iterable[int]) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -129,3 +131,22 @@ def test_show_of_no_such_step(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "show", "--step", "-1")
     assert code == 2
     assert "--step" in err
+
+
+def test_chats_are_shown_with_what_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The end of an answer too, though it is the token that ends documents."""
+    path = tmp_path / "chats.jsonl"
+    with path.open("w") as file:
+        for i in range(60):
+            turns = [("user", f"question {i}?"), ("assistant", f"answer {i}.")]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    words = [*SMALL, f"data.corpus={path}", f"data.folder={tmp_path / 'out'}"]
+    code, out, err = run(capsys, "build", *words, "--verify")
+    assert (code, err) == (0, "")
+    assert out.count("no chat template with the tokenizer") == 1
+    assert re.search(r"learned .* tokens \(\d+% of them learned\)", out)
+    code, out, err = run(capsys, "show", *words, "--rows", "3")
+    assert (code, err) == (0, "")
+    shown = "── document ──\n⟪<|bos|>user\nquestion 7?<|eos|><|bos|>assistant\n⟫answer 7.<|eos|>"
+    assert re.sub(r"\d+", "7", shown) in re.sub(r"\d+", "7", out)

@@ -20,6 +20,7 @@ class Corpus:
     def __init__(self, lengths, seed=0):
         draw = np.random.default_rng(seed)
         self.num_tokens = sum(lengths)
+        self.mask = None
         self._tokens = draw.integers(0, VOCAB, self.num_tokens).astype(np.uint16)
         order = draw.permutation(len(lengths))
         self._documents = np.zeros(len(lengths), dtype=[(name, np.int64) for name in FIELDS])
@@ -29,6 +30,9 @@ class Corpus:
 
     def tokens(self, start, stop):
         return self._tokens[start:stop]
+
+    def scored(self, start, stop):
+        return None if self.mask is None else self.mask[start:stop]
 
     def documents(self):
         return self._documents
@@ -70,6 +74,27 @@ def test_it_is_what_a_loop_over_tokens_gives(model, lengths, batch_tokens):
     assert result.loss * result.num_tokens == pytest.approx(nats, rel=1e-12)
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / (3 * sum(lengths)), rel=1e-12)
     assert (result.num_documents, result.num_tokens) == (len(lengths), sum(lengths) - len(lengths))
+
+
+def test_what_is_not_learned_is_read_and_does_not_count(model):
+    lengths = [5, 40, 17, 2, 33]
+    corpora = [Corpus(lengths, 1), Corpus([9, 12], 2)]
+    corpora[0].mask = np.random.default_rng(3).integers(0, 2, sum(lengths)).astype(np.uint8)
+    nats, count = 0.0, 0
+    for corpus in corpora:
+        for start, text in zip(corpus.documents()["start"], corpus.texts(), strict=True):
+            for position in range(1, len(text)):
+                if corpus.mask is None or corpus.mask[start + position]:
+                    nats += token_by_token(model, text[: position + 1], WINDOW)
+                    nats -= token_by_token(model, text[:position], WINDOW)
+                    count += 1
+    validation = Validation(corpora, WINDOW)
+    result = evaluate(model, validation, batch_tokens=24)
+    assert result.num_tokens == count == validation.num_tokens()
+    assert result.loss * count == pytest.approx(nats, rel=1e-10)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / (3 * 118), rel=1e-10)
+    first = evaluate(model, validation, 3)
+    assert 0 < first.num_tokens < count
 
 
 def test_the_compressors_are_of_the_same_documents(model):
