@@ -83,7 +83,7 @@ def app() -> typer.Typer:
     )
     verbs.command("train")(train.train)
     verbs.command("generate")(generate.generate)
-    verbs.command("eval")(evaluate.evaluate)
+    verbs.command("eval", short_help="Measure a model: bits per byte, or standard tasks.")(evaluate.evaluate)
     verbs.add_typer(data.app(), name="data", short_help="Build token shards, or show what a step sees.")
     verbs.command("doctor")(doctor.doctor)
     verbs.command("models")(models.models)
