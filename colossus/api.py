@@ -16,6 +16,8 @@ from colossus.job import Job
 
 if TYPE_CHECKING:
     from colossus.data.tokenizer import Tokenizer
+    from colossus.evaluation.corpora import CorpusResult
+    from colossus.evaluation.tasks import LoadedTasks, TaskResult
     from colossus.models import Decoder
     from colossus.trainer.hooks import Hook
     from colossus.trainer.run import Run
@@ -159,3 +161,80 @@ def generate(
     from colossus.generation import generate as continue_prompts
 
     return continue_prompts(model, tokenizer, prompts, max_tokens=max_tokens, **sampling)
+
+
+def evaluate(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    corpus: str | Path | None = None,
+    *,
+    held_out_of: str | Path | None = None,
+    seq_len: int | None = None,
+    documents: int | None = None,
+    megabytes: float | None = None,
+    text_field: str = "text",
+) -> CorpusResult:
+    """Loss and bits per byte of a model on a corpus (`python`, a path, `hf:NAME`, `package.module:Name`), or
+    on what a run held out (`held_out_of`, its folder or one of its checkpoints).
+
+    It computes in the model's own type, where the model is. Of a corpus, documents up to `megabytes` of
+    text are scored, by default 1; of what was held out, all. The choice is the same every time.
+
+    Raises:
+        UserError: there is no such corpus or run, it holds no text, or the window is too long.
+    """
+    from colossus.evaluation.corpora import evaluate_corpus, evaluate_held_out
+
+    if (corpus is None) == (held_out_of is None):
+        raise UserError("evaluate: name either a corpus or, as held_out_of, a run")
+    if held_out_of is not None:
+        return evaluate_held_out(
+            model, tokenizer, held_out_of, seq_len=seq_len, documents=documents, megabytes=megabytes
+        )
+    return evaluate_corpus(
+        model,
+        tokenizer,
+        str(corpus),
+        seq_len=seq_len,
+        documents=documents,
+        megabytes=megabytes,
+        text_field=text_field,
+    )
+
+
+def load_tasks(
+    names: Sequence[str], *, include_path: str | Path | None = None, shots: int | None = None
+) -> LoadedTasks:
+    """Tasks of the standard harness with their data; see `colossus.evaluation.tasks.load_tasks`."""
+    from colossus.evaluation.tasks import load_tasks as load
+
+    return load(names, include_path=include_path, shots=shots)
+
+
+def evaluate_tasks(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str] | LoadedTasks,
+    *,
+    include_path: str | Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    seq_len: int | None = None,
+    quiet: bool = True,
+) -> list[TaskResult]:
+    """Figures of a model in tasks of lm-eval, the standard harness (the extra `eval`).
+
+    tasks: names of tasks, groups or tags; `include_path` holds definitions of one's own.
+    shots: examples before each question, by default as each task says. limit: examples of each task.
+
+    Raises:
+        UserError: the extra is not installed, there is no such task, or its data cannot be had.
+    """
+    from colossus.evaluation.tasks import LoadedTasks, run_tasks
+    from colossus.generation import generate as write
+
+    if isinstance(tasks, str):
+        raise UserError.field("tasks", tasks, "expected a list of names; write [name]")
+    if not isinstance(tasks, LoadedTasks):
+        tasks = load_tasks(tasks, include_path=include_path, shots=shots)
+    return run_tasks(model, tokenizer, tasks, write, limit=limit, seq_len=seq_len, quiet=quiet)

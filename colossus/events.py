@@ -115,7 +115,7 @@ def read_events(folder: str | Path) -> list[dict[str, Any]]:
 
 def kept_and_lost(events: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """`events` without what a killed attempt took beyond the checkpoint that the next one went on from, and
-    those steps and validations."""
+    those steps, validations and evaluations."""
     kept: list[dict[str, Any]] = []
     lost: list[dict[str, Any]] = []
     for event in events:
@@ -129,7 +129,7 @@ def kept_and_lost(events: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]
 
 def _is_beyond(event: dict[str, Any], begin: int) -> bool:
     """Whether the weights after `begin` updates know nothing of it."""
-    first = {"step": begin, "validation": begin + 1}.get(event["kind"])
+    first = {"step": begin, "validation": begin + 1, "eval": begin + 1}.get(event["kind"])
     return first is not None and event["step"] >= first
 
 

@@ -37,7 +37,10 @@ def test_every_name_is_a_function_twice_after_importing_all_there_is() -> None:
         "    modules = [m.name for m in pkgutil.walk_packages(colossus.__path__, 'colossus.')]\n"
         "    for module in modules:\n"
         "        if not module.endswith('__main__'):\n"
-        "            importlib.import_module(module)\n"
+        "            try:\n"
+        "                importlib.import_module(module)\n"
+        "            except ModuleNotFoundError as error:\n"
+        "                assert error.name.partition('.')[0] == 'lm_eval', error  # an extra\n"
         "print(*modules)\n"
     )
     files = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / "colossus").rglob("*.py"))

@@ -1,4 +1,4 @@
-"""What a model is worth: bits per byte on held-out documents, beside what compressors reach on them."""
+"""What a model is worth: bits per byte of text, beside what compressors reach on it; the standard harness."""
 
 from __future__ import annotations
 

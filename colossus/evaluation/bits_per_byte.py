@@ -116,6 +116,10 @@ class Validation:
         table = windows(self._num_tokens, self.seq_len)
         return np.cumsum(np.bincount(table.document, table.length, self.num_documents)).astype(np.int64)
 
+    def num_bytes(self) -> np.ndarray:
+        """Bytes of text of the first 1, 2, ... documents."""
+        return np.cumsum(self._bytes["num"])
+
     def choose_part(self, seconds_per_position: float, budget_seconds: float) -> int:
         """How many documents, from the first on, are evaluated within `budget_seconds`; at least one.
 

@@ -56,6 +56,25 @@ def _validation(event: dict[str, Any]) -> str:
     )
 
 
+def _eval(event: dict[str, Any]) -> str:
+    return f"step {event['step']:,}: {subject(event)}: {figures(event)}"
+
+
+def subject(event: dict[str, Any]) -> str:
+    """The corpus or the task of an evaluation."""
+    if "task" in event:
+        limit = event.get("limit")
+        return f"{event['task']}" + (f", the first {plural(limit, 'example')}" if limit else "")
+    return f"{event['corpus']}, {plural(event['num_documents'], 'document')}"
+
+
+def figures(event: dict[str, Any]) -> str:
+    """What an evaluation found."""
+    if "task" in event:
+        return ", ".join(f"{name} {number(value):.4g}" for name, value in event["metrics"].items())
+    return f"{number(event['bits_per_byte']):.3f} bits per byte, loss {number(event['loss']):.3f}"
+
+
 def _checkpoint(event: dict[str, Any]) -> str:
     return (
         f"step {event['step']:,}: saved {event['path']}, {size(event['bytes'])} in "
@@ -99,6 +118,7 @@ _PHRASES = {
     "data": _data,
     "resume": _start,
     "validation": _validation,
+    "eval": _eval,
     "checkpoint": _checkpoint,
     "decision": _decision,
     "end": _end,

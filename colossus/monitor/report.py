@@ -200,6 +200,13 @@ def _history(view: RunView) -> str:
             for e in view.decisions
         )
         parts.append(_table("Decisions", [("from step", True), ("", False)], rows))
+    newest = {phrases.subject(e): e for e in view.evaluated if phrases.of(e)}
+    if newest:
+        rows = "".join(
+            f'<tr><td class="n">{e["step"]:,}</td><td>{_e(name)}</td><td>{_e(phrases.figures(e))}</td></tr>'
+            for name, e in newest.items()
+        )
+        parts.append(_table("Evaluated on", [("step", True), ("", False), ("", False)], rows))
     checkpoints = view.of("checkpoint")
     if checkpoints:
         rows = "".join(

@@ -27,8 +27,9 @@ class Share:
 class RunView:
     """The events of a run, sorted by what they tell.
 
-    steps, measured: the steps and validations that the run is made of, in order. repeated: steps that an
-    attempt took beyond the checkpoint that the next one went on from. starts: one an attempt.
+    steps, measured, evaluated: the steps, validations and evaluations that the run is made of, in
+    order. repeated: steps that an attempt took beyond the checkpoint that the next one went on from.
+    starts: one an attempt.
     """
 
     LEDGER = (
@@ -46,11 +47,13 @@ class RunView:
     steps: list[Event] = field(default_factory=list)
     repeated: list[Event] = field(default_factory=list)
     measured: list[Event] = field(default_factory=list)
+    evaluated: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        kept, lost = kept_and_lost(self.of("start", "resume", "step", "validation"))
+        kept, lost = kept_and_lost(self.of("start", "resume", "step", "validation", "eval"))
         self.steps = [e for e in kept if e["kind"] == "step"]
         self.measured = [e for e in kept if e["kind"] == "validation"]
+        self.evaluated = [e for e in kept if e["kind"] == "eval"]
         self.repeated = [e for e in lost if e["kind"] == "step"]
 
     @classmethod
@@ -133,7 +136,7 @@ class RunView:
             compiling,
             _total(self.repeated, "step_seconds"),
             _total([*self.steps, *self.repeated], "data_wait_seconds"),
-            _total(self.of("validation"), "seconds"),
+            _total(self.of("validation", "eval"), "seconds"),
             _total(self.of("checkpoint"), "blocked_seconds"),
         ]
         seconds.append(max(0.0, self.run_seconds - sum(seconds)))
@@ -156,4 +159,5 @@ _NEEDED = {
     "checkpoint": {"step", "path"},
     "decision": {"name", "value", "first_step"},
     "sample": {"prompt", "text"},
+    "eval": {"step"},
 }
