@@ -94,9 +94,11 @@ def sizes_of(box: Box) -> tuple[int, ...]:
 
 def bytes_of(values: torch.Tensor) -> memoryview[Any]:
     """The memory of a contiguous tensor on the CPU, as bytes."""
+    assert values.is_contiguous()
     if not values.numel():
         return memoryview(b"")
-    return values.view(-1).view(torch.uint8).numpy().data
+    flat = values.as_strided((values.numel(),), (1,))  # a single element counts as contiguous in any stride
+    return flat.view(torch.uint8).numpy().data
 
 
 def bands(

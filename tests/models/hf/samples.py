@@ -30,7 +30,8 @@ def of_every_type() -> dict[str, torch.Tensor]:
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:
-    return values.contiguous().reshape(-1).view(torch.uint8) if values.numel() else torch.zeros(0)
+    flat = values.clone(memory_format=torch.contiguous_format).reshape(-1)
+    return flat.view(torch.uint8) if flat.numel() else torch.zeros(0)
 
 
 def equal(left: torch.Tensor, right: torch.Tensor) -> bool:
