@@ -25,7 +25,7 @@ from colossus.models.hf.tensors import Box, Readable, bytes_of
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-STAGING_BYTES = 4 << 20
+STAGING_BYTES = 1 << 20  # little enough that a transposed copy of it stays in the cache
 GAP_BYTES = 16 << 10  # a call costs about as much as copying this from the page cache
 
 
