@@ -24,9 +24,12 @@ from typing import Any, BinaryIO
 
 import torch
 
+from colossus.architecture import Architecture
 from colossus.errors import MachineError
+from colossus.job import load_job
 from colossus.models.hf.reading import Scratch, Source, Stored
 from colossus.models.hf.tensors import Box, InMemory, Readable, slices_of
+from colossus.models.hf.views import Transposed
 
 IN_FILE_BYTES = 1 << 16  # longer payloads stay in the file: protocol 4 writes them outside its frames
 CHUNK_BYTES = 1 << 20
@@ -35,20 +38,20 @@ DAMAGE = (  # what reading another pickle, or a part of one, raises
     OSError, EOFError, pickle.UnpicklingError, struct.error, ValueError, TypeError, AttributeError,
     LookupError, AssertionError, OverflowError,
 )  # fmt: skip
-OF_LAYER = (
-    "moe/linear/w",
-    "moe/linear_1/w",
-    "moe/linear_v/w",
-    "multi_head_attention/key/w",
-    "multi_head_attention/linear/w",
-    "multi_head_attention/query/w",
-    "multi_head_attention/value/w",
-    "rms_norm/scale",
-    "rms_norm_1/scale",
-    "rms_norm_2/scale",
-    "rms_norm_3/scale",
-    "router/w",
-)
+IN_LAYER = {  # our names, and those of xAI's code
+    "attention_norm.weight": "rms_norm/scale",
+    "attention.wq.weight": "multi_head_attention/query/w",
+    "attention.wk.weight": "multi_head_attention/key/w",
+    "attention.wv.weight": "multi_head_attention/value/w",
+    "attention.wo.weight": "multi_head_attention/linear/w",
+    "attention_post_norm.weight": "rms_norm_1/scale",
+    "mlp_norm.weight": "rms_norm_2/scale",
+    "moe.router.weight": "router/w",
+    "moe.experts.w_gate": "moe/linear/w",
+    "moe.experts.w_up": "moe/linear_v/w",
+    "moe.experts.w_down": "moe/linear_1/w",
+    "mlp_post_norm.weight": "rms_norm_3/scale",
+}
 OUTSIDE = ("language_model/in_out_embed/embeddings", "language_model/rms_norm/scale")
 
 
@@ -63,14 +66,15 @@ def open_grok1(path: Path) -> Source:
     Raises:
         MachineError: a file is missing, cut short, or no such pickle; named.
     """
-    num_layers, rest = divmod(len(list(path.glob("tensor*_000"))) - len(OUTSIDE), len(OF_LAYER))
+    num_layers, rest = divmod(len(list(path.glob("tensor*_000"))) - len(OUTSIDE), len(IN_LAYER))
     if rest or num_layers < 1:
         raise MachineError(
-            f"{path}: {len(OUTSIDE)} files and {len(OF_LAYER)} for each layer are expected, "
+            f"{path}: {len(OUTSIDE)} files and {len(IN_LAYER)} for each layer are expected, "
             f"but {rest or 'all'} of a layer are there beyond {max(num_layers, 0)} whole ones"
         )
+    of_layer = sorted(IN_LAYER.values())
     layers = sorted(f"transformer/decoder_layer_{layer}" for layer in range(num_layers))
-    names = [*OUTSIDE, *(f"{layer}/{name}" for layer in layers for name in OF_LAYER)]
+    names = [*OUTSIDE, *(f"{layer}/{name}" for layer in layers for name in of_layer)]
     tensors, scratch = dict[str, Readable](), Scratch()
     for number, name in enumerate(names):
         file = path / f"tensor{number:05d}_000"
@@ -221,3 +225,35 @@ class _Unpickler(PythonUnpickler):
             raise EOFError(f"it ends {begin + length - end} bytes before its array does")
         self._file.seek(begin + length)
         return _InFile(begin, length)
+
+
+def as_ours(source: Source, head_dim: int = 128) -> tuple[Architecture, dict[str, Readable]]:
+    """The architecture that the shapes of Grok-1's tensors give, and our tensors made of them.
+
+    head_dim: of the published model; no shape says it.
+    """
+    layer = "transformer/decoder_layer_0"
+    vocab_size, hidden_size = source[OUTSIDE[0]].shape
+    num_experts, _, expert_size = source[f"{layer}/moe/linear/w"].shape
+    preset = load_job(None, ["model=grok-1"]).model
+    assert preset.experts is not None
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_layers": (len(source) - len(OUTSIDE)) // len(IN_LAYER),
+        "num_heads": source[f"{layer}/multi_head_attention/query/w"].shape[1] // head_dim,
+        "num_kv_heads": source[f"{layer}/multi_head_attention/key/w"].shape[1] // head_dim,
+        "head_dim": head_dim,
+        "intermediate_size": expert_size,
+        "experts": preset.experts.model_copy(update={"num_experts": num_experts}),
+    }
+    arch = preset.model_copy(update=sizes)
+    tensors: dict[str, Readable] = {}
+    for ours, theirs in {"embedding.weight": OUTSIDE[0], "norm.weight": OUTSIDE[1]}.items():
+        tensors[ours] = source[theirs]
+    for index in range(arch.num_layers):
+        for ours, theirs in IN_LAYER.items():
+            tensor = source[f"transformer/decoder_layer_{index}/{theirs}"]
+            name = f"layers.{index}.{ours}"
+            tensors[name] = Transposed.of(name, tensor) if theirs.endswith("/w") else tensor
+    return arch, tensors
