@@ -69,9 +69,9 @@ def open_source(path: str | Path) -> Source:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is no Hugging Face checkpoint: there is no such folder")
-    config = _read_json(path / CONFIG) if (path / CONFIG).exists() else {}
+    config = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
     if (path / ONE_FILE).exists():
-        stored = _stored_in(path / ONE_FILE)
+        stored = stored_in(path / ONE_FILE)
     elif (path / INDEX).exists():
         stored = _stored_by_index(path)
     else:
@@ -83,8 +83,8 @@ def open_source(path: str | Path) -> Source:
     return Source(path, config, dequantised(stored, config, path))
 
 
-def _stored_in(file: Path) -> dict[str, Readable]:
-    scratch = _Scratch()
+def stored_in(file: Path) -> dict[str, Readable]:
+    scratch = Scratch()
     return {
         name: Stored(place.spec.name, place.spec.shape, place.spec.dtype, file, place.begin, scratch)
         for name, place in read_header(file).items()
@@ -93,7 +93,7 @@ def _stored_in(file: Path) -> dict[str, Readable]:
 
 def _stored_by_index(path: Path) -> dict[str, Readable]:
     """The tensors that the index names, each from the file that it names."""
-    weight_map = _read_json(path / INDEX).get("weight_map")
+    weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise MachineError(f"{path / INDEX} is damaged: it has no weight_map of names to files")
     names: dict[str, list[str]] = {}
@@ -105,7 +105,7 @@ def _stored_by_index(path: Path) -> dict[str, Readable]:
             raise MachineError(f"{path / INDEX} is damaged: {file!r} is no file of this folder")
         if not (path / file).exists():
             raise MachineError(f"{path / file} is missing; {INDEX} says that it holds {names[file][0]}")
-        held = _stored_in(path / file)
+        held = stored_in(path / file)
         for name in names[file]:
             if name not in held:
                 raise MachineError(f"{path / file} holds no {name}, although {INDEX} says so")
@@ -113,7 +113,7 @@ def _stored_by_index(path: Path) -> dict[str, Readable]:
     return found
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         tree = json.loads(file.read_bytes())
     except OSError as error:
@@ -125,7 +125,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return tree
 
 
-class _Scratch(threading.local):
+class Scratch(threading.local):
     """Memory to read into, each thread its own, kept: fresh pages cost many times a copy's time."""
 
     def __init__(self) -> None:
@@ -144,7 +144,7 @@ class Stored(Readable):
 
     file: Path
     begin: int
-    scratch: _Scratch
+    scratch: Scratch
 
     def fill(self, out: torch.Tensor, box: Box) -> None:
         strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
