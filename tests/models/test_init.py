@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossus.architecture import parameter_table
-from colossus.models import build
-from colossus.models.init import fill_normal, normal, stream_keys
+from colossus.job import load_job
+from colossus.models import Decoder, build
+from colossus.models.init import fill_normal, initialise_parameter, normal, stream_keys
 from tests.models.reference import architecture
+from tests.parallel.real_ranks import in_ranks
 
 MASK = 2**64 - 1
 
@@ -79,3 +82,43 @@ def test_a_gpu_makes_the_same_values() -> None:
     for tensor in (on_cpu, on_gpu):
         fill_normal(tensor, (300, 70), (0, 0), 1.0, keys)
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=1e-6)
+
+
+def part_of_405b(layers: int, data: int, tensor: int) -> tuple[float, int]:
+    """Seconds that one rank takes to build Llama 3.1 405B and fill its part, and the elements of that.
+
+    It has so many layers; their matrices are cut over `data` ranks along one axis, over `tensor` ranks along
+    the other. A process group that sends nothing stands for the others.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=4567, world_size=data * tensor, store=FakeStore())
+    mesh = init_device_mesh("cpu", (data, tensor))
+    arch = load_job(None, ["model=llama3.1-405b", "model.initializer_range=0.02"]).model
+    begin, filled = time.perf_counter(), 0
+    with torch.device("meta"):
+        Decoder(arch)
+    for parameter in parameter_table(arch):
+        if parameter.layer is not None and parameter.layer >= layers:
+            continue
+        placements = [Shard(0), Shard(1) if len(parameter.shape) > 1 else Replicate()]
+        shape, _ = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+        whole, stride = (
+            torch.Size(parameter.shape),
+            (math.prod(parameter.shape[1:]), 1)[-len(parameter.shape) :],
+        )
+        local = torch.empty(shape)
+        sharded = DTensor.from_local(local, mesh, placements, run_check=False, shape=whole, stride=stride)
+        initialise_parameter(sharded, parameter, seed=0)
+        filled += local.numel()
+    return time.perf_counter() - begin, filled
+
+
+def test_one_rank_of_131072_fills_its_part_of_405b_in_seconds() -> None:
+    ((seconds, filled),) = in_ranks(1, part_of_405b, 126 // 16, 1024, 8)
+    assert filled > 405e9 / 131_072 / 2
+    assert seconds < 10
