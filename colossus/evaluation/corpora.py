@@ -13,14 +13,15 @@ import numpy as np
 from colossus.checkpoints.format import is_committed
 from colossus.data.build import open_split
 from colossus.data.corpus import Corpus, Document, open_corpus, text_of
+from colossus.data.documents import Encoder
 from colossus.data.shards import HELD_OUT, ShardedTokens
 from colossus.data.split import key_of, sizes_of
+from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer
 from colossus.errors import UserError
 from colossus.evaluation.bits_per_byte import HeldOut, Validation, ValidationResult, evaluate
 from colossus.job import Job, load_job
 
 if TYPE_CHECKING:
-    from colossus.data.tokenizer import Tokenizer
     from colossus.models import Decoder
 
 MEGABYTES = 1.0  # of a corpus that are scored where nothing is said
@@ -50,12 +51,14 @@ class CorpusResult:
 class Texts:
     """Documents of a corpus as tokens, each from its begin to its end. A `HeldOut`.
 
-    ids: of all documents, one after the other. table: a row a document (dtype HELD_OUT), in fixed order.
+    ids: of all documents, one after the other; mask: which of them count. table: a row a document (dtype
+    HELD_OUT), in fixed order; its bytes are of the text that counts: of chats, what the assistant says.
     """
 
     corpus: str
     whole: bool
     ids: np.ndarray
+    mask: np.ndarray
     table: np.ndarray
 
     @property
@@ -64,6 +67,9 @@ class Texts:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         return self.ids[start:stop]
+
+    def scored(self, start: int, stop: int) -> np.ndarray:
+        return self.mask[start:stop]
 
     def documents(self) -> np.ndarray:
         return self.table
@@ -95,22 +101,23 @@ def choose_texts(
         raise UserError(f"corpus={name}: no document with text")
     found.sort(key=lambda document: key_of(text_of(document)))
     chosen: list[Document] = []
-    rows: list[tuple[int, ...]] = []
-    ids: list[list[int]] = []
-    start = total = 0
+    total = 0
     for document in found[:documents]:
         data = text_of(document).encode()
         if total + len(data) > max_bytes:
             if chosen:
                 break
-            document, whole = data[:max_bytes].decode(errors="ignore") or text_of(document)[:1], False
-            data = document.encode()
+            if isinstance(document, str):
+                document, whole = data[:max_bytes].decode(errors="ignore") or document[:1], False
         chosen.append(document)
-        ids.append(_encode(document, tokenizer))
-        rows.append((start, *sizes_of(data)))
-        start, total = start + len(ids[-1]), total + len(data)
-    flat = np.fromiter((i for document in ids for i in document), np.int64, start)
-    return Texts(name, whole and len(chosen) == len(found), flat, np.array(rows, HELD_OUT))
+        total += len(data)
+    assert isinstance(tokenizer, JsonTokenizer | BytesTokenizer)
+    encoded = list(Encoder(tokenizer)(chosen))
+    starts = np.cumsum([0, *(len(document.ids) for document in encoded)])
+    rows = [(s, *sizes_of(d.learned.encode())) for s, d in zip(starts, encoded, strict=False)]
+    ids, mask = np.concatenate([d.ids for d in encoded]), np.concatenate([d.mask for d in encoded])
+    whole = whole and len(chosen) == len(found)
+    return Texts(name, whole, ids.astype(np.int64), mask, np.array(rows, HELD_OUT))
 
 
 def _read(corpus: Corpus) -> tuple[list[Document], bool]:
@@ -130,12 +137,6 @@ def _read(corpus: Corpus) -> tuple[list[Document], bool]:
         if left <= 0 and not whole:
             break
     return found, whole
-
-
-def _encode(document: Document, tokenizer: Tokenizer) -> list[int]:
-    """As training encodes it: pieces by themselves, between the tokens that begin and end a document."""
-    pieces = [document] if isinstance(document, str) else [text for text, _ in document]
-    return [tokenizer.bos_id, *(i for text in pieces for i in tokenizer.encode(text)), tokenizer.eos_id]
 
 
 def evaluate_corpus(

@@ -204,3 +204,13 @@ def test_pieces_are_encoded_as_in_training(tmp_path: Path, monkeypatch: pytest.M
     found = choose_texts("my_eval_pieces:documents", merged)
     ids: Callable[[str], list[int]] = merged.encode
     assert found.ids.tolist() == [merged.bos_id, *ids("ab"), *ids("cd"), merged.eos_id]
+
+
+def test_of_a_chat_only_what_the_assistant_says_counts(model: Decoder, tmp_path: Path) -> None:
+    chats = [[("user", "abc"), ("assistant", "de")], [("user", "x"), ("assistant", "yz"), ("user", "q")]]
+    records = [{"messages": [{"role": r, "content": c} for r, c in chat]} for chat in chats]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    result = evaluate_corpus(model, BytesTokenizer(), str(path), seq_len=64).result
+    assert result.num_bytes == len("de") + len("yz")
+    assert result.num_tokens == result.num_bytes + len(chats)  # and the end of each answer
