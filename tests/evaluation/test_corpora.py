@@ -211,6 +211,6 @@ def test_of_a_chat_only_what_the_assistant_says_counts(model: Decoder, tmp_path:
     records = [{"messages": [{"role": r, "content": c} for r, c in chat]} for chat in chats]
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    result = evaluate_corpus(model, BytesTokenizer(), str(path), seq_len=64).result
+    result = evaluate_corpus(model, BytesTokenizer(), str(path)).result
     assert result.num_bytes == len("de") + len("yz")
     assert result.num_tokens == result.num_bytes + len(chats)  # and the end of each answer
