@@ -1,0 +1,1 @@
+"""Interchange with Hugging Face: published checkpoints, read and written in bands of bounded memory."""

@@ -1,0 +1,200 @@
+"""Opens a published checkpoint: a folder with `config.json` and safetensors files, one or several.
+
+Only headers are read at first. Tensors are read with `pread`, in boxes that the caller chooses: what is
+touched of a mapped file would count as this process's memory, and a tensor of 5 GB need never be there whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from colossus.errors import MachineError, UserError, nearest
+from colossus.models.hf.header import read_header
+from colossus.models.hf.quantised import dequantised
+from colossus.models.hf.tensors import Readable, box_of, bytes_of, sizes_of
+
+ONE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+STAGING_BYTES = 4 << 20
+GAP_BYTES = 8 << 10  # a call costs about as much as copying this from the page cache
+
+
+class Source(Mapping[str, Readable]):
+    """A published checkpoint, opened: its tensors by name, and its `config.json`.
+
+    Quantised tensors appear under the name and shape they'd have if they weren't, in bf16.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], tensors: dict[str, Readable]) -> None:
+        self.path = path
+        self.config = config
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Readable:
+        """Raises UserError where there is no such tensor."""
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            guess = nearest(name, self._tensors)
+            hint = f"; did you mean {guess!r}?" if guess else ""
+            raise UserError(f"{self.path} holds no tensor {name!r}{hint}")
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def open_source(path: str | Path) -> Source:
+    """Opens a folder as `transformers` writes it; tensors are read when asked for.
+
+    Raises:
+        UserError: it is no such folder, or holds a type or a quantisation that is not read here.
+        MachineError: a file is missing, cut short or damaged; named, with the tensor.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is no Hugging Face checkpoint: there is no such folder")
+    config = _read_json(path / CONFIG) if (path / CONFIG).exists() else {}
+    if (path / ONE_FILE).exists():
+        stored = _stored_in(path / ONE_FILE)
+    elif (path / INDEX).exists():
+        stored = _stored_by_index(path)
+    else:
+        pickles = any(path.glob("pytorch_model*.bin"))
+        why = (
+            "; its pytorch_model.bin is a pickle, which could run code: have it converted" if pickles else ""
+        )
+        raise UserError(f"{path} is no Hugging Face checkpoint: it has neither {ONE_FILE} nor {INDEX}{why}")
+    return Source(path, config, dequantised(stored, config, path))
+
+
+def _stored_in(file: Path) -> dict[str, Readable]:
+    scratch = _Scratch()
+    return {
+        name: Stored(place.spec.name, place.spec.shape, place.spec.dtype, file, place.begin, scratch)
+        for name, place in read_header(file).items()
+    }
+
+
+def _stored_by_index(path: Path) -> dict[str, Readable]:
+    """The tensors that the index names, each from the file that it names."""
+    weight_map = _read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise MachineError(f"{path / INDEX} is damaged: it has no weight_map of names to files")
+    names: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        names.setdefault(file, []).append(name)
+    found: dict[str, Readable] = {}
+    for file in sorted(names):
+        if Path(file).name != file:
+            raise MachineError(f"{path / INDEX} is damaged: {file!r} is no file of this folder")
+        if not (path / file).exists():
+            raise MachineError(f"{path / file} is missing; {INDEX} says that it holds {names[file][0]}")
+        held = _stored_in(path / file)
+        for name in names[file]:
+            if name not in held:
+                raise MachineError(f"{path / file} holds no {name}, although {INDEX} says so")
+            found[name] = held[name]
+    return found
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_bytes())
+    except OSError as error:
+        raise MachineError(f"{file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise MachineError(f"{file} is damaged: {error}") from error
+    if not isinstance(tree, dict):
+        raise MachineError(f"{file} is damaged: it is no JSON object")
+    return tree
+
+
+class _Scratch(threading.local):
+    """Memory to read into, each thread its own, kept: fresh pages cost many times a copy's time."""
+
+    def __init__(self) -> None:
+        self._bytes: torch.Tensor | None = None
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        assert num_bytes <= STAGING_BYTES
+        if self._bytes is None:
+            self._bytes = torch.empty(STAGING_BYTES, dtype=torch.uint8)
+        return self._bytes[:num_bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored(Readable):
+    """A tensor as it lies in a file, from the byte `begin` on."""
+
+    file: Path
+    begin: int
+    scratch: _Scratch
+
+    def read(self, slices: Sequence[slice] = ()) -> torch.Tensor:
+        box = box_of(self.shape, slices)
+        out = torch.empty(sizes_of(box), dtype=self.dtype)
+        if not out.numel():
+            return out
+        strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
+        first = sum(r.start * stride for r, stride in zip(box, strides, strict=True))
+        steps = [r.step * stride for r, stride in zip(box, strides, strict=True)]
+        try:
+            descriptor = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._fill(descriptor, out, self.begin + first * self.dtype.itemsize, steps)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise MachineError(f"{self.file}: {error.strerror}; it holds {self.name}") from error
+        return out
+
+    def _fill(self, descriptor: int, out: torch.Tensor, begin: int, steps: Sequence[int]) -> None:
+        """Fills a contiguous `out` from elements that lie in the file in these steps, the first at a byte.
+
+        Elements that follow one another are read straight into `out`. Where the gaps are short, what lies
+        between is read too, into scratch memory, and left out in copying. Otherwise the rows are read one by
+        one.
+        """
+        item = self.dtype.itemsize
+        row_span = 1 + sum((size - 1) * step for size, step in zip(out.shape[1:], steps[1:], strict=True))
+        span = row_span + (len(out) - 1) * steps[0] if out.ndim else 1
+        if span == out.numel():
+            self._read_bytes(descriptor, begin, out)
+        elif len(out) > 1 and steps[0] * item <= GAP_BYTES:
+            rows = (STAGING_BYTES // item - row_span) // steps[0] + 1
+            for low in range(0, len(out), rows):
+                part = out[low : low + rows]
+                staged = self.scratch.take((row_span + (len(part) - 1) * steps[0]) * item).view(self.dtype)
+                self._read_bytes(descriptor, begin + low * steps[0] * item, staged)
+                part.copy_(staged.as_strided(part.shape, steps))
+        else:
+            for index, row in enumerate(out):
+                self._fill(descriptor, row, begin + index * steps[0] * item, steps[1:])
+
+    def _read_bytes(self, descriptor: int, begin: int, out: torch.Tensor) -> None:
+        """Fills a contiguous tensor with the file's bytes from `begin` on."""
+        room = bytes_of(out)
+        while room:
+            read = os.preadv(descriptor, [room], begin)
+            if not read:
+                size = os.fstat(descriptor).st_size
+                raise MachineError(
+                    f"{self.file} was cut short meanwhile: it has {size} bytes; it held {self.name}"
+                )
+            room, begin = room[read:], begin + read
