@@ -13,7 +13,7 @@ Two published forms:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from colossus.errors import MachineError, UserError
-from colossus.models.hf.tensors import Readable, box_of, sizes_of
+from colossus.models.hf.tensors import Box, Readable, bands, slices_of, within
+from colossus.models.hf.views import Transposed
 
 SCALE = "_scale_inv"
 BLOCKS, SCALES = "_blocks", "_scales"
 GROUP = 32  # values that share an exponent in MXFP4
-CHUNK_BYTES = 1 << 20  # of the wider numbers in between: they stay in a core's cache
+CHUNK_BYTES = 1 << 20  # decoded at a time: the wider numbers in between are few, and stay in the cache
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 METHODS = ("fp8", "mxfp4")
@@ -95,7 +96,7 @@ def _with_mxfp4(stored: Mapping[str, Readable], path: Path) -> dict[str, Readabl
             scales = stored.get(base + SCALES)
             if scales is None:
                 raise MachineError(f"{path} holds {name} without its exponents, {base + SCALES}")
-            found[base] = MXFP4.of(base, tensor, scales, path)
+            found[base] = Transposed.of(base, MXFP4.of(base, tensor, scales, path))
         elif not name.endswith(SCALES) or name.removesuffix(SCALES) + BLOCKS not in stored:
             found[name] = tensor
     return found
@@ -124,35 +125,26 @@ class Float8Blocks(Readable):
             )
         return cls(weight.name, weight.shape, torch.bfloat16, weight, scales, block)
 
-    def read(self, slices: Sequence[slice] = ()) -> torch.Tensor:
-        box = box_of(self.shape, slices)
-        weight = self.weight.read(slices)
-        out = torch.empty(sizes_of(box), dtype=self.dtype)
-        if not out.numel():
-            return out
-        rows, columns = box[-2], box[-1]
-        row_blocks = torch.arange(rows.start, rows.stop, rows.step) // self.block[0]
-        column_blocks = torch.arange(columns.start, columns.stop, columns.step) // self.block[1]
-        first = int(row_blocks[0]), int(column_blocks[0])
-        outer = [slice(r.start, r.stop, r.step) for r in box[:-2]]
-        grid_box = slice(first[0], int(row_blocks[-1]) + 1), slice(first[1], int(column_blocks[-1]) + 1)
-        scales = self.scales.read((*outer, *grid_box)).float()
-        weight, out_rows = weight.reshape(-1, len(rows), len(columns)), out.view(-1, len(rows), len(columns))
-        band = max(CHUNK_BYTES // (4 * len(columns)), 1)
-        for matrix, grid, result in zip(
-            weight, scales.reshape(-1, *scales.shape[-2:]), out_rows, strict=True
-        ):
-            wide = grid.index_select(1, column_blocks - first[1])
-            for low in range(0, len(rows), band):
-                part = matrix[low : low + band].float()
-                part *= wide.index_select(0, row_blocks[low : low + band] - first[0])
-                result[low : low + band] = part
-        return out
+    def fill(self, out: torch.Tensor, box: Box) -> None:
+        for band in bands(tuple(out.shape), out.dtype.itemsize, CHUNK_BYTES):
+            out[band].copy_(self._decode(within(box, band)))
+
+    def _decode(self, box: Box) -> torch.Tensor:
+        """The values of a small box, in float32."""
+        outer, blocks = list(slices_of(box[:-2])), []
+        for r, size in zip(box[-2:], self.block, strict=True):
+            index = torch.arange(r.start, r.stop, r.step) // size
+            blocks.append(index - index[0])
+            outer.append(slice(int(index[0]), int(index[-1]) + 1))
+        scales = self.scales.read(outer).float()
+        values = self.weight.read(slices_of(box)).float()
+        values *= scales.index_select(-1, blocks[1]).index_select(-2, blocks[0])
+        return values
 
 
 @dataclass(frozen=True, slots=True)
 class MXFP4(Readable):
-    """Bytes of two e2m1 values [..., rows, groups, 16] times 2^exponent of each group, transposed."""
+    """Bytes of two e2m1 values [..., rows, groups, 16] times 2^exponent of a group: [..., rows, columns]."""
 
     blocks: Readable
     scales: Readable
@@ -170,31 +162,24 @@ class MXFP4(Readable):
                 f"{scales.dtype}; they should be [..., rows, groups, {GROUP // 2}] and [..., rows, groups] "
                 f"in bytes"
             )
-        *outer, rows, groups, _ = blocks.shape
-        return cls(name, (*outer, groups * GROUP, rows), torch.bfloat16, blocks, scales)
+        shape = (*blocks.shape[:-2], blocks.shape[-2] * GROUP)
+        return cls(name, shape, torch.bfloat16, blocks, scales)
 
-    def read(self, slices: Sequence[slice] = ()) -> torch.Tensor:
-        """As `Readable.read`; the result is a transposed view of what lies row by row."""
-        *outer, columns, rows = box_of(self.shape, slices)
-        if not (math.prod(map(len, outer)) and columns and rows):
-            return torch.empty((*map(len, outer), len(columns), len(rows)), dtype=self.dtype)
-        groups = range(columns.start // GROUP, columns[-1] // GROUP + 1)
-        stored = [slice(r.start, r.stop, r.step) for r in (*outer, rows, groups)]
+    def fill(self, out: torch.Tensor, box: Box) -> None:
+        tables = _pairs(), _powers()
+        for band in bands(tuple(out.shape), self.dtype.itemsize, CHUNK_BYTES):
+            out[band].copy_(self._decode(within(box, band), *tables))
+
+    def _decode(self, box: Box, pairs: torch.Tensor, powers: torch.Tensor) -> torch.Tensor:
+        """The values of a small box: its groups whole, cut to it."""
+        columns = box[-1]
+        first = columns[0] // GROUP
+        stored = (*slices_of(box[:-1]), slice(first, columns[-1] // GROUP + 1))
         codes, exponents = self.blocks.read(stored), self.scales.read(stored)
-        out = torch.empty((*exponents.shape, GROUP // 2), dtype=torch.int32)  # two bf16 values in each
-        pairs, powers = _pairs(), _powers()
-        lines = zip(
-            codes.view(-1, GROUP // 2).split(CHUNK_BYTES // (2 * GROUP)),
-            exponents.view(-1).split(CHUNK_BYTES // (2 * GROUP)),
-            out.view(-1, GROUP // 2).split(CHUNK_BYTES // (2 * GROUP)),
-            strict=True,
-        )
-        for code, exponent, result in lines:
-            torch.index_select(pairs, 0, code.view(-1).int(), out=result.view(-1))
-            result.view(torch.bfloat16).mul_(powers.index_select(0, exponent.int())[:, None])
-        first = groups.start * GROUP
-        values = out.view(torch.bfloat16).view(*map(len, outer), len(rows), len(groups) * GROUP)
-        return values[..., columns.start - first : columns.stop - first : columns.step].transpose(-1, -2)
+        values = pairs.index_select(0, codes.view(-1).int()).view(torch.bfloat16).view(-1, GROUP)
+        values *= powers.index_select(0, exponents.view(-1).int())[:, None]
+        values = values.view(*exponents.shape[:-1], -1)
+        return values[..., columns[0] - first * GROUP : columns[-1] + 1 - first * GROUP : columns.step]
 
 
 def _pairs() -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 from colossus.errors import MachineError, UserError, nearest
 from colossus.models.hf.header import read_header
 from colossus.models.hf.quantised import dequantised
-from colossus.models.hf.tensors import Readable, box_of, bytes_of, sizes_of
+from colossus.models.hf.tensors import Box, Readable, bytes_of
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -146,11 +146,7 @@ class Stored(Readable):
     begin: int
     scratch: _Scratch
 
-    def read(self, slices: Sequence[slice] = ()) -> torch.Tensor:
-        box = box_of(self.shape, slices)
-        out = torch.empty(sizes_of(box), dtype=self.dtype)
-        if not out.numel():
-            return out
+    def fill(self, out: torch.Tensor, box: Box) -> None:
         strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
         first = sum(r.start * stride for r, stride in zip(box, strides, strict=True))
         steps = [r.step * stride for r, stride in zip(box, strides, strict=True)]
@@ -162,30 +158,40 @@ class Stored(Readable):
                 os.close(descriptor)
         except OSError as error:
             raise MachineError(f"{self.file}: {error.strerror}; it holds {self.name}") from error
-        return out
 
     def _fill(self, descriptor: int, out: torch.Tensor, begin: int, steps: Sequence[int]) -> None:
-        """Fills a contiguous `out` from elements that lie in the file in these steps, the first at a byte.
+        """Fills `out` from elements that lie in the file in these steps, the first of them at byte `begin`.
 
-        Elements that follow one another are read straight into `out`. Where the gaps are short, what lies
-        between is read too, into scratch memory, and left out in copying. Otherwise the rows are read one by
-        one.
+        Straight, where they follow one another in the file as they do in `out`. Otherwise as many rows as
+        scratch memory takes, and what lies between them, if that is not long; else row by row.
         """
         item = self.dtype.itemsize
         row_span = 1 + sum((size - 1) * step for size, step in zip(out.shape[1:], steps[1:], strict=True))
-        span = row_span + (len(out) - 1) * steps[0] if out.ndim else 1
-        if span == out.numel():
+        step = steps[0] if steps else 1
+        span = row_span + (len(out) - 1) * step if steps else 1
+        gapless = span == out.numel()
+        if gapless and out.is_contiguous() and out.dtype == self.dtype and out.device.type == "cpu":
             self._read_bytes(descriptor, begin, out)
-        elif len(out) > 1 and steps[0] * item <= GAP_BYTES:
-            rows = (STAGING_BYTES // item - row_span) // steps[0] + 1
+        elif span * item <= STAGING_BYTES and (gapless or step * item <= GAP_BYTES or len(out) == 1):
+            self._read_staged(descriptor, out, begin, span, steps)
+        elif row_span * item <= STAGING_BYTES and (gapless or step * item <= GAP_BYTES):
+            rows = (STAGING_BYTES // item - row_span) // step + 1
             for low in range(0, len(out), rows):
                 part = out[low : low + rows]
-                staged = self.scratch.take((row_span + (len(part) - 1) * steps[0]) * item).view(self.dtype)
-                self._read_bytes(descriptor, begin + low * steps[0] * item, staged)
-                part.copy_(staged.as_strided(part.shape, steps))
+                self._read_staged(
+                    descriptor, part, begin + low * step * item, row_span + (len(part) - 1) * step, steps
+                )
         else:
-            for index, row in enumerate(out):
-                self._fill(descriptor, row, begin + index * steps[0] * item, steps[1:])
+            for index in range(len(out)):
+                self._fill(descriptor, out[index], begin + index * step * item, steps[1:])
+
+    def _read_staged(
+        self, descriptor: int, out: torch.Tensor, begin: int, span: int, steps: Sequence[int]
+    ) -> None:
+        """By way of scratch memory. span: elements from the first to the last, what lies between included."""
+        staged = self.scratch.take(span * self.dtype.itemsize).view(self.dtype)
+        self._read_bytes(descriptor, begin, staged)
+        out.copy_(staged.as_strided(out.shape, steps))
 
     def _read_bytes(self, descriptor: int, begin: int, out: torch.Tensor) -> None:
         """Fills a contiguous tensor with the file's bytes from `begin` on."""

@@ -1,7 +1,7 @@
 """What is read and written here: tensors by name, a box at a time.
 
 A `Readable` is whatever can give any box of itself: a tensor as it lies in a file, one that is stored
-quantised, a view of others (`views.py`), a tensor in memory. Whoever assembles a checkpoint sees no more of
+quantised, a tensor in memory, a view of others (`views.py`). Whoever assembles a checkpoint sees no more of
 it than name, shape, type and `read`, so a tensor of any size passes through a few bands of bounded size.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-BAND_BYTES = 8 << 20  # long enough that a disk reads in sequence, and a few of them are little memory
+BAND_BYTES = 8 << 20  # long enough that a disk reads in sequence, and two of them are little memory
 
 Box = tuple[range, ...]
 """For each dimension of a tensor, which of its indices: ascending, in even steps."""
@@ -36,34 +36,34 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Readable(Spec, ABC):
-    """A tensor of which any box can be read. Reading from several threads at once is allowed."""
+    """A tensor of which any box can be read, from several threads at once too."""
 
-    @abstractmethod
     def read(self, slices: Sequence[slice] = ()) -> torch.Tensor:
-        """A box of the tensor, on the CPU, in its own type.
-
-        Takes the memory of the box and at most some 16 MiB more. The result may be strided (a transposed
-        view); it is the caller's alone.
+        """A box as a new tensor, contiguous, on the CPU, in the tensor's own type.
 
         Args:
             slices: of the leading dimensions, in steps of 1 or more; the dimensions without one are whole.
 
         Raises:
-            MachineError: the storage failed, or a file is not what its header says.
+            MachineError: the storage failed, or a file is no longer what its header says.
         """
+        out = torch.empty(sizes_of(box_of(self.shape, slices)), dtype=self.dtype)
+        self.read_into(out, slices)
+        return out
 
     def read_into(self, out: torch.Tensor, slices: Sequence[slice] = ()) -> None:
-        """Reads a box into `out`, which has its shape; values are converted to the type of `out`.
+        """Reads a box into a tensor of its shape, of any strides, type and device.
 
-        Takes no more memory than a band at a time. Raises as `read`.
+        Takes less than 16 MiB of memory, however large the box is. Args and raises: as `read`.
         """
         box = box_of(self.shape, slices)
         assert sizes_of(box) == tuple(out.shape), f"{self.name}: {sizes_of(box)} into {tuple(out.shape)}"
-        with torch.no_grad():
-            for band in bands(tuple(out.shape), self.dtype.itemsize):
-                inner = [r[s] for r, s in zip(box, band, strict=False)]
-                here = [slice(r.start, r.stop, r.step) for r in (*inner, *box[len(band) :])]
-                out[tuple(band)].copy_(self.read(here))
+        if out.numel():
+            self.fill(out.detach(), box)
+
+    @abstractmethod
+    def fill(self, out: torch.Tensor, box: Box) -> None:
+        """What `read_into` does; `out` has the box's sizes and is not empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +76,25 @@ class InMemory(Readable):
     def of(cls, name: str, values: torch.Tensor) -> InMemory:
         return cls(name, tuple(values.shape), values.dtype, values.detach())
 
-    def read(self, slices: Sequence[slice] = ()) -> torch.Tensor:
-        return self.values[tuple(slices)].cpu().clone()
+    def fill(self, out: torch.Tensor, box: Box) -> None:
+        out.copy_(self.values[slices_of(box)])
 
 
 def box_of(shape: Sequence[int], slices: Sequence[slice]) -> Box:
     """The box that slices of the leading dimensions cut out of a tensor."""
     assert len(slices) <= len(shape), f"{len(slices)} slices of {len(shape)} dimensions"
-    cut = [range(size)[part] for size, part in zip(shape, slices, strict=False)]
-    assert all(r.step > 0 for r in cut), "boxes are read forwards"
-    return (*cut, *(range(size) for size in shape[len(slices) :]))
+    box = within(tuple(range(size) for size in shape), slices)
+    assert all(r.step > 0 for r in box), "boxes are read forwards"
+    return box
+
+
+def within(box: Box, slices: Sequence[slice]) -> Box:
+    """The box that slices of the leading dimensions cut out of another."""
+    return (*(r[part] for r, part in zip(box, slices, strict=False)), *box[len(slices) :])
+
+
+def slices_of(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(r.start, r.stop, r.step) for r in box)
 
 
 def sizes_of(box: Box) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ and the folder takes its name at the end.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 
@@ -23,7 +25,7 @@ import torch
 from colossus.errors import MachineError, UserError
 from colossus.models.hf.header import encode_header
 from colossus.models.hf.reading import INDEX, ONE_FILE
-from colossus.models.hf.tensors import BAND_BYTES, Readable, Spec, bands, bytes_of
+from colossus.models.hf.tensors import BAND_BYTES, Readable, Spec, bands, box_of, bytes_of, sizes_of
 
 SHARD_BYTES = 5_000_000_000
 
@@ -46,12 +48,17 @@ def write_checkpoint(
         MachineError: the storage failed, or a tensor could not be read; nothing is left of what was written.
     """
     tensors = list(tensors)
+    rooms = cycle([torch.empty(band_bytes, dtype=torch.uint8), torch.empty(band_bytes, dtype=torch.uint8)])
     with Writer(path, tensors, shard_bytes) as writer:
         for name, data in (files or {}).items():
             writer.add_file(name, data)
         for tensor in tensors:
             for band in bands(tensor.shape, tensor.dtype.itemsize, band_bytes):
-                writer.append(tensor.name, tensor.read(band))
+                sizes = sizes_of(box_of(tensor.shape, band))
+                num_bytes = math.prod(sizes) * tensor.dtype.itemsize
+                room = next(rooms)[:num_bytes].view(tensor.dtype).view(sizes)
+                tensor.read_into(room, band)
+                writer.append(tensor.name, room)
 
 
 class Writer:
@@ -80,8 +87,9 @@ class Writer:
             raise
 
     def append(self, name: str, values: torch.Tensor) -> None:
-        """Adds the next elements of a tensor, in its own type; the caller must not change them afterwards.
+        """Adds the next elements of a tensor, in its own type.
 
+        They are written while the caller goes on: they may change only after the next `append` has returned.
         Raises MachineError where this or an earlier band could not be written.
         """
         place = self._places[name]
