@@ -50,7 +50,8 @@ class Latent(Section):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values from one small vector.
 
     A head's query and key have `nope_dim` plain and `rope_dim` rotated coordinates; the rotated key is one
-    for all heads. Queries come through `q_rank` coordinates, keys and values through `kv_rank`.
+    for all heads. Queries come through `q_rank` coordinates, keys and values through `kv_rank`; both are
+    normalised with `norm_eps`, which published models keep at 1e-6 whatever that of their layers is.
     """
 
     q_rank: int = Field(ge=1, le=10**6)
@@ -58,6 +59,7 @@ class Latent(Section):
     nope_dim: int = Field(ge=1, le=10**5)
     rope_dim: int = Field(ge=2, le=10**5)
     v_dim: int = Field(ge=1, le=10**5)
+    norm_eps: float = Field(default=1e-6, gt=0, lt=1)
 
 
 class Experts(Section):
