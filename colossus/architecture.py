@@ -363,7 +363,8 @@ def check(arch: Architecture) -> None:
             f"model.num_kv_heads={arch.num_kv_heads}: must divide model.num_heads={arch.num_heads}; "
             f"one of {', '.join(divisors)}"
         )
-    if arch.position == "rope" and arch.head_dim % 2 and arch.rotary_dim is None:
+    whole_turns = arch.position == "rope" and arch.rotary_dim is None and arch.latent is None
+    if whole_turns and arch.head_dim % 2:
         raise UserError(
             f"model.head_dim={arch.head_dim}: rotary positions need an even head_dim; {arch.head_dim + 1}?"
         )

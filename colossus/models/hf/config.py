@@ -236,8 +236,8 @@ class Window(Term):
             keys["use_sliding_window"] = arch.window is not None
         if self.layer_types is not None:
             keys["layer_types"] = [WINDOWED if w else FULL for w in windowed]
-            if self.switch:
-                keys["max_window_layers"] = arch.num_layers if arch.window is None else 0
+            if self.switch and arch.window is not None:
+                keys["max_window_layers"] = 0
         return keys
 
 

@@ -289,7 +289,7 @@ MIXTRAL = Published(
     terms=(
         *_sizes(1e-5),
         KV_HEADS,
-        HeadDim(),
+        HeadDim(explicit=False),
         Rotary(1_000_000.0),
         NO_NORMS,
         Window(None),

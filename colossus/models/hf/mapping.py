@@ -77,7 +77,7 @@ class PerExpert(Rule):
 
 @dataclass(frozen=True)
 class Fused(Rule):
-    """Several of ours in one published tensor, one after the other along `axis`, or with their indices in turns.
+    """Several of ours in one published tensor, one after the other along `axis`, or with indices in turns.
 
     turned: the published tensor has its last two dimensions exchanged; `axis` counts before that.
     """

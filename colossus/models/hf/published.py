@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from colossus.architecture import Architecture, Parameter, check, parameter_table
 from colossus.errors import UserError
@@ -28,6 +29,10 @@ WITHOUT_EFFECT = {"preset", "family", "initializer_range", "experts.balance_loss
     "experts.z_loss",
 }
 """Fields that no computed logit depends on: they need not be equal where a model is exported."""
+
+
+OF_THE_FILE = ("auto_map", "quantization_config", "torch_dtype", "dtype", "transformers_version")
+"""Keys of config.json that tell how a checkpoint is stored or by which code it is read."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +165,8 @@ def _check_names(source: Source, family: Published, arch: Architecture, expected
     if extra:
         more = f", and {len(extra) - 1} others" if len(extra) > 1 else ""
         raise UserError(
-            f"{source.path} holds {extra[0]} {list(source[extra[0]].shape)}{more}, which the {family.name} of "
-            f"its config.json has not"
+            f"{source.path} holds {extra[0]} {list(source[extra[0]].shape)}{more}, which the {family.name} "
+            f"of its config.json has not"
         )
     if further:
         layers = ", ".join(map(str, sorted(further)))
@@ -196,6 +201,18 @@ def _types(types: Iterable[torch.dtype]) -> str:
     return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
 
 
+def fill(model: nn.Module, tensors: Mapping[str, Readable]) -> None:
+    """Reads a model's weights and buffers in place; buffers of training that are not published become 0."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            tensors[name].read_into(parameter)
+        for name, buffer in model.named_buffers():
+            if name in tensors:
+                tensors[name].read_into(buffer)
+            else:
+                buffer.zero_()
+
+
 def fitting_family(arch: Architecture) -> Published:
     """The family that a model is exported as: its own if it has what the model has, else the first that has.
 
@@ -211,7 +228,8 @@ def fitting_family(arch: Architecture) -> Published:
     family, missing = told[0] if own is not None else min(told, key=lambda pair: len(pair[1]))
     which = "its own" if own is not None else f"the nearest ({arch.family} has no published form here)"
     raise UserError(
-        f"no published family has all parts of this model; {family.name} is {which}, but: {'; '.join(missing)}"
+        f"no published family has all parts of this model; {family.name} is {which}, but: "
+        f"{'; '.join(missing)}"
     )
 
 
@@ -285,11 +303,19 @@ def _shown(value: Any) -> str:
 
 
 def publish(
-    arch: Architecture, family: Published, tensors: Mapping[str, Readable]
+    arch: Architecture, family: Published, tensors: Mapping[str, Readable], kept: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], list[Readable]]:
-    """(`config.json`, the published tensors) of a model that fits the family; nothing is read yet."""
-    config = {"architectures": [family.architecture], "model_type": family.name} | keys(family.terms, arch)
+    """(`config.json`, the published tensors) of a model that fits the family; nothing is read yet.
+
+    kept: the `config.json` that the model was imported with; what ours says nothing of (ids of tokens, say)
+        is given back as it was.
+    """
+    config = {name: value for name, value in (kept or {}).items() if name not in OF_THE_FILE}
+    config |= {"architectures": [family.architecture], "model_type": family.name} | keys(family.terms, arch)
     found: list[Readable] = []
     for item in bind(family.rules, arch, tensors):
         found += item.rule.give(item.theirs, [tensors[name] for name in item.ours], arch)
+    types = {tensor.dtype for tensor in found if tensor.name.endswith("weight")}
+    if len(types) == 1:
+        config["dtype"] = str(types.pop()).removeprefix("torch.")
     return config, found

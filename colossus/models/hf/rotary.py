@@ -71,7 +71,7 @@ class Rotary(Term):
             }
         elif scaling is not None:
             given |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-            given |= {"truncate": scaling.truncate} | self._magnitudes(arch, scaling)
+            given |= ({} if scaling.truncate else {"truncate": False}) | self._magnitudes(arch, scaling)
         theta = {"rope_theta": arch.rope_theta if arch.rope_theta is not None else self.theta}
         partial = {}
         if self.partial is not None:
@@ -116,9 +116,9 @@ def _scaling(kind: Any, given: Mapping[str, Any], config: Config) -> RopeScaling
             names = {"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"}
             fields = {field: given[key] for key, field in names.items()}
         else:
-            magnitude, m, m_all = (given.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+            magnitude = given.get("attention_factor")
             if magnitude is None:
-                magnitude = mscale(factor, m) / mscale(factor, m_all) if m and m_all else mscale(factor, 1.0)
+                magnitude = _magnitude(float(factor), given.get("mscale"), given.get("mscale_all_dim"))
             fields = {
                 "beta_fast": given.get("beta_fast") or 32.0,
                 "beta_slow": given.get("beta_slow") or 1.0,
@@ -132,6 +132,10 @@ def _scaling(kind: Any, given: Mapping[str, Any], config: Config) -> RopeScaling
         raise UserError.field(
             "rope_scaling", dict(given), f"no complete {kind} scaling ({error!r:.200})"
         ) from None
+
+
+def _magnitude(factor: float, m: float | None, m_all_dim: float | None) -> float:
+    return mscale(factor, m) / mscale(factor, m_all_dim) if m and m_all_dim else mscale(factor, 1.0)
 
 
 def _nice(value: float) -> float:
