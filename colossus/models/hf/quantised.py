@@ -126,11 +126,11 @@ class Float8Blocks(Readable):
         return cls(weight.name, weight.shape, torch.bfloat16, weight, scales, block)
 
     def fill(self, out: torch.Tensor, box: Box) -> None:
-        for band in bands(tuple(out.shape), out.dtype.itemsize, CHUNK_BYTES):
+        for band in bands(tuple(out.shape), self.dtype.itemsize, CHUNK_BYTES):
             out[band].copy_(self._decode(within(box, band)))
 
     def _decode(self, box: Box) -> torch.Tensor:
-        """The values of a small box, in float32."""
+        """The values of a small box. Multiplied in float32 and then rounded, as the published code does."""
         outer, blocks = list(slices_of(box[:-2])), []
         for r, size in zip(box[-2:], self.block, strict=True):
             index = torch.arange(r.start, r.stop, r.step) // size
@@ -139,7 +139,7 @@ class Float8Blocks(Readable):
         scales = self.scales.read(outer).float()
         values = self.weight.read(slices_of(box)).float()
         values *= scales.index_select(-1, blocks[1]).index_select(-2, blocks[0])
-        return values
+        return values.to(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)

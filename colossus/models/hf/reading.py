@@ -25,8 +25,8 @@ from colossus.models.hf.tensors import Box, Readable, bytes_of
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-STAGING_BYTES = 4 << 20
-GAP_BYTES = 8 << 10  # a call costs about as much as copying this from the page cache
+STAGING_BYTES = 1 << 20  # little enough that a transposed copy of it stays in the cache
+GAP_BYTES = 16 << 10  # a call costs about as much as copying this from the page cache
 
 
 class Source(Mapping[str, Readable]):
@@ -150,6 +150,8 @@ class Stored(Readable):
         strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
         first = sum(r.start * stride for r, stride in zip(box, strides, strict=True))
         steps = [r.step * stride for r, stride in zip(box, strides, strict=True)]
+        if not box:
+            out, steps = out[None], [1]
         try:
             descriptor = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -162,45 +164,46 @@ class Stored(Readable):
     def _fill(self, descriptor: int, out: torch.Tensor, begin: int, steps: Sequence[int]) -> None:
         """Fills `out` from elements that lie in the file in these steps, the first of them at byte `begin`.
 
-        Straight, where they follow one another in the file as they do in `out`. Otherwise as many rows as
-        scratch memory takes, and what lies between them, if that is not long; else row by row.
+        Straight, where rows lie in the file as they do in `out`; else by way of scratch memory, many rows at
+        a time. What lies between rows is read too, if it is short, and left out in copying. Long rows with
+        gaps in them are looked at one by one.
         """
-        item = self.dtype.itemsize
-        row_span = 1 + sum((size - 1) * step for size, step in zip(out.shape[1:], steps[1:], strict=True))
-        step = steps[0] if steps else 1
-        span = row_span + (len(out) - 1) * step if steps else 1
-        gapless = span == out.numel()
-        if gapless and out.is_contiguous() and out.dtype == self.dtype and out.device.type == "cpu":
-            self._read_bytes(descriptor, begin, out)
-        elif span * item <= STAGING_BYTES and (gapless or step * item <= GAP_BYTES or len(out) == 1):
-            self._read_staged(descriptor, out, begin, span, steps)
-        elif row_span * item <= STAGING_BYTES and (gapless or step * item <= GAP_BYTES):
-            rows = (STAGING_BYTES // item - row_span) // step + 1
-            for low in range(0, len(out), rows):
-                part = out[low : low + rows]
-                self._read_staged(
-                    descriptor, part, begin + low * step * item, row_span + (len(part) - 1) * step, steps
-                )
-        else:
+        item, step = self.dtype.itemsize, steps[0]
+        row = 1 + sum((size - 1) * inner for size, inner in zip(out.shape[1:], steps[1:], strict=True))
+        gapless = row * len(out) == out.numel()
+        apart = (step - row) * item > GAP_BYTES
+        straight = gapless and out.is_contiguous() and out.dtype == self.dtype and out.device.type == "cpu"
+        if straight and (apart or step == row or len(out) == 1):
+            self._read_rows(descriptor, bytes_of(out), begin, row * item, step * item)
+        elif row * item > (STAGING_BYTES if gapless else 2 * GAP_BYTES) and out.ndim > 1:
             for index in range(len(out)):
                 self._fill(descriptor, out[index], begin + index * step * item, steps[1:])
-
-    def _read_staged(
-        self, descriptor: int, out: torch.Tensor, begin: int, span: int, steps: Sequence[int]
-    ) -> None:
-        """By way of scratch memory. span: elements from the first to the last, what lies between included."""
-        staged = self.scratch.take(span * self.dtype.itemsize).view(self.dtype)
-        self._read_bytes(descriptor, begin, staged)
-        out.copy_(staged.as_strided(out.shape, steps))
-
-    def _read_bytes(self, descriptor: int, begin: int, out: torch.Tensor) -> None:
-        """Fills a contiguous tensor with the file's bytes from `begin` on."""
-        room = bytes_of(out)
-        while room:
-            read = os.preadv(descriptor, [room], begin)
-            if not read:
-                size = os.fstat(descriptor).st_size
-                raise MachineError(
-                    f"{self.file} was cut short meanwhile: it has {size} bytes; it held {self.name}"
+        else:
+            pitch = row if apart else step  # of the rows in scratch memory
+            rows = (STAGING_BYTES // item - row) // pitch + 1
+            for low in range(0, len(out), rows):
+                part = out[low : low + rows]
+                staged = self.scratch.take((row + (len(part) - 1) * pitch) * item)
+                row_bytes = row * item if apart else len(staged)
+                self._read_rows(
+                    descriptor, bytes_of(staged), begin + low * step * item, row_bytes, step * item
                 )
-            room, begin = room[read:], begin + read
+                part.copy_(staged.view(self.dtype).as_strided(part.shape, (pitch, *steps[1:])))
+
+    def _read_rows(
+        self, descriptor: int, out: memoryview[Any], begin: int, row_bytes: int, step_bytes: int
+    ) -> None:
+        """Fills `out` with rows of the file, the first from the byte `begin` on."""
+        if row_bytes == step_bytes:
+            row_bytes = len(out)
+        for low in range(0, len(out), row_bytes):
+            room, end = out[low : low + row_bytes], begin
+            while room:
+                read = os.preadv(descriptor, [room], end)
+                if not read:
+                    size = os.fstat(descriptor).st_size
+                    raise MachineError(
+                        f"{self.file} was cut short meanwhile: it has {size} bytes; it held {self.name}"
+                    )
+                room, end = room[read:], end + read
+            begin += step_bytes

@@ -42,6 +42,7 @@ def write_checkpoint(
     Args:
         files: small ones to lie beside them (`config.json`, `tokenizer.json`), by name.
         shard_bytes: at most so much of tensors in a file, unless one tensor alone is more.
+        band_bytes: of each of two buffers; 8, the largest element, is the least.
 
     Raises:
         UserError: the destination exists and is not an empty folder.

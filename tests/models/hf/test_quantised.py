@@ -125,7 +125,11 @@ def test_any_box_of_float8_blocks(data: st.DataObject) -> None:
         patch.setattr(quantised, "CHUNK_BYTES", 4 * 11 * 3)
         source = open_source(publish(Path(folder), {"w": weight, "w_scale_inv": scales}, config))
         slices = data.draw(boxes(shape))
-        assert same(source["w"].read(slices), float8_by_hand(weight, scales, block)[slices])
+        expected = float8_by_hand(weight, scales, block)[slices]
+        assert same(source["w"].read(slices), expected)
+        wider = torch.empty(expected.shape)
+        source["w"].read_into(wider, slices)  # no other values in another type
+        assert same(wider, expected.float())
 
 
 def test_one_factor_for_a_whole_tensor(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_nothing_at_all(tmp_path: Path) -> None:
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6), st.sampled_from(list(DTYPES))), max_size=6),
     st.integers(1, 200),
-    st.integers(1, 64),
+    st.integers(8, 64),
 )
 @settings(max_examples=40, deadline=None)
 def test_copies_are_equal(
