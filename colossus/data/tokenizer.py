@@ -58,6 +58,18 @@ class BytesTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "bytes.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": self.vocab_size}))
 
+    def as_json(self) -> JsonTokenizer:
+        """The same ids by a byte-level BPE without merges, which other tools read."""
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        vocabulary = {character: byte for byte, character in _byte_characters().items()}
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([BOS, EOS])
+        return JsonTokenizer(tokenizer.to_str(), self.bos_id, self.eos_id)
+
 
 class JsonTokenizer:
     """Any `tokenizer.json`. Encodes by tiktoken where that gives the same ids (see `quick`)."""
@@ -111,10 +123,14 @@ class JsonTokenizer:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self._text, encoding="utf-8")
+        for name, text in self.files().items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    def files(self) -> dict[str, str]:
+        """The files that other tools read it from, by name."""
         tokens = {"bos_token": self._name(self.bos_id), "eos_token": self._name(self.eos_id)}
         config = {"tokenizer_class": "PreTrainedTokenizerFast"} | tokens
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+        return {"tokenizer.json": self._text, "tokenizer_config.json": json.dumps(config, indent=1)}
 
     def quicken(self, sample: Iterable[str]) -> bool:
         """Encodes by tiktoken from now on where its ids are equal on every text of `sample`.
@@ -209,6 +225,7 @@ def load_tokenizer(path: str | Path) -> JsonTokenizer | BytesTokenizer:
         text = path.read_text(encoding="utf-8")
         state = json.loads(text)
         special = {token["content"]: token["id"] for token in state["added_tokens"]}
+        special |= _configured_tokens(path.parent, state["model"]["vocab"])
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"data.tokenizer={path}: cannot be read ({error}); bpe, bytes or a tokenizer.json"
@@ -237,6 +254,15 @@ def _document_tokens(folder: Path, special: dict[str, int]) -> tuple[str | None,
     bos = named("bos_token", (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]"))
     eos = named("eos_token", (EOS, "</s>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "[EOS]"))
     return bos, eos
+
+
+def _configured_tokens(folder: Path, vocabulary: Any) -> dict[str, int]:
+    """Ids of tokens that tokenizer_config.json names and that are plain ones of the vocabulary."""
+    config = _config(folder / "tokenizer_config.json")
+    asked = [config.get(key) for key in ("bos_token", "eos_token")]
+    names = [token.get("content") if isinstance(token, dict) else token for token in asked]
+    plain = vocabulary if isinstance(vocabulary, dict) else {}
+    return {name: plain[name] for name in names if name is not None and name in plain}
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from colossus.checkpoints.load import open_checkpoint
 from colossus.data.tokenizer import Tokenizer, load_tokenizer
 from colossus.errors import UserError
 from colossus.models import Decoder
+from colossus.models.hf.published import fill, open_published
 
 
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[Decoder, Tokenizer]:
-    """The model and the tokenizer of a run (its newest whole checkpoint) or of one checkpoint.
+    """The model and the tokenizer of a run (its newest whole checkpoint), a checkpoint or a Hugging Face one.
 
     dtype: of the matrix products. fp32 is quick on every processor; bf16 only on some.
 
@@ -27,16 +28,32 @@ def load_model(
         UserError: there is no run or checkpoint at `path`, or nothing was saved yet.
         MachineError: what is there is damaged.
     """
-    checkpoint_folder, run_folder = find_checkpoint(Path(path))
-    checkpoint = open_checkpoint(checkpoint_folder)
-    arch = Architecture.model_validate(checkpoint.meta["architecture"])
+    path = Path(path)
+    if is_published(path):
+        opened, tokenizer = open_published(path), load_tokenizer(path)
+        model = _empty(opened.arch, device)
+        fill(model, opened.tensors)
+    else:
+        checkpoint_folder, run_folder = find_checkpoint(path)
+        checkpoint, tokenizer = open_checkpoint(checkpoint_folder), load_tokenizer(run_folder / "tokenizer")
+        model = _empty(Architecture.model_validate(checkpoint.meta["architecture"]), device)
+        weights = {(name, "weight"): tensor.detach() for name, tensor in model.named_parameters()}
+        buffers = {(name, "buffer"): tensor for name, tensor in model.named_buffers()}
+        checkpoint.load_into(weights | buffers)
+    model.compute_dtype = dtype
+    return model.eval(), tokenizer
+
+
+def _empty(arch: Architecture, device: str | torch.device) -> Decoder:
     with torch.device("meta"):
         model = Decoder(arch)
-    model.to_empty(device=device)
-    weights = {(name, "weight"): tensor.detach() for name, tensor in model.named_parameters()}
-    checkpoint.load_into(weights)
-    model.compute_dtype = dtype
-    return model.eval(), load_tokenizer(run_folder / "tokenizer")
+    return model.to_empty(device=device)
+
+
+def is_published(path: Path) -> bool:
+    """Whether `path` is a Hugging Face folder."""
+    is_ours = is_committed(path) or os.path.isfile(path / "job.toml") or checkpoints_folder(path).is_dir()  # noqa: PTH113
+    return not is_ours and os.path.isfile(path / "config.json")  # noqa: PTH113 - False too for an impossible name
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
@@ -53,6 +70,4 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         if newest is None:
             raise UserError(f"{path}: this run has saved no checkpoint yet")
         return newest, path
-    if (path / "config.json").is_file():
-        raise UserError(f"{path}: a Hugging Face folder; loading these is not available yet")
     raise UserError(f"{path}: neither a run (it has no job.toml) nor a whole checkpoint (no COMMITTED)")

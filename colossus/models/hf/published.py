@@ -303,7 +303,10 @@ def _shown(value: Any) -> str:
 
 
 def publish(
-    arch: Architecture, family: Published, tensors: Mapping[str, Readable], kept: Mapping[str, Any] | None = None
+    arch: Architecture,
+    family: Published,
+    tensors: Mapping[str, Readable],
+    kept: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[Readable]]:
     """(`config.json`, the published tensors) of a model that fits the family; nothing is read yet.
 

@@ -104,21 +104,21 @@ def mscale(factor: float, weight: float) -> float:
 
 
 def _scaling(kind: Any, given: Mapping[str, Any], config: Config) -> RopeScaling:
-    longest = config.get("max_position_embeddings")
-    original = config.get("original_max_position_embeddings") or given.get(
+    longest: Any = config.get("max_position_embeddings")
+    original: Any = config.get("original_max_position_embeddings") or given.get(
         "original_max_position_embeddings", longest
     )
-    factor = given.get("factor")
+    factor: Any = given.get("factor")
     try:
         if factor is None and kind == "yarn":
-            factor = longest / original  # type: ignore[operator]
+            factor = longest / original
         if kind == "llama3":
             names = {"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"}
             fields = {field: given[key] for key, field in names.items()}
         else:
             magnitude = given.get("attention_factor")
             if magnitude is None:
-                magnitude = _magnitude(float(factor), given.get("mscale"), given.get("mscale_all_dim"))
+                magnitude = _magnitude(factor, given.get("mscale"), given.get("mscale_all_dim"))
             fields = {
                 "beta_fast": given.get("beta_fast") or 32.0,
                 "beta_slow": given.get("beta_slow") or 1.0,

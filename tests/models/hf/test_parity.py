@@ -114,7 +114,7 @@ def test_gradients(pair: tuple[Any, Decoder, Path], tmp_path: Path) -> None:
 def test_import_and_export_are_the_identity(pair: tuple[Any, Decoder, Path], tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    theirs, ours, folder = pair
+    theirs, _, folder = pair
     opened = open_published(folder)
     family = fitting_family(opened.arch)
     config, tensors = publish(opened.arch, family, opened.tensors)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from colossus.data.tokenizer import JsonTokenizer
 from colossus.models import Decoder
 from colossus.models.hf.published import fill, open_published
 
@@ -36,7 +37,7 @@ LLAMA3 = {
 
 
 def _sizes(rng: random.Random, **others: Any) -> dict[str, Any]:
-    """Sizes of a model with grouped heads. Products of experts on a CPU take rows of 16 bytes, of 4 numbers."""
+    """Of a model with grouped heads. Products of experts on a CPU take rows of whole 16 bytes."""
     kv = rng.choice((1, 2, 3))
     return {
         "vocab_size": VOCAB,
@@ -253,3 +254,18 @@ def load(folder: Path) -> Decoder:
 
 def as_json(tree: dict[str, Any]) -> bytes:
     return json.dumps(tree).encode()
+
+
+def tokenizer(folder: Path) -> JsonTokenizer:
+    """Writes a tokenizer of letters and two special tokens: two fewer than the models have."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    letters = {letter: index for index, letter in enumerate("abcdefghijklmnopqrstuvwxyz0123456789")}
+    made = tokenizers.Tokenizer(models.BPE(letters, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<s>", "</s>"])
+    found = JsonTokenizer(made.to_str(), made.token_to_id("<s>"), made.token_to_id("</s>"))
+    found.save(folder)
+    return found
