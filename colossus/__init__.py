@@ -8,10 +8,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from colossus.api import evaluate, evaluate_tasks, generate, load_job, load_model, train
+    from colossus.api import (
+        evaluate,
+        evaluate_tasks,
+        export_model,
+        generate,
+        import_model,
+        load_job,
+        load_model,
+        train,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "evaluate_tasks", "generate", "load_job", "load_model", "train"]
+__all__ = [
+    "evaluate",
+    "evaluate_tasks",
+    "export_model",
+    "generate",
+    "import_model",
+    "load_job",
+    "load_model",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

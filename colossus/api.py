@@ -144,7 +144,7 @@ def train(
 
 
 def load_model(path: str | Path) -> tuple[Decoder, Tokenizer]:
-    """The model and the tokenizer of a run, or of one of its checkpoints.
+    """The model and the tokenizer of a run, of one of its checkpoints, or of a Hugging Face folder.
 
     Raises:
         UserError: there is none at `path`, or it does not load whole.
@@ -152,6 +152,45 @@ def load_model(path: str | Path) -> tuple[Decoder, Tokenizer]:
     from colossus.generation.load import load_model as load
 
     return load(Path(path))
+
+
+def import_model(
+    path: str | Path, out: str | Path | None = None, *, say: Callable[[str], None] | None = None
+) -> Path:
+    """Makes of a Hugging Face folder a folder of ours with one checkpoint; returns it.
+
+    out: a new folder; `runs/<name of path>` where it is left out.
+    say: is told in a line what is left out or remarkable; the log is where it is left out.
+
+    Raises:
+        UserError: the family is unknown, what is there does not belong together, or `out` is not free.
+        MachineError: a file is damaged, or the storage failed; nothing is left of what was written.
+    """
+    from colossus import interchange
+    from colossus.models.hf.published import warn
+
+    return interchange.import_model(path, out, say or warn)
+
+
+def export_model(
+    path: str | Path,
+    out: str | Path,
+    type: str | None = None,
+    *,
+    say: Callable[[str], None] | None = None,
+) -> Path:
+    """Writes the model of a run, a checkpoint or a Hugging Face folder as `transformers` loads it.
+
+    type: of the weights, "fp32" or "bf16"; as they are stored where it is left out.
+
+    Raises:
+        UserError: there is none, no published family has all its parts, or `out` is not free.
+        MachineError: the storage failed, or what is there is damaged; nothing is left of what was written.
+    """
+    from colossus import interchange
+    from colossus.models.hf.published import warn
+
+    return interchange.export_model(path, out, type, say or warn)
 
 
 def generate(

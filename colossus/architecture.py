@@ -50,7 +50,8 @@ class Latent(Section):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values from one small vector.
 
     A head's query and key have `nope_dim` plain and `rope_dim` rotated coordinates; the rotated key is one
-    for all heads. Queries come through `q_rank` coordinates, keys and values through `kv_rank`.
+    for all heads. Queries come through `q_rank` coordinates, keys and values through `kv_rank`; both are
+    normalised with `norm_eps`, which published models keep at 1e-6 whatever that of their layers is.
     """
 
     q_rank: int = Field(ge=1, le=10**6)
@@ -58,6 +59,7 @@ class Latent(Section):
     nope_dim: int = Field(ge=1, le=10**5)
     rope_dim: int = Field(ge=2, le=10**5)
     v_dim: int = Field(ge=1, le=10**5)
+    norm_eps: float = Field(default=1e-6, gt=0, lt=1)
 
 
 class Experts(Section):
@@ -362,7 +364,8 @@ def check(arch: Architecture) -> None:
             f"model.num_kv_heads={arch.num_kv_heads}: must divide model.num_heads={arch.num_heads}; "
             f"one of {', '.join(divisors)}"
         )
-    if arch.position == "rope" and arch.head_dim % 2 and arch.rotary_dim is None:
+    whole_turns = arch.position == "rope" and arch.rotary_dim is None and arch.latent is None
+    if whole_turns and arch.head_dim % 2:
         raise UserError(
             f"model.head_dim={arch.head_dim}: rotary positions need an even head_dim; {arch.head_dim + 1}?"
         )

@@ -22,6 +22,7 @@ FLOORS = {
     "launcher": 6,
     "trainer": 4,
     "derive": 3,
+    "interchange": 3,
     "generation": 3,
     "evaluation": 3,
     "checkpoints": 3,

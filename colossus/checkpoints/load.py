@@ -157,15 +157,18 @@ class Checkpoint:
 
     def _copy(self, entry: Entry, piece: Piece, box: list[slice], out: torch.Tensor) -> None:
         """Reads a box of a piece; straight into `out` where its bytes lie there as they do in the file."""
-        dtype = TYPES[entry.dtype]
+        dtype, shape, first = TYPES[entry.dtype], piece.shape, 0
+        while len(box) > 1 and len(out) == 1:  # one of a stack, of which no other need be read
+            first += box[0].start * math.prod(shape[1:]) * ITEM_BYTES[entry.dtype]
+            box, shape, out = box[1:], shape[1:], out[0]
         rows = box[0] if box else slice(0, 1)
-        row_bytes = math.prod(piece.shape[1:]) * ITEM_BYTES[entry.dtype]
-        whole_rows = tuple(out.shape[1:]) == piece.shape[1:]
+        first += rows.start * math.prod(shape[1:]) * ITEM_BYTES[entry.dtype]
+        whole_rows = tuple(out.shape[1:]) == shape[1:]
         if whole_rows and out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous():
-            self._read_bytes(entry, piece, rows.start * row_bytes, bytes_of(out))
+            self._read_bytes(entry, piece, first, bytes_of(out))
             return
-        scratch = torch.empty((rows.stop - rows.start, *piece.shape[1:]), dtype=dtype)
-        self._read_bytes(entry, piece, rows.start * row_bytes, bytes_of(scratch))
+        scratch = torch.empty((rows.stop - rows.start, *shape[1:]), dtype=dtype)
+        self._read_bytes(entry, piece, first, bytes_of(scratch))
         out.copy_(scratch[:, *box[1:]] if box else scratch[0])
 
     def _read_bytes(self, entry: Entry, piece: Piece, first: int, out: memoryview) -> None:

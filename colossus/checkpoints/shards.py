@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,14 @@ class Shard:
     @property
     def num_bytes(self) -> int:
         return self.values.numel() * self.values.element_size()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    def parts(self) -> Iterator[memoryview]:
+        """Its row-major bytes."""
+        yield bytes_of(self.values)
 
     def with_values(self, values: torch.Tensor) -> Shard:
         return dataclasses.replace(self, values=values)

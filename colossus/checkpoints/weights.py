@@ -1,4 +1,4 @@
-"""The weights of a model, wherever they lie: a run, or one of its checkpoints."""
+"""The weights of a model, wherever they lie: in a checkpoint, or in published files."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from colossus.architecture import Architecture
 from colossus.checkpoints.load import Checkpoint
+from colossus.checkpoints.shards import shard_of
+from colossus.errors import UserError
+from colossus.models.hf.tensors import Readable
+from colossus.models.init import logical_name
 
 
 @dataclass(frozen=True)
@@ -19,14 +24,36 @@ class Weights:
     path: Path
     arch: Architecture
     tokenizer: Path
-    checkpoint: Checkpoint
+    source: Checkpoint | Mapping[str, Readable]
 
-    def load_into(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Fills the tensors of a model, by name, whole or sharded, and its buffers where they were kept.
+    def load_into(self, model: nn.Module) -> None:
+        """Fills a model, whole or sharded. Buffers of training that were not kept become 0.
 
         Raises:
-            UserError: one is missing, or of another shape. MachineError: what is there is damaged.
+            UserError: a tensor is missing, or of another shape. MachineError: what is there is damaged.
         """
-        buffers = {name for name, kind in self.checkpoint.names() if kind == "buffer"}
-        keyed = {(name, "buffer" if name in buffers else "weight"): t for name, t in tensors.items()}
-        self.checkpoint.load_into(keyed)
+        kept = model.state_dict().keys()
+        parameters = {logical_name(name): p for name, p in model.named_parameters()}
+        buffers = {logical_name(name): b for name, b in model.named_buffers() if name in kept}
+        if isinstance(self.source, Checkpoint):
+            there = set(self.source.names("buffer"))
+            found = {(name, "buffer"): b for name, b in buffers.items() if (name, "buffer") in there}
+            self.source.load_into({(name, "weight"): p for name, p in parameters.items()} | found)
+        else:
+            there = {(name, "buffer") for name in self.source}
+            for name, tensor in (parameters | buffers).items():
+                if name in self.source:
+                    _read(self.path, self.source[name], tensor)
+        for name, buffer in buffers.items():
+            if (name, "buffer") not in there:
+                buffer.zero_()
+
+
+def _read(path: Path, source: Readable, tensor: torch.Tensor) -> None:
+    """Fills a tensor, or this rank's part of it."""
+    shard = shard_of((source.name, "weight"), tensor)
+    if source.shape != shard.shape:
+        raise UserError(f"{path}: {source.name} is {source.shape}, not {shard.shape}")
+    ends = [begin + size for begin, size in zip(shard.offset, shard.values.shape, strict=True)]
+    with torch.no_grad():
+        source.read_into(shard.values, [slice(a, b) for a, b in zip(shard.offset, ends, strict=True)])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from colossus.cli import data, doctor, evaluate, generate, models, train
+from colossus.cli import data, doctor, evaluate, generate, interchange, models, train
 from colossus.errors import MachineError, UserError
 
 USER_ERROR, MACHINE_ERROR, INTERRUPTED = 2, 3, 130
@@ -84,6 +84,8 @@ def app() -> typer.Typer:
     verbs.command("train")(train.train)
     verbs.command("generate")(generate.generate)
     verbs.command("eval", short_help="Measure a model: bits per byte, or standard tasks.")(evaluate.evaluate)
+    verbs.command("import")(interchange.import_model)
+    verbs.command("export")(interchange.export_model)
     verbs.add_typer(data.app(), name="data", short_help="Build token shards, or show what a step sees.")
     verbs.command("doctor")(doctor.doctor)
     verbs.command("models")(models.models)

@@ -9,7 +9,7 @@ import typer
 
 
 def generate(
-    path: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")],
+    path: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint, or a Hugging Face folder.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,

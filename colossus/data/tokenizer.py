@@ -100,6 +100,18 @@ class BytesTokenizer:
         if self.chats is not None:
             self.chats.save(folder)
 
+    def as_json(self) -> JsonTokenizer:
+        """The same ids by a byte-level BPE without merges, which other tools read."""
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        vocabulary = {character: byte for byte, character in _byte_characters().items()}
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([BOS, EOS])
+        return JsonTokenizer(tokenizer.to_str(), self.bos_id, self.eos_id)
+
 
 class JsonTokenizer:
     """Any `tokenizer.json`. Encodes by tiktoken where that gives the same ids (see `quick`)."""
@@ -177,13 +189,18 @@ class JsonTokenizer:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self._text, encoding="utf-8")
+        for name, text in self.files().items():
+            (folder / name).write_text(text, encoding="utf-8")
+        if self.chats is not None:
+            self.chats.save(folder)
+
+    def files(self) -> dict[str, str]:
+        """The files that other tools read it from, by name, but for the chat template."""
         tokens = {"bos_token": self.name(self.bos_id), "eos_token": self.name(self.eos_id)}
         if self.chats is not None:  # a template may rely on one that is not configured
             tokens = dict(self.chats.variables)
-            self.chats.save(folder)
         config = {"tokenizer_class": "PreTrainedTokenizerFast"} | tokens
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+        return {"tokenizer.json": self._text, "tokenizer_config.json": json.dumps(config, indent=1)}
 
     def quicken(self, sample: Iterable[str]) -> bool:
         """Encodes by tiktoken from now on where its ids are equal on every text of `sample`.
@@ -275,6 +292,7 @@ def load_tokenizer(path: str | Path) -> JsonTokenizer | BytesTokenizer:
         text = path.read_text(encoding="utf-8")
         state = json.loads(text)
         special = {token["content"]: token["id"] for token in state["added_tokens"]}
+        vocabulary = dict(state.get("model") or {}).get("vocab")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"data.tokenizer={path}: cannot be read ({error}); bpe, bytes or a tokenizer.json"
@@ -282,6 +300,7 @@ def load_tokenizer(path: str | Path) -> JsonTokenizer | BytesTokenizer:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"data.tokenizer={path}: not a tokenizer.json") from None
     config = _config(path.parent / "tokenizer_config.json")
+    special |= _configured_tokens(config, vocabulary)
     bos, eos = _document_tokens(config, special)
     if eos is None:
         raise UserError(
@@ -304,6 +323,14 @@ def _document_tokens(config: dict[str, Any], special: dict[str, int]) -> tuple[s
     bos = named("bos_token", (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]"))
     eos = named("eos_token", (EOS, "</s>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "[EOS]"))
     return bos, eos
+
+
+def _configured_tokens(config: dict[str, Any], vocabulary: Any) -> dict[str, int]:
+    """Ids of tokens that tokenizer_config.json names and that are plain ones of the vocabulary."""
+    asked = [config.get(key) for key in ("bos_token", "eos_token")]
+    names = [token.get("content") if isinstance(token, dict) else token for token in asked]
+    plain = vocabulary if isinstance(vocabulary, dict) else {}
+    return {name: plain[name] for name in names if isinstance(name, str) and name in plain}
 
 
 def _config(path: Path) -> dict[str, Any]:

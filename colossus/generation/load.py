@@ -15,12 +15,13 @@ from colossus.checkpoints.weights import Weights
 from colossus.data.tokenizer import Tokenizer, load_tokenizer
 from colossus.errors import UserError
 from colossus.models import Decoder
+from colossus.models.hf.published import open_published
 
 
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[Decoder, Tokenizer]:
-    """The model and the tokenizer of a run (its newest whole checkpoint) or of one checkpoint.
+    """The model and the tokenizer of a run (its newest whole checkpoint), a checkpoint or a Hugging Face one.
 
     dtype: of the matrix products. fp32 is quick on every processor; bf16 only on some.
 
@@ -32,19 +33,28 @@ def load_model(
     with torch.device("meta"):
         model = Decoder(weights.arch)
     model.to_empty(device=device)
-    for buffer in model.buffers():
-        buffer.zero_()  # what inference does not need is not kept by every checkpoint
-    weights.load_into({name: tensor.detach() for name, tensor in model.named_parameters()})
+    weights.load_into(model)
     model.compute_dtype = dtype
     return model.eval(), load_tokenizer(weights.tokenizer)
 
 
 def open_weights(path: str | Path) -> Weights:
     """What `load_model` loads, opened. Raises as it does."""
-    checkpoint_folder, run_folder = find_checkpoint(Path(path))
+    path = Path(path)
+    if is_published(path):
+        opened = open_published(path)
+        return Weights(path, opened.arch, path, opened.tensors)
+    checkpoint_folder, run_folder = find_checkpoint(path)
     checkpoint = open_checkpoint(checkpoint_folder)
     arch = Architecture.model_validate(checkpoint.meta["architecture"])
-    return Weights(Path(path), arch, run_folder / "tokenizer", checkpoint)
+    return Weights(path, arch, run_folder / "tokenizer", checkpoint)
+
+
+def is_published(path: Path) -> bool:
+    """Whether `path` is a Hugging Face folder."""
+    if not os.path.isfile(path / "config.json"):  # noqa: PTH113  # False too for a name that no file can have
+        return False
+    return not (is_committed(path) or (path / "job.toml").is_file() or checkpoints_folder(path).is_dir())
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
@@ -61,6 +71,4 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         if newest is None:
             raise UserError(f"{path}: this run has saved no checkpoint yet")
         return newest, path
-    if (path / "config.json").is_file():
-        raise UserError(f"{path}: a Hugging Face folder; loading these is not available yet")
     raise UserError(f"{path}: neither a run (it has no job.toml) nor a whole checkpoint (no COMMITTED)")

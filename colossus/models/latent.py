@@ -25,10 +25,10 @@ class LatentAttention(nn.Module):
         self.scores = Scores(arch.scale_of_scores, arch.attention_soft_cap)
         sizes, heads = arch.latent, arch.num_heads
         self.wq_down = Linear(arch.hidden_size, sizes.q_rank)
-        self.q_norm = RMSNorm(sizes.q_rank, arch.norm_eps)
+        self.q_norm = RMSNorm(sizes.q_rank, sizes.norm_eps)
         self.wq_up = Linear(sizes.q_rank, heads * arch.head_dim)
         self.wkv_down = Linear(arch.hidden_size, sizes.kv_rank + sizes.rope_dim)
-        self.kv_norm = RMSNorm(sizes.kv_rank, arch.norm_eps)
+        self.kv_norm = RMSNorm(sizes.kv_rank, sizes.norm_eps)
         self.wkv_up = Linear(sizes.kv_rank, heads * (sizes.nope_dim + sizes.v_dim))
         self.wo = Linear(heads * sizes.v_dim, arch.hidden_size)
 

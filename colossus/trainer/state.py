@@ -58,9 +58,7 @@ class TrainState:
     def begin_with(self, weights: Weights) -> None:
         """Takes the weights of another model, and no more: step 0 of a new schedule."""
         reshard(self.model)
-        held = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        kept = self.model.state_dict().keys()
-        weights.load_into({logical_name(name): t.detach() for name, t in held.items() if name in kept})
+        weights.load_into(self.model)
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says beside its tensors."""
