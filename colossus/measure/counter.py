@@ -43,11 +43,11 @@ def _product_added(total: Shape, left: Shape, right: Shape, **_: Any) -> int:
 
 
 def _grouped_product(x_MI: Shape, w_XOI: Shape, ends_X: Shape, **_: Any) -> int:
-    return product_flops(*x_MI, w_XOI[1])
+    return product_flops(x_MI[0], x_MI[1], w_XOI[1])
 
 
 def _grouped_outer_product(g_MO: Shape, x_MI: Shape, ends_X: Shape, **_: Any) -> int:
-    return product_flops(g_MO[1], *x_MI)
+    return product_flops(g_MO[1], x_MI[0], x_MI[1])
 
 
 def _attention(q_BHTE: Shape, k_BKSE: Shape, v_BKSE: Shape, *_: Any, **__: Any) -> int:

@@ -238,14 +238,11 @@ class _Parts:
             return
         shares = arch.num_heads * executed_keys(self.seq_len, self.kernel)
         operands = (0 if arch.latent is not None else 2 * q) + v
-        size = self.size * (operands + 2 * shares), self.size * (operands + shares)
-        if arch.attention_soft_cap is not None:
-            size = size[0] + self.exact * shares, size[1] + self.exact * shares
-        if self.casts and _is_special(arch):
-            size = size[0] + self.exact * shares, size[1] + self.exact * shares
-        if arch.attention_sinks:
-            size = size[0] + self.size * arch.num_heads, size[1] + self.size * arch.num_heads
-        yield "attention.scores", _Bytes(*size)
+        saved = self.size * (operands + shares)
+        capped, cast = arch.attention_soft_cap is not None, self.casts and _is_special(arch)
+        saved += self.exact * shares * (int(capped) + int(cast))
+        saved += self.exact * arch.num_heads * int(arch.attention_sinks)  # one more share
+        yield "attention.scores", _Bytes(saved + self.size * shares, saved)
         yield "attention.values", self.kept(v)
 
     def feed_forward(self, layer: int, output: _Bytes) -> Iterator[tuple[str, _Bytes]]:
@@ -270,9 +267,9 @@ class _Parts:
                 yield "moe.shared.w_down", self.passed(model)
 
     def router(self, experts: Experts) -> float:
-        """Saved bytes: softmax or sigmoids of the logits, capped and whole logits where a gradient needs them,
-        the weights of visits before and after they are normalised; as int64 the experts that are visited, and
-        the order of visits there and back. The input, where it is cast."""
+        """Saved bytes: softmax or sigmoids of the logits, capped and whole logits where gradients need them;
+        the weights of visits, before and after they are normalised; as int64 the experts that are visited,
+        and the order of visits there and back; the input, where it is cast."""
         visits = experts.per_token
         maps = 1 + (experts.soft_cap is not None) + (experts.z_loss > 0)
         sums = (visits + 1) * experts.normalise + (experts.scores == "sigmoid")
