@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from colossus.architecture import parameter_table
@@ -34,8 +36,8 @@ def test_a_micro_batch_keeps_its_activations_in_a_quarter_of_the_memory(
     arch = tiny("mixtral-8x7b")
     job = load_job(None, ["run.steps=1", "layout.dp_shard=1"])
     axes = {f"layout.{axis}": 1 for axis in ("dp_replicate", "tp", "pp", "cp", "ep")}
-    job = job.derive(**axes, **{"data.seq_len": 300, "fleet.device": "cpu"})
-    job = job.model_copy(update={"model": arch})
+    job = job.derive(**axes, **{"data.seq_len": 300, "data.phases": [], "fleet.device": "cpu"})
+    job = replace(job, model=arch)
     a_sample = 300 * saved_bytes_per_token(arch, 300, kernel=Kernel(rows=256))
     for free, rows in ((4 * 5.5 * a_sample, 4), (4 * 3.5 * a_sample, 3), (0, 1), (10**12, 12)):
         monkeypatch.setattr("colossus.derive.machine.free_memory_bytes", lambda free=free: int(free))
