@@ -348,12 +348,15 @@ def num_parameters(arch: Architecture) -> int:
 def num_active(arch: Architecture, *, input_embedding: bool = True) -> int:
     """Parameters that one token visits.
 
-    Without the input embedding, an output matrix tied to it still counts: its product is computed.
+    Without the input embeddings (of tokens, and of learned positions), an output matrix tied to them still
+    counts: its product is computed.
     """
-    active = sum(round(p.numel * p.active) for p in parameter_table(arch))
-    if input_embedding or arch.tie_embeddings:
+    table = parameter_table(arch)
+    active = sum(round(p.numel * p.active) for p in table)
+    if input_embedding:
         return active
-    return active - arch.vocab_size * arch.hidden_size
+    looked_up = sum(p.numel for p in table if p.group == "embedding")
+    return active - looked_up + (arch.vocab_size * arch.hidden_size if arch.tie_embeddings else 0)
 
 
 def check(arch: Architecture) -> None:

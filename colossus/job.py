@@ -320,13 +320,23 @@ def preset_names(section: str) -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
 
 
+def preset_facts(section: str, name: str) -> dict[str, Any]:
+    """What is published about a preset, and where: its table `facts`, which is no part of a job."""
+    facts: dict[str, Any] = _preset_table(section, name).get("facts", {})
+    return facts
+
+
+def _preset_table(section: str, name: str) -> dict[str, Any]:
+    path = resources.files("colossus") / "presets" / section / f"{name}.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
 def _preset(section: str, name: str) -> dict[str, Any]:
     names = preset_names(section)
     if name not in names:
         known = f"one of {', '.join(names)}" if names else f"no presets of {section!r} exist"
         raise UserError.field(section, name, f"no such preset; {known}", names)
-    text = (resources.files("colossus") / "presets" / section / f"{name}.toml").read_text(encoding="utf-8")
-    values = {f"{section}.{leaf}": value for leaf, value in tomllib.loads(text).items() if leaf != "facts"}
+    values = {f"{section}.{leaf}": v for leaf, v in _preset_table(section, name).items() if leaf != "facts"}
     if "preset" in SECTIONS[section].model_fields:
         values[f"{section}.preset"] = name
     return values

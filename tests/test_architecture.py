@@ -28,6 +28,7 @@ def test_counts_equal_those_of_the_published_configuration(name: str) -> None:
     assert num_parameters(arch) == facts["num_parameters"]
     assert num_active(arch) == facts.get("num_active", facts["num_parameters"])
     embedding = 0 if arch.tie_embeddings else arch.vocab_size * arch.hidden_size
+    embedding += arch.max_seq_len * arch.hidden_size if arch.position == "learned" else 0
     assert num_active(arch, input_embedding=False) == num_active(arch) - embedding
 
 

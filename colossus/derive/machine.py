@@ -8,14 +8,16 @@ from functools import cache
 from typing import Any
 
 from colossus import layout
-from colossus.architecture import Architecture, num_parameters, parameter_table
+from colossus.architecture import Architecture, Parameter, num_parameters, parameter_table
 from colossus.derive.dial import complete
 from colossus.errors import UserError
 from colossus.hardware.machine import Machine
 from colossus.job import Job
+from colossus.measure.counter import kernel_of
 from colossus.measure.machine import free_memory_bytes
 from colossus.measure.training import training_flops_per_second
-from colossus.perf.flops import model_flops_per_token
+from colossus.optim.optimizer import MUON_GROUPS
+from colossus.perf.flops import model_flops_per_token, saved_bytes_per_token
 from colossus.words import count, size
 
 USABLE = 0.85  # of the minutes goes into training steps; the rest into validation, saving, compiling
@@ -84,7 +86,13 @@ def check_memory(job: Job, arch: Architecture, machine: Machine) -> None:
 def state_bytes(job: Job, arch: Architecture) -> int:
     """Bytes of weights, gradients and optimizer state in fp32, over all ranks."""
     muon = job.optimizer.name != "adamw"
-    return sum(p.numel * (12 if muon and p.group == "matrix" else 16) for p in parameter_table(arch))
+
+    def copies(parameter: Parameter) -> int:
+        if not parameter.trainable:
+            return 1
+        return 3 if muon and parameter.group in MUON_GROUPS else 4  # Muon keeps a momentum, AdamW two
+
+    return sum(4 * p.numel * copies(p) for p in parameter_table(arch))
 
 
 def memory_bytes(job: Job, machine: Machine) -> int:
@@ -96,12 +104,11 @@ def memory_bytes(job: Job, machine: Machine) -> int:
 
 def micro_batch(job: Job, share: int, machine: Machine) -> int:
     """The largest divisor of a rank's share of a batch whose activations fit into a quarter of the memory."""
-    arch = job.model
-    # What waits for the backward pass, in fp32: as Korthikanti et al. 2022 (arXiv 2205.05198) count it, with
-    # the three products of SwiGLU, and attention that keeps no scores.
-    per_token = 4 * arch.num_layers * (16 * arch.hidden_size + 4 * arch.intermediate_size)
+    arch, longest = job.model, longest_sample(job)
+    # What waits for the backward pass, in fp32 also where the type is narrower: it is the larger.
+    kernel = kernel_of(arch, longest, job.fleet.device or "cpu")
     memory = memory_bytes(job, machine) / job.layout.num_ranks
-    fits = max(1, int(memory / 4 / (per_token * longest_sample(job))))
+    fits = max(1, int(memory / 4 / (saved_bytes_per_token(arch, longest, kernel=kernel) * longest)))
     return max(n for n in range(1, min(share, fits) + 1) if share % n == 0)
 
 

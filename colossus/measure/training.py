@@ -27,11 +27,7 @@ def training_flops_per_second(
     fit into half a second, after one that warms up: what else runs on the machine only makes a pass slower.
     """
     seq_len = min(seq_len, PROBE_SEQ_LEN)
-    part = {
-        "num_layers": min(arch.num_layers, PROBE_LAYERS if arch.hidden_size <= 1024 else 1),
-        "vocab_size": min(arch.vocab_size, PROBE_VOCABULARY),
-    }
-    arch = arch.model_copy(update=part)
+    arch = _part(arch)
     rows = max(1, PROBE_TOKENS // seq_len) if arch.hidden_size <= 1024 else 1
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -56,3 +52,13 @@ def training_flops_per_second(
     finally:
         torch.set_num_threads(before)
     return rows * seq_len * model_flops_per_token(arch, seq_len) / quickest
+
+
+def _part(arch: Architecture) -> Architecture:
+    """A model of few layers, of which as large a share has experts, and at least one has if any has."""
+    layers = min(arch.num_layers, PROBE_LAYERS if arch.hidden_size <= 1024 else 1)
+    update: dict[str, object] = {"num_layers": layers, "vocab_size": min(arch.vocab_size, PROBE_VOCABULARY)}
+    if arch.experts is not None:
+        dense = min(layers - 1, round(arch.experts.dense_layers * layers / arch.num_layers))
+        update["experts"] = arch.experts.model_copy(update={"dense_layers": dense})
+    return arch.model_copy(update=update)

@@ -14,6 +14,8 @@ from colossus.job import Optimizer as Settings
 from colossus.models.init import logical_name
 from colossus.optim.muon import Muon
 
+MUON_GROUPS = ("matrix",)  # of the parameter table
+
 
 class Optimizer:
     """All optimizers of a model as one. State is named (parameter, kind), and made at once, so that it can
@@ -24,7 +26,7 @@ class Optimizer:
     ) -> None:
         table = {parameter.name: parameter for parameter in parameter_table(arch)}
         named = [(logical_name(name), parameter) for name, parameter in model.named_parameters()]
-        matrices = {n: p for n, p in named if table[n].group == "matrix"}
+        matrices = {n: p for n, p in named if table[n].group in MUON_GROUPS}
         others = {n: p for n, p in named if n not in matrices}
         self._muon: Muon | None = None
         groups = [{"params": list(others.values()), "weight_decay": 0.0}]

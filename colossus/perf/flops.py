@@ -1,30 +1,35 @@
 """FLOPs a token, in one place: MFU, planner and ledger share it. A multiply-add is 2 FLOPs.
 
-Convention: model FLOPs count 6 x the active parameters without the input embedding and with the output
-head, and attention over the causal half of the square. Executed FLOPs are what PyTorch's kernels are
-asked for: the whole square of attention, and recomputation where there is any.
+Convention: model FLOPs count 6 x the active parameters without the input embeddings and with the output
+head, and attention over the causal half of the square, or over the window where that is less. Of experts
+those count that a token visits. Executed FLOPs are what the kernels are asked for: all keys that they
+multiply, also behind a mask, and recomputation where there is any. `perf.parts` has both part by part.
 """
 
 from __future__ import annotations
 
-from colossus.architecture import Architecture, num_active, parameter_table
+from colossus.architecture import Architecture, parameter_table
+from colossus.perf.parts import ATTENTION, MULTIPLIED, SQUARE, Kernel, parts
 
 
 def matrix_parameters(arch: Architecture) -> int:
-    """Parameters that a token is multiplied with: the matrices of the layers, and the output head."""
-    layers = sum(p.numel for p in parameter_table(arch) if p.group == "matrix")
+    """Parameters that a token is multiplied with: the layers' matrices, of experts those that it visits, the
+    routers, and the output head."""
+    table = parameter_table(arch)
+    layers = sum(round(p.numel * p.active) for p in table if p.group in MULTIPLIED and p.group != "head")
     return layers + arch.vocab_size * arch.hidden_size
 
 
 def attention_forward_flops(arch: Architecture, seq_len: int, *, causal: bool) -> float:
-    """Scores and weighted values of one token: 4 x heads x head_dim x keys, halved where causal."""
-    full = 4.0 * arch.num_layers * arch.num_heads * arch.head_dim * seq_len
-    return full / 2 if causal else full
+    """Scores and weighted values of one token over all layers: 2 x heads x (width of a key + of a value) x
+    keys. causal: over what a token sees, as MFU counts it; else over the whole square."""
+    rows = [part for part in parts(arch, seq_len) if part.name in ATTENTION]
+    return sum(part.repeat * (part.model if causal else part.executed) for part in rows)
 
 
 def forward_flops_per_token(arch: Architecture, seq_len: int) -> float:
     """Model FLOPs of one token's forward pass."""
-    return 2.0 * _counted(arch) + attention_forward_flops(arch, seq_len, causal=True)
+    return sum(part.repeat * part.model for part in parts(arch, seq_len))
 
 
 def model_flops_per_token(arch: Architecture, seq_len: int) -> float:
@@ -32,13 +37,28 @@ def model_flops_per_token(arch: Architecture, seq_len: int) -> float:
     return 3.0 * forward_flops_per_token(arch, seq_len)
 
 
-def executed_flops_per_token(arch: Architecture, seq_len: int, *, recompute: bool = False) -> float:
-    """What the kernels execute a token: full-square attention, and the layers once more if recomputed."""
-    layers = 2.0 * (matrix_parameters(arch) - arch.vocab_size * arch.hidden_size)
-    layers += attention_forward_flops(arch, seq_len, causal=False)
-    head = 2.0 * arch.vocab_size * arch.hidden_size
-    return 3.0 * (layers + head) + (layers if recompute else 0.0)
+def executed_forward_flops(arch: Architecture, seq_len: int, *, kernel: Kernel = SQUARE) -> float:
+    """What the matrix products of one token's forward pass execute."""
+    return sum(part.repeat * part.executed for part in parts(arch, seq_len, kernel=kernel))
 
 
-def _counted(arch: Architecture) -> int:
-    return num_active(arch, input_embedding=False)
+def executed_flops_per_token(
+    arch: Architecture, seq_len: int, *, recompute: bool = False, kernel: Kernel = SQUARE
+) -> float:
+    """What the matrix products execute a token, forward and backward, and the layers once more if recomputed.
+
+    kernel: how attention is computed; by default in plain products over the whole square.
+    """
+    table = parts(arch, seq_len, kernel=kernel)
+    total = sum(part.repeat * (part.executed + part.executed_backward) for part in table)
+    if recompute:
+        total += sum(part.repeat * part.executed for part in table if part.kind is not None)
+    return total
+
+
+def saved_bytes_per_token(
+    arch: Architecture, seq_len: int, *, kernel: Kernel = SQUARE, type_bytes: int = 4
+) -> float:
+    """Bytes of activations that wait for the backward pass, a token, nothing recomputed."""
+    table = parts(arch, seq_len, kernel=kernel, type_bytes=type_bytes)
+    return sum(part.repeat * part.saved_bytes for part in table)

@@ -97,13 +97,20 @@ def test_the_version() -> None:
     assert colossus("--version").stdout == f"{__version__}\n"
 
 
-def test_models_are_listed_by_size() -> None:
-    rows = [line.split() for line in colossus("models").stdout.splitlines()]
+def test_models_are_listed_by_family_and_size() -> None:
+    lines = colossus("models").stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = [line.split() for line in lines]
     table = rows[1 : rows.index([])]
-    assert [row[0] for row in table][:2] == ["llama3.2-1b", "llama3.2-3b"]
-    assert {row[0] for row in table} == set(preset_names("model"))
+    names = [row[0] for row in table]
+    assert sorted(names) == preset_names("model")
+    of_llama2 = [name for name in names if name.startswith("llama2")]
+    assert of_llama2 == ["llama2-7b", "llama2-13b", "llama2-70b"] == names[names.index("llama2-7b") :][:3]
     by_name = {row[0]: row[1:] for row in table}
-    assert by_name["llama3.1-405b"] == ["406B", "126", "16,384", "128/8", "53,248", "128,256", "131,072"]
+    # 6 x (405,853,388,800 - 128,256 x 16,384) + 6 x 126 layers x 16,384 x 4,096 keys
+    assert by_name["llama3.1-405b"] == ["406B", "405B", "126", "16,384", "128/8", "131,072", "2,473"]
+    assert by_name["deepseek-v3"][:3] == ["671B", "37.6B", "671B/37B"] and "8/256" in by_name["deepseek-v3"]
+    assert by_name["grok-2"][2] == "-"  # its makers say nothing
 
 
 def test_the_command_is_the_module() -> None:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from colossus.architecture import Architecture
 from colossus.job import load_job
+from colossus.measure.counter import flop_counter, kernel_of
 from colossus.models import Decoder, build
+from colossus.models.attend import attend
 from colossus.models.sight import document_mask
 from colossus.parallel.apply import recompute_layers
 from colossus.perf.flops import (
     attention_forward_flops,
     executed_flops_per_token,
+    executed_forward_flops,
     forward_flops_per_token,
     matrix_parameters,
     model_flops_per_token,
 )
+from colossus.perf.parts import ATTENTION, FUSED, parts
 from tests.models.reference import architecture, random_tokens
+from tests.perf.tiny import PRESETS, tiny
 
 BATCH, TOKENS = 2, 16  # so few that one block of attention's scores is the whole square
 VARIANTS = {
@@ -31,9 +37,12 @@ VARIANTS = {
 }
 
 
+LONG = ("mistral-7b-v0.1", "deepseek-v3", "gpt-oss-20b")  # each of another path
+
+
 def counted(run: Callable[[], object]) -> dict[str, int]:
     """FLOPs a token of what `run` does, by operator, as PyTorch counts them."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         run()
     return {str(op): n // (BATCH * TOKENS) for op, n in counter.get_flop_counts()["Global"].items()}
 
@@ -64,11 +73,50 @@ def test_forward_and_backward_are_what_pytorch_counts(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["plain", "tied"])
 def test_training_by_the_chunked_loss_is_what_pytorch_counts(variant: str) -> None:
-    """No logit is computed twice. The counter does not know `addmm_`, the head's gradient in fp32."""
+    """No logit is computed twice."""
     arch, model, tokens_BT = sample(variant)
     found = counted(lambda: model(tokens_BT, tokens_BT)[0].backward())
-    unseen = 2 * arch.vocab_size * arch.hidden_size
-    assert sum(found.values()) + unseen == executed_flops_per_token(arch, TOKENS)
+    assert sum(found.values()) == executed_flops_per_token(arch, TOKENS)
+
+
+@pytest.mark.parametrize(("preset", "length"), [*product(PRESETS, (16, 300)), *product(LONG, (1100,))])
+def test_products_of_every_family_are_what_pytorch_counts(preset: str, length: int) -> None:
+    """Forward and training, to the last FLOP: 300 tokens in blocks, 1,100 by the fused kernel."""
+    arch = tiny(preset)
+    model, tokens_BT = build(arch, seed=0), random_tokens(arch, BATCH, length)
+    kernel, num_tokens = kernel_of(arch, length, "cpu"), BATCH * length
+    with flop_counter() as counter, torch.no_grad():
+        model(tokens_BT)
+    forward = num_tokens * executed_forward_flops(arch, length, kernel=kernel)
+    assert counter.get_total_flops() == pytest.approx(forward, abs=0.01)
+    with flop_counter() as counter:
+        model(tokens_BT, tokens_BT)[0].backward()
+    both = num_tokens * executed_flops_per_token(arch, length, kernel=kernel)
+    assert counter.get_total_flops() == pytest.approx(both, abs=0.01)
+
+
+def test_experts_in_float64_count_as_in_float32() -> None:
+    """Its products are taken one by one inside the operator, and count once."""
+    arch = tiny("mixtral-8x7b")
+    model, tokens_BT = build(arch, seed=0, dtype=torch.float64), random_tokens(arch, BATCH, TOKENS)
+    model.compute_dtype = torch.float64
+    found = counted(lambda: model(tokens_BT, tokens_BT)[0].backward())
+    assert sum(found.values()) == executed_flops_per_token(arch, TOKENS)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
+def test_a_processor_s_kernel_counts_as_pytorch_counts_those_of_gpus(heads: int, kv_heads: int) -> None:
+    """The whole square although causal, and scores twice. PyTorch's counter gives 0 for the processor's."""
+    q = torch.zeros(2, heads, 1100, 8, requires_grad=True)
+    k, v = (torch.zeros(2, kv_heads, 1100, 8, requires_grad=True) for _ in range(2))
+    with flop_counter() as counter:
+        attend(q, k, v).sum().backward()
+    theirs = sdpa_flop_count(q.shape, k.shape, v.shape)
+    theirs += sdpa_backward_flop_count(q.shape, q.shape, k.shape, v.shape)
+    assert counter.get_total_flops() == theirs
+    arch = architecture(num_heads=heads, num_kv_heads=kv_heads, num_layers=1)
+    table = [part for part in parts(arch, 1100, kernel=FUSED) if part.name in ATTENTION]
+    assert 2 * 1100 * sum(part.executed + part.executed_backward for part in table) == theirs
 
 
 def test_recomputation_is_what_pytorch_counts() -> None:
@@ -148,3 +196,23 @@ def test_a_tied_head_is_counted_and_an_embedding_is_not() -> None:
     by_hand = 2 * 1_235_814_400 + 2 * 16 * 32 * 64 * 4096  # the causal half of 4 x heads x width x keys
     assert forward_flops_per_token(tied, 4096) == forward_flops_per_token(untied, 4096) == by_hand
     assert model_flops_per_token(tied, 4096) == 3 * by_hand
+
+
+def test_model_flops_of_experts_count_those_that_a_token_visits() -> None:
+    """Mixtral 8x7B by hand: 12,879,925,248 active parameters, less the input embedding."""
+    arch = load_job(None, ["model=mixtral-8x7b"]).model
+    by_hand = 2 * (12_879_925_248 - 32_000 * 4096) + 2 * 32 * 32 * 128 * 4096
+    assert forward_flops_per_token(arch, 4096) == by_hand
+
+
+def test_latent_attention_has_keys_and_values_of_two_widths() -> None:
+    """DeepSeek-V3: 61 layers of 128 heads, keys of 192 and values of 128 coordinates."""
+    arch = load_job(None, ["model=deepseek-v3"]).model
+    assert attention_forward_flops(arch, 4096, causal=False) == 61 * 128 * 2 * (192 + 128) * 4096
+
+
+def test_learned_positions_are_looked_up_and_count_nothing() -> None:
+    """GPT-2 124M: its 124,439,808 parameters, less 1,024 positions of 768."""
+    arch = load_job(None, ["model=gpt2-124m"]).model
+    matrices = forward_flops_per_token(arch, 1024) - attention_forward_flops(arch, 1024, causal=True)
+    assert matrices == 2 * (124_439_808 - 1024 * 768)

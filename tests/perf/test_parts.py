@@ -1,0 +1,123 @@
+"""The table of parts: its sums, keys of windows and blocks by counting, saved bytes against real passes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colossus.architecture import num_active, parameter_table
+from colossus.derive.dial import shape
+from colossus.measure.counter import kernel_of
+from colossus.models import Decoder, build
+from colossus.perf.flops import saved_bytes_per_token
+from colossus.perf.parts import FUSED, Kernel, executed_keys, layer_kinds, model_keys, parts
+from tests.models.reference import architecture, random_tokens
+from tests.perf.tiny import PRESETS, tiny
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 320))
+def test_a_window_counts_the_keys_inside_it(seq_len: int, window: int) -> None:
+    """At most half of the square, which is what a layer without a window counts."""
+    by_hand = sum(min(position, window) for position in range(1, seq_len + 1)) / seq_len
+    assert model_keys(seq_len, window) == pytest.approx(min(by_hand, seq_len / 2), rel=1e-12)
+    assert model_keys(seq_len) == seq_len / 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 320))
+def test_a_block_of_queries_meets_the_keys_up_to_its_end(seq_len: int, rows: int) -> None:
+    by_hand = sum(min((query // rows + 1) * rows, seq_len) for query in range(seq_len)) / seq_len
+    assert executed_keys(seq_len, Kernel(rows=rows)) == pytest.approx(by_hand, rel=1e-12)
+    assert executed_keys(seq_len) == executed_keys(seq_len, FUSED) == seq_len
+
+
+def test_windows_count_in_their_layers_alone() -> None:
+    """gpt-oss: of 5 layers those with even numbers have a window of 5 tokens."""
+    arch, seq_len = tiny("gpt-oss-20b"), 64
+    assert {kind.windowed: layers for kind, layers in layer_kinds(arch).items()} == {
+        True: [0, 2, 4],
+        False: [1, 3],
+    }
+    scores = {p.kind.windowed: p for p in parts(arch, seq_len) if p.kind and p.name == "attention.scores"}
+    inside = 2 * 4 * 8 * (1 + 2 + 3 + 4 + 60 * 5) / 64
+    sinks = 2 * 4
+    assert scores[True].model == pytest.approx(inside + sinks) and scores[True].repeat == 3
+    assert scores[False].model == 2 * 4 * 8 * 32 + sinks
+    assert scores[True].executed == scores[False].executed == 2 * 4 * 8 * 64
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_parameter_belongs_to_a_part(preset: str) -> None:
+    """Weights are read once a token: active ones, of embeddings one row, a tied output matrix as the head."""
+    arch = tiny(preset)
+    read = sum(part.repeat * part.weight_bytes for part in parts(arch, 16, type_bytes=2))
+    rows = sum(p.shape[1] for p in parameter_table(arch) if p.group == "embedding")
+    assert read == 2 * (num_active(arch, input_embedding=False) + rows)
+    for part in parts(arch, 16):
+        assert 0 <= part.saved_bytes <= part.written_bytes, part
+
+
+def test_parts_come_in_the_order_of_the_forward_pass() -> None:
+    arch = tiny("deepseek-v3")
+    found = [part.name for part in parts(arch, 16) if part.kind is None or part.kind.experts]
+    assert found == [
+        "embedding", "attention_norm", "attention.wq_down", "attention.q_norm", "attention.wq_up",
+        "attention.wkv_down", "attention.kv_norm", "attention.wkv_up", "attention.rotary",
+        "attention.scores", "attention.values", "attention.wo", "attention_residual", "mlp_norm",
+        "moe.router", "moe.experts.rows", "moe.experts.w_gate", "moe.experts.w_up", "moe.experts.gated",
+        "moe.experts.w_down", "moe.experts.sum", "moe.shared.w_gate", "moe.shared.w_up", "moe.shared.gated",
+        "moe.shared.w_down", "mlp_residual", "norm", "head",
+    ]  # fmt: skip
+    for preset in PRESETS:
+        repeats = Counter((p.name, p.kind) for p in parts(tiny(preset), 16))
+        assert max(repeats.values()) == 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("length", "type"), [(17, "float32"), (300, "float32"), (17, "bfloat16")])
+def test_saved_bytes_are_those_that_autograd_keeps(preset: str, length: int, type: str) -> None:
+    """All but the token's id and its angles. What casts weights keeps them too, which is no activation."""
+    arch = tiny(preset)
+    model, tokens_BT = build(arch, seed=0), random_tokens(arch, 2, length)
+    model.compute_dtype = getattr(torch, type)
+    table = parts(
+        arch, length, kernel=kernel_of(arch, length, "cpu"), type_bytes=model.compute_dtype.itemsize
+    )
+    ours = sum(part.repeat * part.saved_bytes for part in table if part.name != "head")
+    tolerance = 0.003 if type == "float32" else 0.04
+    assert kept_bytes(model, tokens_BT) / tokens_BT.numel() == pytest.approx(ours, rel=tolerance)
+
+
+def kept_bytes(model: Decoder, tokens_BT: torch.Tensor) -> int:
+    """Of all storages that the backward pass waits for, but for weights and their casts."""
+    tensors = [*model.parameters(), *model.buffers()]
+    weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    shapes = {tuple(t.shape) for t in tensors} | {tuple(t.mT.shape) for t in tensors if t.ndim > 1}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tuple(tensor.shape) not in shapes:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.hidden(tokens_BT)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("width", [192, 256, 512, 1024])
+def test_the_default_model_keeps_about_what_korthikanti_et_al_count(width: int) -> None:
+    """Korthikanti et al. 2022 (arXiv 2205.05198, section 4): 16 widths of fp32 a layer where attention
+    keeps no scores, and the three products of SwiGLU; here heads are normalised and 256 scores kept."""
+    sizes = shape(width, 4096, 256)
+    heads = width // sizes["head_dim"]
+    arch = architecture(**sizes, num_heads=heads, num_kv_heads=heads // 2 or 1, qk_norm=True)
+    published = 4 * arch.num_layers * (16 * width + 4 * arch.intermediate_size)
+    found = saved_bytes_per_token(arch, 256, kernel=Kernel(rows=256))
+    assert found == pytest.approx(published, rel=0.12)
