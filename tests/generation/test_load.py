@@ -67,7 +67,7 @@ def test_what_is_no_model_is_said_in_words(tmp_path):
     with pytest.raises(UserError, match="neither a run"):
         load_model(tmp_path / "runs" / "llama-1")
     (tmp_path / "runs" / "llama-1" / "config.json").touch()
-    with pytest.raises(MachineError, match="config.json is damaged"):
+    with pytest.raises(MachineError, match=r"config\.json is damaged"):
         load_model(tmp_path / "runs" / "llama-1")
     (tmp_path / "runs" / "llama-1" / "job.toml").touch()
     with pytest.raises(UserError, match="no checkpoint yet"):

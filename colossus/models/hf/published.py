@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ from colossus.architecture import Architecture, Parameter, check, parameter_tabl
 from colossus.errors import UserError
 from colossus.models.hf.config import description, keys
 from colossus.models.hf.families import FAMILIES, Published
+from colossus.models.hf.grok1 import is_grok1
+from colossus.models.hf.grok1 import opened as opened_grok1
+from colossus.models.hf.grok2 import is_grok2
+from colossus.models.hf.grok2 import opened as opened_grok2
 from colossus.models.hf.mapping import Blank, Bound, bind
 from colossus.models.hf.reading import Source, open_source
 from colossus.models.hf.tensors import Readable, Spec, bands
@@ -40,8 +44,8 @@ class Opened:
     """A published checkpoint: what model it is, and its tensors under our names, nothing of them read yet."""
 
     arch: Architecture
-    config: dict[str, Any]
     tensors: dict[str, Readable]
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def warn(message: str) -> None:
@@ -50,13 +54,16 @@ def warn(message: str) -> None:
 
 
 def open_published(path: str | Path, say: Say = warn) -> Opened:
-    """Opens a Hugging Face folder.
+    """Opens a Hugging Face folder, or one of xAI's of Grok-1 or Grok-2.
 
     Raises:
         UserError: the family is unknown, or `config.json` says what is not supported, or the tensors are not
             those of the model that it describes; with the name, and both shapes where they differ.
         MachineError: a file is missing, cut short or damaged.
     """
+    for is_grok, opened_grok in ((is_grok1, opened_grok1), (is_grok2, opened_grok2)):
+        if is_grok(Path(path)):
+            return Opened(*opened_grok(Path(path)))
     source = open_source(path)
     if not source.config:
         raise UserError(f"{path} is no Hugging Face checkpoint: it has no config.json, which says what it is")
@@ -66,7 +73,7 @@ def open_published(path: str | Path, say: Say = warn) -> Opened:
         check(arch)
     except UserError as error:
         raise UserError(f"{source.path}: {error}") from None
-    return Opened(arch, source.config, _taken(source, family, arch, say))
+    return Opened(arch, _taken(source, family, arch, say), source.config)
 
 
 def family_of(config: Mapping[str, Any]) -> Published:
