@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -53,14 +54,11 @@ print(time.perf_counter() - began, flush=True)
 """
 
 
+@dataclass(frozen=True, slots=True)
 class Noise(Readable):
     """A tensor of random numbers, the same in every 8 MiB."""
 
-    __slots__ = ("numbers",)
-
-    def __init__(self, name: str, shape: tuple[int, ...], numbers: torch.Tensor) -> None:
-        object.__setattr__(self, "numbers", numbers)
-        super().__init__(name, shape, torch.bfloat16)
+    numbers: torch.Tensor
 
     def fill(self, out: torch.Tensor, box: Box) -> None:
         flat = torch.empty(out.numel(), dtype=self.dtype)
@@ -77,7 +75,9 @@ def architecture(quick: bool) -> Architecture:
 
 def write_published(folder: Path, arch: Architecture) -> None:
     numbers = torch.randn(NUMBERS, generator=torch.Generator().manual_seed(0)).bfloat16()
-    tensors: dict[str, Readable] = {p.name: Noise(p.name, p.shape, numbers) for p in parameter_table(arch)}
+    tensors: dict[str, Readable] = {
+        p.name: Noise(p.name, p.shape, torch.bfloat16, numbers) for p in parameter_table(arch)
+    }
     config, published = publish(arch, FAMILIES["llama"], tensors)
     write_checkpoint(folder, published, {"config.json": json.dumps(config).encode()})
 
