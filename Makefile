@@ -40,8 +40,8 @@ clean:
 	$(MAKE_ENVIRONMENT) base
 	@touch $@
 
-.venv/.test: .venv/.base requirements/test.txt requirements/hf.txt
-	$(MAKE_ENVIRONMENT) test hf
+.venv/.test: .venv/.base requirements/test.txt requirements/hf.txt requirements/eval.txt
+	$(MAKE_ENVIRONMENT) test hf eval
 	@touch $@
 
 .venv/.lint: .venv/.base requirements/lint.txt

@@ -1,4 +1,4 @@
-"""Makes `.venv` and puts pinned versions into it: `python tools/environment.py base [test hf lint]`.
+"""Makes `.venv` and puts pinned versions into it: `python tools/environment.py base [test hf eval lint]`.
 
 Run by the Python that the environment is for. Where that Python already has a torch in range, the
 environment looks through to its packages and only what is missing or out of range is installed: nothing is
@@ -41,7 +41,7 @@ def main(groups: list[str]) -> int:
     for group in groups:
         if not (install_missing(group) if shared else install_pinned(group)):
             print(f"error: {group}: not installed; pip says above what it could not get", file=sys.stderr)
-            if not (shared and group == "hf"):  # only tests of one corpus need it, and these are skipped
+            if not (shared and group in ("hf", "eval")):  # the few tests that need these are skipped
                 return 3
     (site / "colossus.pth").write_text(f"{ROOT}\n")
     command = PYTHON.with_name("colossus")

@@ -57,7 +57,7 @@ def test_versions_in_order(environment: ModuleType) -> None:
     assert environment.numbers("2.11") == environment.numbers("2.11.0") == environment.numbers("2.11.0+cpu")
 
 
-@pytest.mark.parametrize("group", ["base", "test", "hf", "lint"])
+@pytest.mark.parametrize("group", ["base", "test", "hf", "eval", "lint"])
 def test_pins_lie_within_the_ranges(environment: ModuleType, group: str) -> None:
     """Every requirement of pyproject.toml has its pin, and the pin fits it."""
     pins = dict(line.split("==") for line in environment.pins(group).read_text().split())
@@ -72,7 +72,7 @@ def test_pins_lie_within_the_ranges(environment: ModuleType, group: str) -> None
 def test_pins_of_all_groups_agree(environment: ModuleType) -> None:
     """The groups land in one environment: none asks for another version than the others."""
     seen: dict[str, str] = {}
-    for group in ("base", "test", "hf", "lint"):
+    for group in ("base", "test", "hf", "eval", "lint"):
         for line in environment.pins(group).read_text().split():
             name, version = line.split("==")
             assert seen.setdefault(environment.normal(name), version) == version, name
