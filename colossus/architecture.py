@@ -7,13 +7,14 @@ to published checkpoints all read `parameter_table`; `models/` builds exactly wh
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 from pydantic import Field
 
 from colossus.errors import UserError
+from colossus.scaling import InitScheme, Scale, depth_scale, width_scale
 from colossus.section import Name, Section, derived
 
 IGNORED = -100  # the target of a position that is not learned or scored, as in PyTorch's cross entropy
@@ -52,6 +53,8 @@ class Architecture(Section):
     tie_embeddings: bool = derived()
     qk_norm: bool = derived()
     initializer_range: float = derived(gt=0, le=10)
+    init_scheme: InitScheme = "gpt2"
+    base_width: int | None = derived(ge=1, le=10**6)  # where rates and initializer_range hold as they are
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Parameter:
     axes: the logical axis of each dimension (`vocab`, `model`, `heads`, `kv`, `ffn`), the names that
         placements map to mesh axes.
     std: standard deviation of the initial values where `init` is "normal"; NaN until it is derived.
+    scale: what the width makes of initial values (it is in `std`; "ones" begin at it) and of rates.
     layer: the global index of its layer, None outside the layers.
     active: the share of it that one token visits.
     """
@@ -75,6 +79,7 @@ class Parameter:
     group: Group
     layer: int | None = None
     active: float = 1.0
+    scale: Scale = Scale()
 
     @property
     def numel(self) -> int:
@@ -85,13 +90,13 @@ class Parameter:
 def parameter_table(arch: Architecture) -> tuple[Parameter, ...]:
     """Every parameter of `arch`, in the order of the forward pass.
 
-    Initial values: normal with `initializer_range`; the two products that write to the residual stream
-    are scaled down by sqrt(2 x layers), as in GPT-2 (Radford et al. 2019, section 2.3).
+    Initial values: normal with `initializer_range`; those of the two products that write to the residual
+    stream are smaller by `init_scheme` (under "llama" w_up's, too, as published), and all by `base_width`
+    (see `scaling`).
     """
     check(arch)
     model, heads, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     ffn, std = arch.intermediate_size, math.nan if arch.initializer_range is None else arch.initializer_range
-    residual_std = std / math.sqrt(2 * arch.num_layers)
     size = {"vocab": arch.vocab_size, "model": model, "heads": heads, "kv": kv, "ffn": ffn}
 
     def matrix(name: str, out: str, into: str, layer: int, scale: float = std) -> Parameter:
@@ -109,6 +114,7 @@ def parameter_table(arch: Architecture) -> tuple[Parameter, ...]:
     ]
     for i in range(arch.num_layers):
         prefix = f"layers.{i}"
+        residual_std = std * depth_scale(arch.init_scheme, i, arch.num_layers)
         table += [
             norm(f"{prefix}.attention_norm.weight", model, "model", i),
             matrix(f"{prefix}.attention.wq.weight", "heads", "model", i),
@@ -124,7 +130,13 @@ def parameter_table(arch: Architecture) -> tuple[Parameter, ...]:
         table += [
             norm(f"{prefix}.mlp_norm.weight", model, "model", i),
             matrix(f"{prefix}.mlp.w_gate.weight", "ffn", "model", i),
-            matrix(f"{prefix}.mlp.w_up.weight", "ffn", "model", i),
+            matrix(
+                f"{prefix}.mlp.w_up.weight",
+                "ffn",
+                "model",
+                i,
+                residual_std if arch.init_scheme == "llama" else std,
+            ),
             matrix(f"{prefix}.mlp.w_down.weight", "model", "ffn", i, residual_std),
         ]
     table.append(norm("norm.weight", model, "model", None))
@@ -132,7 +144,17 @@ def parameter_table(arch: Architecture) -> tuple[Parameter, ...]:
         table.append(
             Parameter("head.weight", vocab_shape, vocab_axes, model, arch.vocab_size, "normal", std, "head")
         )
-    return tuple(table)
+    return tuple(_scaled(parameter, arch) for parameter in table)
+
+
+def _scaled(parameter: Parameter, arch: Architecture) -> Parameter:
+    """The parameter as the model's width makes it; itself at the base width."""
+    if arch.base_width is None or arch.base_width == arch.hidden_size:
+        return parameter
+    last_norm = parameter.layer is None and parameter.name.startswith("norm.")
+    ratio = arch.hidden_size / arch.base_width
+    scale = width_scale(parameter.group, ratio, norm_of_tied=last_norm and arch.tie_embeddings)
+    return replace(parameter, std=parameter.std * scale.init, scale=scale)
 
 
 def num_parameters(arch: Architecture) -> int:

@@ -165,7 +165,7 @@ MESSAGES = {  # of pydantic's kinds of errors, those that would speak of Python 
     "tuple_type": "must be a list",
 }
 LENGTHS = ("run.minutes", "run.steps", "run.tokens")
-MAY_STAY_OPEN = {*LENGTHS, "model.preset", "model.rope_scaling", "fleet.preset"}
+MAY_STAY_OPEN = {*LENGTHS, "model.preset", "model.rope_scaling", "model.base_width", "fleet.preset"}
 
 
 @dataclass(frozen=True)
