@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import Field
 
 from colossus.errors import UserError
-from colossus.scaling import InitScheme, Scale, depth_scale, width_scale
+from colossus.scaling import UNSCALED, InitScheme, Scale, depth_scale, width_scale
 from colossus.section import Name, Section, derived
 
 IGNORED = -100  # the target of a position that is not learned or scored, as in PyTorch's cross entropy
@@ -79,7 +79,7 @@ class Parameter:
     group: Group
     layer: int | None = None
     active: float = 1.0
-    scale: Scale = Scale()
+    scale: Scale = UNSCALED
 
     @property
     def numel(self) -> int:

@@ -44,6 +44,9 @@ class Scale:
     muon: float = 1.0
 
 
+UNSCALED = Scale()
+
+
 def width_scale(group: str, ratio: float, *, norm_of_tied: bool = False) -> Scale:
     """Of a parameter of `group` in a model that is `ratio` times as wide as its base.
 
@@ -55,7 +58,7 @@ def width_scale(group: str, ratio: float, *, norm_of_tied: bool = False) -> Scal
         return Scale(1 / ratio, 1 / ratio)
     if group in INNER:
         return Scale(1 / math.sqrt(ratio), 1 / ratio, 1 / math.sqrt(ratio))
-    return Scale()
+    return UNSCALED
 
 
 def depth_scale(scheme: InitScheme, layer: int, num_layers: int) -> float:
