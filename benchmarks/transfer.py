@@ -6,7 +6,7 @@ loss on held-out windows. A rule transfers where the best rate (mean over seeds)
 factor of 2, over all widths. At the base width both rules are one, and its runs are made once. Tokens are
 bytes, so that almost all of the work and of what is learned is in the layers, which the rule is about.
 
-    python -m benchmarks.transfer [--quick] [--out FILE] [--optimizer NAME] [--done FILE]
+    python -m benchmarks.transfer [--quick] [--out FILE] [--widths W ...] [--optimizer NAME] [--done FILE]
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from colossus.perf.receipts import Figure, print_figures, write_receipt
 from colossus.trainer.state import TrainState
 from colossus.trainer.step import train_step
 
-WIDTHS = (64, 128, 256)
+WIDTHS = (32, 64, 128)
 BASE_WIDTH = 128
 RATES = tuple(0.0005 * 2**step for step in range(5))
 SEEDS = 3
@@ -180,11 +180,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="two narrow widths, two rates, few steps")
     parser.add_argument("--out", help="the receipt")
+    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS, help="multiples of 32")
     parser.add_argument("--optimizer", default="adamw", help="adamw, whose rate moves most, or muon")
     parser.add_argument("--done", type=Path, help="where losses are kept as they come, and read from")
     arguments = parser.parse_args()
-    widths, rates = (list(WIDTHS), list(RATES)) if not arguments.quick else ([32, 64], list(RATES[:2]))
-    seeds, steps = (SEEDS, STEPS) if not arguments.quick else (1, 10)
+    widths = [32, 64] if arguments.quick else list(arguments.widths)
+    rates = list(RATES[:2] if arguments.quick else RATES)
+    seeds, steps = (1, 10) if arguments.quick else (SEEDS, STEPS)
     like = Trial(widths[0], BASE_WIDTH, rates[0], 0, steps, arguments.optimizer)
     like.job()  # builds the shards, once
     done = Done(arguments.done)
