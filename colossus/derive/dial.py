@@ -60,10 +60,10 @@ def lr_for(compute: float) -> float:
 
 
 def base_width_for(job: Job, arch: Architecture, compute: float) -> int:
-    """The width at which `lr_for(compute)` holds, from which a wider `arch` takes its rates (`scaling`).
+    """The width at which `lr_for(compute)` holds, from which an `arch` that was asked for takes its rates.
 
-    That is the width that the dial would choose for this compute. A model that it chose, a narrower one, and
-    one no wider than those for which the law was tried, is its own base: nothing is scaled.
+    That is the width whose tokens are the best for this compute, or the next of the default models. A model
+    that is narrower, or no wider than those for which the law was tried, is its own base: nothing is scaled.
     """
     if arch.hidden_size <= CHECKED_WIDTH:
         return arch.hidden_size
