@@ -64,6 +64,10 @@ def base_width_for(job: Job, arch: Architecture, compute: float) -> int:
 
     That is the width whose tokens are the best for this compute, or the next of the default models. A model
     that is narrower, or no wider than those for which the law was tried, is its own base: nothing is scaled.
+
+    Two layers, Muon and the rate 0.008, near what the law gives for 200 steps of 2,048 bytes: width 512 ended
+    at 1.794 nats a token scaled from 160, at 1.812 unscaled; width 256 at 1.864 from 128, 1.875 unscaled (one
+    seed each).
     """
     if arch.hidden_size <= CHECKED_WIDTH:
         return arch.hidden_size
