@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 from pydantic import Field
 
 from colossus.errors import UserError
+from colossus.scaling import UNSCALED, InitScheme, Scale, depth_scale, width_scale
 from colossus.section import Name, Section, derived
 
 IGNORED = -100  # the target of a position that is not learned or scored, as in PyTorch's cross entropy
@@ -145,6 +146,8 @@ class Architecture(Section):
     logit_soft_cap: float | None = Field(default=None, gt=0, le=10**6)
     pad_token: int | None = Field(default=None, ge=0, le=2**31 - 1)  # none looks at tokens of this id
     initializer_range: float = derived(gt=0, le=10)
+    init_scheme: InitScheme = "gpt2"
+    base_width: int | None = derived(ge=1, le=10**6)  # where rates and initializer_range hold as they are
 
     @property
     def scale_of_scores(self) -> float:
@@ -175,6 +178,7 @@ class Parameter:
     axes: the logical axis of each dimension (`vocab`, `model`, `heads`, `kv`, `ffn`, `expert`, ...), the
         names that placements map to mesh axes.
     std: standard deviation of the initial values where `init` is "normal"; NaN until it is derived.
+    scale: what the width makes of initial values (it is in `std`; "ones" begin at it) and of rates.
     layer: the global index of its layer, None outside the layers.
     active: the share of it that one token visits.
     trainable: whether it has a gradient; a buffer where not.
@@ -191,6 +195,7 @@ class Parameter:
     layer: int | None = None
     active: float = 1.0
     trainable: bool = True
+    scale: Scale = UNSCALED
 
     @property
     def numel(self) -> int:
@@ -201,18 +206,35 @@ class Parameter:
 def parameter_table(arch: Architecture) -> tuple[Parameter, ...]:
     """Every parameter of `arch`, in the order of the forward pass.
 
-    Initial values: normal with `initializer_range`; the products that write to the residual stream are scaled
-    down by sqrt(2 x layers), as in GPT-2 (Radford et al. 2019, section 2.3).
+    Initial values: normal with `initializer_range`; those of the products that write to the residual stream
+    are smaller by `init_scheme` (under "llama" w_up's, too, as published), and all by `base_width` (see
+    `scaling`).
     """
     check(arch)
-    return tuple(_Table(arch).rows())
+    return tuple(_scaled(parameter, arch) for parameter in _Table(arch).rows())
+
+
+def _scaled(parameter: Parameter, arch: Architecture) -> Parameter:
+    """The parameter as the model's width makes it; itself at the base width."""
+    if arch.base_width is None or arch.base_width == arch.hidden_size:
+        return parameter
+    last_norm = parameter.layer is None and parameter.name.startswith("norm.")
+    ratio = arch.hidden_size / arch.base_width
+    scale = width_scale(parameter.group, ratio, norm_of_tied=last_norm and arch.tie_embeddings)
+    return replace(parameter, std=parameter.std * scale.init, scale=scale)
 
 
 class _Table:
     def __init__(self, arch: Architecture) -> None:
         self.arch = arch
         self.std = math.nan if arch.initializer_range is None else arch.initializer_range
-        self.residual_std = self.std / math.sqrt(2 * arch.num_layers)
+
+    def std_of(self, name: str, layer: int) -> float:
+        """Of the initial values of a product of a layer, by the last part of its name."""
+        smaller = ("wo", "w_down", "w_up") if self.arch.init_scheme == "llama" else ("wo", "w_down")
+        if name.rpartition(".")[2] not in smaller:
+            return self.std
+        return self.std * depth_scale(self.arch.init_scheme, layer, self.arch.num_layers)
 
     def rows(self) -> Iterator[Parameter]:
         arch = self.arch
@@ -256,7 +278,7 @@ class _Table:
         yield from self.linear(f"{prefix}.wk", layer, (kv, "kv"), (model, "model"), bias)
         yield from self.linear(f"{prefix}.wv", layer, (kv, "kv"), (model, "model"), bias)
         out_bias = arch.attention_out_bias
-        yield from self.linear(f"{prefix}.wo", layer, (model, "model"), (heads, "heads"), out_bias, True)
+        yield from self.linear(f"{prefix}.wo", layer, (model, "model"), (heads, "heads"), out_bias)
         if arch.qk_norm:
             for name, width, axis in (("q_norm", heads, "heads"), ("k_norm", kv, "kv")):
                 width, axis = (width, axis) if all_heads else (arch.head_dim, "head")
@@ -272,14 +294,14 @@ class _Table:
         yield from self.linear(f"{prefix}.wkv_down", layer, (down, "kv_rank"), model)
         yield self.vector(f"{prefix}.kv_norm.weight", layer, *kv, "norm")
         yield from self.linear(f"{prefix}.wkv_up", layer, (up, "heads"), kv)
-        yield from self.linear(f"{prefix}.wo", layer, model, (heads * latent.v_dim, "heads"), residual=True)
+        yield from self.linear(f"{prefix}.wo", layer, model, (heads * latent.v_dim, "heads"))
 
     def mlp(self, prefix: str, layer: int, width: int, bias: bool) -> Iterator[Parameter]:
         model, ffn = (self.arch.hidden_size, "model"), (width, "ffn")
         if self.arch.mlp != "gelu":
             yield from self.linear(f"{prefix}.w_gate", layer, ffn, model, bias)
         yield from self.linear(f"{prefix}.w_up", layer, ffn, model, bias)
-        yield from self.linear(f"{prefix}.w_down", layer, model, ffn, bias, True)
+        yield from self.linear(f"{prefix}.w_down", layer, model, ffn, bias)
 
     def experts(self, prefix: str, layer: int) -> Iterator[Parameter]:
         arch, experts = self.arch, self.arch.experts
@@ -302,7 +324,7 @@ class _Table:
         assert experts is not None
         num, share = experts.num_experts, experts.per_token / experts.num_experts
         out, into = ("model", "ffn") if down else ("ffn", "model")
-        std = self.residual_std if down else self.std
+        std = self.std_of(name, layer)
         shape, axes, fans = (num, sizes[out], sizes[into]), ("expert", out, into), (sizes[into], sizes[out])
         yield Parameter(name, shape, axes, *fans, "normal", std, "expert", layer, share)
         if experts.bias:
@@ -320,9 +342,8 @@ class _Table:
         out: tuple[int, str],
         into: tuple[int, str],
         bias: bool = False,
-        residual: bool = False,
     ) -> Iterator[Parameter]:
-        std = self.residual_std if residual else self.std
+        std = self.std_of(name, layer)
         shape, axes = (out[0], into[0]), (out[1], into[1])
         yield Parameter(f"{name}.weight", shape, axes, into[0], out[0], "normal", std, "matrix", layer)
         if bias:

@@ -34,6 +34,7 @@ FLOORS = {
     "data": 2,
     "perf": 1,
     "architecture": 0,
+    "scaling": 0,
     "layout": 0,
     "job": 0,
     "section": 0,

@@ -80,10 +80,13 @@ def _tokens(job: Job) -> list[str]:
 def _optimizer(job: Job) -> list[str]:
     optimizer = job.optimizer
     muon = optimizer.name == "muon"
+    base, width = job.model.base_width, job.model.hidden_size
+    scaled_from = base if base != width else None
     return _known(
         (optimizer.name, {"muon": "Muon and AdamW", "adamw": "AdamW"}.get),
         (optimizer.matrix_lr if muon else None, lambda x: f"matrices at {short(x)}"),
         (optimizer.lr, lambda x: f"the rest at {short(x)}" if muon else f"at {short(x)}"),
+        (scaled_from, lambda n: f"scaled from width {n}"),
         (optimizer.schedule, str),
         (optimizer.warmup_steps, lambda n: f"{plural(n, 'step')} of warm-up"),
     )

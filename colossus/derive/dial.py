@@ -6,7 +6,9 @@ checks at the small end that a model next to the chosen one is no better.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,7 @@ TOKENS_PER_FLOP = 2.2  # the constant of `tokens_for`
 # tokens a step, at 1.35 with 4,096 (one seed each). More and smaller steps cost time on a processor.
 BATCH_TOKENS_PER_FLOP = 0.12
 SMALL_BATCH_TOKENS = 2**15
+CHECKED_WIDTH = 160  # of the default models for which the law of the rate was tried (benchmarks/dial.py)
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,35 @@ def batch_tokens_for(compute: float) -> float:
 
 
 def lr_for(compute: float) -> float:
-    """AdamW's rate at the top of the schedule: 0.3118 C^-0.1250 (the same section)."""
+    """AdamW's rate at the top of the schedule: 0.3118 C^-0.1250 (the same section).
+
+    The law was fitted to models of about the best size for their compute, so that it holds at the width that
+    the dial chooses for C: see `base_width_for`.
+    """
     return 0.3118 * compute**-0.1250
+
+
+def base_width_for(job: Job, arch: Architecture, compute: float) -> int:
+    """The width at which `lr_for(compute)` holds, from which an `arch` that was asked for takes its rates.
+
+    That is the width whose tokens are the best for this compute, or the next of the default models. A model
+    that is narrower, or no wider than those for which the law was tried, is its own base: nothing is scaled.
+
+    Two layers, Muon and the rate 0.008, near what the law gives for 200 steps of 2,048 bytes: width 512 ended
+    at 1.794 nats a token scaled from 160, at 1.812 unscaled; width 256 at 1.864 from 128, 1.875 unscaled (one
+    seed each).
+    """
+    if arch.hidden_size <= CHECKED_WIDTH:
+        return arch.hidden_size
+    free = dataclasses.replace(job, model=Architecture(vocab_size=arch.vocab_size))
+
+    def is_past(width: int) -> bool:
+        flops = model_flops_per_token(complete(free, width), job.data.seq_len)
+        return compute / flops < tokens_for(compute)
+
+    widths = range(CHECKED_WIDTH, arch.hidden_size, WIDTH_STEP)
+    past = bisect_left(widths, True, key=is_past)
+    return widths[past] if past < len(widths) else arch.hidden_size
 
 
 def beta2_for(batch_tokens: float) -> float:

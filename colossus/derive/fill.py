@@ -6,7 +6,7 @@ import math
 
 from colossus import architecture, layout
 from colossus.architecture import Architecture
-from colossus.derive.dial import Plan, batch_tokens_for, beta2_for, dial, lr_for
+from colossus.derive.dial import Plan, base_width_for, batch_tokens_for, beta2_for, dial, lr_for
 from colossus.derive.machine import (
     USABLE,
     check_device,
@@ -49,6 +49,7 @@ def derive(job: Job, machine: Machine) -> Job:
     job = derive_machine(job, machine)
     job = derive_data(job)
     plan = _plan(job, machine)
+    job = _derive_base_width(job, plan)
     job = _derive_model(job, plan.arch)
     job = _derive_steps(job, plan)
     job = _derive_optimizer(job, plan)
@@ -113,6 +114,15 @@ def _compute_of(job: Job, flops_per_token: float) -> float:
         tokens = batch * job.data.seq_len if batch is not None else batch_tokens_for(compute)
         compute = job.run.steps * tokens * flops_per_token
     return compute
+
+
+def _derive_base_width(job: Job, plan: Plan) -> Job:
+    """Where the rates hold as they are: a model that the dial chose, and rates that were asked for, are not
+    scaled."""
+    asked = job.optimizer.lr is not None or job.optimizer.matrix_lr is not None
+    if asked or job.model.hidden_size is None:
+        return job.derive(**{"model.base_width": plan.arch.hidden_size})
+    return job.derive(**{"model.base_width": base_width_for(job, plan.arch, plan.compute)})
 
 
 def _derive_model(job: Job, arch: Architecture) -> Job:

@@ -47,7 +47,7 @@ def initialise_parameter(tensor: torch.Tensor, parameter: Parameter, seed: int) 
         offsets = _offsets(tensor)
         fill_normal(local, parameter.shape, offsets, parameter.std, stream_keys(seed, parameter.name))
     else:
-        local.fill_(1.0 if parameter.init == "ones" else 0.0)
+        local.fill_(parameter.scale.init if parameter.init == "ones" else 0.0)
 
 
 def stream_keys(seed: int, name: str) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """The optimizer of a run: AdamW for all, or Muon for the layers' matrices and AdamW for the rest.
 
 Groups come from the parameter table: `weight_decay` applies to matrices of the layers; embeddings, the
-output head and norms have none.
+output head and norms have none. A parameter's rate is its share (`Parameter.scale`) of the optimizer's; its
+decay is divided by that share, so that rate x decay stays (see `scaling`).
 """
 
 from __future__ import annotations
@@ -29,21 +30,29 @@ class Optimizer:
         matrices = {n: p for n, p in named if table[n].group in MUON_GROUPS}
         others = {n: p for n, p in named if n not in matrices}
         self._muon: Muon | None = None
-        groups = [{"params": list(others.values()), "weight_decay": 0.0}]
-        self._adamw_names = list(others)
+        adamw = [(table[n].scale.adamw, 0.0, n, p) for n, p in others.items()]
         if settings.name == "muon":
             self._muon_names = list(matrices)
+            (share,) = {table[name].scale.muon for name in matrices} or {1.0}  # all sides grow together
             self._muon = Muon(
                 list(matrices.values()),
-                lr=settings.matrix_lr,
+                lr=settings.matrix_lr * share,
                 momentum=settings.momentum,
-                weight_decay=settings.weight_decay,
+                weight_decay=settings.weight_decay / share,
                 matmul_type=matmul_type,
             )
         else:
-            groups.append({"params": list(matrices.values()), "weight_decay": settings.weight_decay})
-            self._adamw_names += list(matrices)
-        self._lr = settings.lr
+            shares = {name: table[name].scale.adamw for name in matrices}
+            adamw += [(shares[n], settings.weight_decay / shares[n], n, p) for n, p in matrices.items()]
+        by_group: dict[tuple[float, float], dict[str, torch.Tensor]] = {}
+        for share, weight_decay, name, parameter in adamw:
+            by_group.setdefault((share, weight_decay), {})[name] = parameter
+        groups = [
+            {"params": list(members.values()), "lr": settings.lr * share, "weight_decay": weight_decay}
+            for (share, weight_decay), members in by_group.items()
+        ]
+        self._adamw_names = [name for members in by_group.values() for name in members]
+        self._rates = [settings.lr * share for share, _ in by_group]
         betas = (settings.beta1, settings.beta2)
         self._adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
         self._adamw_parameters = [p for group in self._adamw.param_groups for p in group["params"]]
@@ -68,8 +77,8 @@ class Optimizer:
 
     def step(self, lr_factor: float) -> None:
         """One update, at `lr_factor` of the rates."""
-        for group in self._adamw.param_groups:
-            group["lr"] = self._lr * lr_factor
+        for group, rate in zip(self._adamw.param_groups, self._rates, strict=True):
+            group["lr"] = rate * lr_factor
         self._adamw.step()
         if self._muon is not None:
             self._muon.step(lr_factor)

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from colossus.architecture import check, num_parameters
 from colossus.derive import derive, derive_data, dial
-from colossus.derive.dial import WIDTH_STEP, batch_tokens_for, beta2_for, complete, lr_for, tokens_for
+from colossus.derive.dial import (
+    CHECKED_WIDTH,
+    WIDTH_STEP,
+    base_width_for,
+    batch_tokens_for,
+    beta2_for,
+    complete,
+    lr_for,
+    tokens_for,
+)
 from colossus.job import load_job
 from colossus.measure.machine import this_machine
 from colossus.perf.flops import model_flops_per_token
@@ -84,3 +93,28 @@ def test_every_default_shape_is_legal(step: int) -> None:
 def test_a_model_that_does_not_fit_is_not_chosen() -> None:
     largest = dial(JOB, lambda arch: 1e22, lambda arch: arch.hidden_size <= 512).arch
     assert largest.hidden_size == 512
+
+
+@pytest.mark.parametrize("compute", [1e12, 1e14, 1e16, 1e18])
+def test_a_wider_model_takes_its_rates_from_the_width_that_the_dial_would_choose(compute: float) -> None:
+    best = max(CHECKED_WIDTH, chosen(compute).arch.hidden_size)
+    asked = derive_data(load_job(None, ["model.hidden_size=8192"]))
+    base = base_width_for(asked, complete(asked, 8192), compute)
+    assert best <= base <= best + WIDTH_STEP
+
+
+@pytest.mark.parametrize(
+    ("words", "base"),
+    [
+        ([], None),
+        (["model.hidden_size=160"], 160),
+        (["model.hidden_size=512"], 160),
+        (["model.hidden_size=512", "optimizer.lr=0.001"], 512),
+        (["model.hidden_size=512", "model.base_width=256"], 256),
+    ],
+)
+def test_only_a_derived_rate_of_a_wide_model_that_was_asked_for_is_scaled(
+    words: list[str], base: int | None
+) -> None:
+    job = derive(load_job(None, ["run.tokens=100000", *words]), this_machine())
+    assert job.model.base_width == (base or job.model.hidden_size)
