@@ -101,7 +101,7 @@ def _taken(source: Source, family: Published, arch: Architecture, say: Say) -> d
         name: Spec(_bare(name, family) if bare else name, spec.shape, spec.dtype)
         for name, spec in _published_specs(bound, table, arch).items()
     }
-    _check_names(source, family, arch, {spec.name for spec in expected.values()}, say)
+    _check_names(source, family, arch, {spec.name: spec.shape for spec in expected.values()}, say)
     for spec in expected.values():
         _check_tensor(source, spec)
     found: dict[str, Readable] = {}
@@ -144,13 +144,16 @@ def _published_specs(
     return found
 
 
-def _check_names(source: Source, family: Published, arch: Architecture, expected: set[str], say: Say) -> None:
+def _check_names(
+    source: Source, family: Published, arch: Architecture, expected: Mapping[str, tuple[int, ...]], say: Say
+) -> None:
     """Raises UserError where tensors are missing, or there are some that the model has not."""
-    missing = sorted(expected - set(source))
+    missing = [name for name in expected if name not in source]
     if missing:
         more = f", nor {len(missing) - 1} others" if len(missing) > 1 else ""
         raise UserError(
-            f"{source.path} holds no tensor {missing[0]}{more}, which the model of its config.json has"
+            f"{source.path} holds no tensor {missing[0]} {list(expected[missing[0]])}{more}, which the "
+            f"{family.name} of its config.json has"
         )
     skipped = re.compile("|".join(family.skipped))
     further, extra = set[int](), list[str]()
