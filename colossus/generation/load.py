@@ -52,8 +52,9 @@ def _empty(arch: Architecture, device: str | torch.device) -> Decoder:
 
 def is_published(path: Path) -> bool:
     """Whether `path` is a Hugging Face folder."""
-    is_ours = is_committed(path) or os.path.isfile(path / "job.toml") or checkpoints_folder(path).is_dir()  # noqa: PTH113
-    return not is_ours and os.path.isfile(path / "config.json")  # noqa: PTH113 - False too for an impossible name
+    if not os.path.isfile(path / "config.json"):  # noqa: PTH113 - False too for a name that no folder can have
+        return False
+    return not (is_committed(path) or (path / "job.toml").is_file() or checkpoints_folder(path).is_dir())
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
@@ -61,7 +62,10 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if not os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises for a name that no folder can have
         siblings = [str(p) for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []  # noqa: PTH112
         raise UserError.field(
-            "path", str(path), "no such folder; a run or a checkpoint is expected", siblings
+            "path",
+            str(path),
+            "no such folder; a run, a checkpoint or a Hugging Face folder is expected",
+            siblings,
         )
     if is_committed(path):
         return path, path.resolve().parent.parent  # `step-00000100` alone says nothing of its run
@@ -70,4 +74,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         if newest is None:
             raise UserError(f"{path}: this run has saved no checkpoint yet")
         return newest, path
-    raise UserError(f"{path}: neither a run (it has no job.toml) nor a whole checkpoint (no COMMITTED)")
+    raise UserError(
+        f"{path}: neither a run (it has no job.toml), nor a whole checkpoint (no COMMITTED), nor a Hugging "
+        "Face folder (no config.json)"
+    )

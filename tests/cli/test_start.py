@@ -15,7 +15,7 @@ from colossus.job import SECTIONS, preset_names
 from tests.cli.commands import ROOT, colossus, without_torch
 
 HEAVY = ("torch", "numpy", "pyarrow", "tokenizers", "tiktoken", "transformers", "rich")
-VERBS = ("train", "generate", "data", "doctor", "models")
+VERBS = ("train", "generate", "import", "export", "data", "doctor", "models")
 
 
 def best_seconds(*command: str, runs: int = 5) -> float:
@@ -69,7 +69,7 @@ def test_mistakes_are_told_without_torch(words: list[str]) -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: ")
 
 
-@pytest.mark.parametrize("words", [["train", "--dry"], ["doctor"], ["generate", "runs/x", "def "]])
+@pytest.mark.parametrize("words", [["train", "--dry"], ["doctor"], ["generate", "runs/x", "def "], ["import", "x"]])
 def test_what_needs_torch_says_so(words: list[str]) -> None:
     done = without_torch(*words)
     assert done.returncode == 3

@@ -66,7 +66,7 @@ def test_what_is_no_model_is_said_in_words(tmp_path):
             load_model(name)
     with pytest.raises(UserError, match="neither a run"):
         load_model(tmp_path / "runs" / "llama-1")
-    (tmp_path / "runs" / "llama-1" / "config.json").touch()
+    (tmp_path / "runs" / "llama-1" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="Hugging Face"):
         load_model(tmp_path / "runs" / "llama-1")
     (tmp_path / "runs" / "llama-1" / "job.toml").touch()

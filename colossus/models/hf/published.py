@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -57,6 +58,12 @@ def open_published(path: str | Path, say: Say = warn) -> Opened:
             those of the model that it describes; with the name, and both shapes where they differ.
         MachineError: a file is missing, cut short or damaged.
     """
+    if not os.path.isdir(path):  # noqa: PTH112 - False too for a name that no folder can have
+        parent = Path(path).parent
+        siblings = [str(p) for p in parent.iterdir()] if os.path.isdir(parent) else []  # noqa: PTH112
+        raise UserError.field(
+            "path", str(path), "no such folder; a Hugging Face folder is expected", siblings
+        )
     source = open_source(path)
     if not source.config:
         raise UserError(f"{path} is no Hugging Face checkpoint: it has no config.json, which says what it is")

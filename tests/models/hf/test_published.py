@@ -97,7 +97,7 @@ def test_weights_in_whole_numbers(tmp_path: Path) -> None:
     folder = changed(
         tmp_path, "llama", lambda t, c: t.update({"model.norm.weight": t["model.norm.weight"].long()})
     )
-    with pytest.raises(UserError, match="model.norm.weight is of int64, not floating-point"):
+    with pytest.raises(UserError, match=r"model.norm.weight is of int64, not floating-point"):
         open_published(folder)
 
 
@@ -119,7 +119,7 @@ def test_a_tied_output_matrix_that_differs(tmp_path: Path) -> None:
     def add(tensors: Tensors, config: dict[str, Any]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
 
-    with pytest.raises(UserError, match="tie_word_embeddings=true, but lm_head.weight differs"):
+    with pytest.raises(UserError, match=r"tie_word_embeddings=true, but lm_head.weight differs"):
         open_published(changed(tmp_path, "qwen3", add))
 
 
