@@ -69,7 +69,9 @@ def test_mistakes_are_told_without_torch(words: list[str]) -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: ")
 
 
-@pytest.mark.parametrize("words", [["train", "--dry"], ["doctor"], ["generate", "runs/x", "def "], ["import", "x"]])
+@pytest.mark.parametrize(
+    "words", [["train", "--dry"], ["doctor"], ["generate", "runs/x", "def "], ["import", "x"]]
+)
 def test_what_needs_torch_says_so(words: list[str]) -> None:
     done = without_torch(*words)
     assert done.returncode == 3
