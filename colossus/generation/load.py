@@ -63,7 +63,10 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if not os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises for a name that no folder can have
         siblings = [str(p) for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []  # noqa: PTH112
         raise UserError.field(
-            "path", str(path), "no such folder; a run or a checkpoint is expected", siblings
+            "path",
+            str(path),
+            "no such folder; a run, a checkpoint or a Hugging Face folder is expected",
+            siblings,
         )
     if is_committed(path):
         return path, path.resolve().parent.parent  # `step-00000100` alone says nothing of its run
@@ -72,4 +75,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         if newest is None:
             raise UserError(f"{path}: this run has saved no checkpoint yet")
         return newest, path
-    raise UserError(f"{path}: neither a run (it has no job.toml) nor a whole checkpoint (no COMMITTED)")
+    raise UserError(
+        f"{path}: neither a run (it has no job.toml), nor a whole checkpoint (no COMMITTED), nor a Hugging "
+        "Face folder (no config.json)"
+    )

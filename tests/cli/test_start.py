@@ -15,7 +15,7 @@ from colossus.job import SECTIONS, preset_names
 from tests.cli.commands import ROOT, colossus, without_torch
 
 HEAVY = ("torch", "numpy", "pyarrow", "tokenizers", "tiktoken", "transformers", "rich")
-VERBS = ("train", "generate", "eval", "data", "doctor", "models")
+VERBS = ("train", "generate", "eval", "import", "export", "data", "doctor", "models")
 
 
 def best_seconds(*command: str, runs: int = 5) -> float:
@@ -70,7 +70,8 @@ def test_mistakes_are_told_without_torch(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["train", "--dry"], ["doctor"], ["generate", "runs/x", "def "], ["eval", "runs/x"]]
+    "words",
+    [["train", "--dry"], ["doctor"], ["generate", "runs/x", "def "], ["eval", "runs/x"], ["import", "x"]],
 )
 def test_what_needs_torch_says_so(words: list[str]) -> None:
     done = without_torch(*words)

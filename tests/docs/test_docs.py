@@ -30,7 +30,7 @@ TINY = (
 MAKES_FIRST_RUN = {"docs/train.md"}  # the other pages go on with that run
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FIELD = re.compile(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.([a-z_0-9]+)\b(?![./(])")
-FILE_ENDINGS = {"md", "py", "toml", "json", "html", "jsonl"}
+FILE_ENDINGS = {"md", "py", "toml", "json", "html", "jsonl", "safetensors"}
 
 
 @pytest.fixture(scope="module")

@@ -217,7 +217,7 @@ def test_the_verbs(
     assert main(["export", "runs/tiny", "out", "--type", "bf16"]) == 0
     assert "exported to out" in capsys.readouterr().out
     assert main(["import", "nowhere"]) == 2
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "no such folder; a Hugging Face folder is expected" in capsys.readouterr().err
 
 
 WATCHED = """

@@ -64,7 +64,8 @@ class Key(Term):
         return {self.field: value} | ({self.also: value} if self.also else {})
 
     def write(self, arch: Architecture) -> dict[str, Any]:
-        return {self.key: _get(arch, self.field)}
+        value = _get(arch, self.field)
+        return {} if value is None else {self.key: value}
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ def description(terms: Iterable[Term], family: str, config: Config) -> Architect
 
 
 def keys(terms: Iterable[Term], arch: Architecture) -> dict[str, Any]:
-    """What `config.json` says of a model; None for keys of a table that the model lacks."""
+    """What `config.json` says of a model; nothing of a table that the model lacks."""
     found: dict[str, Any] = {}
     for term in terms:
         found |= term.write(arch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -61,6 +62,12 @@ def open_published(path: str | Path, say: Say = warn) -> Opened:
             those of the model that it describes; with the name, and both shapes where they differ.
         MachineError: a file is missing, cut short or damaged.
     """
+    if not os.path.isdir(path):  # noqa: PTH112 - False too for a name that no folder can have
+        parent = Path(path).parent
+        siblings = [str(p) for p in parent.iterdir()] if os.path.isdir(parent) else []  # noqa: PTH112
+        raise UserError.field(
+            "path", str(path), "no such folder; a Hugging Face folder is expected", siblings
+        )
     for is_grok, opened_grok in ((is_grok1, opened_grok1), (is_grok2, opened_grok2)):
         if is_grok(Path(path)):
             return Opened(*opened_grok(Path(path)))
@@ -108,7 +115,7 @@ def _taken(source: Source, family: Published, arch: Architecture, say: Say) -> d
         name: Spec(_bare(name, family) if bare else name, spec.shape, spec.dtype)
         for name, spec in _published_specs(bound, table, arch).items()
     }
-    _check_names(source, family, arch, {spec.name for spec in expected.values()}, say)
+    _check_names(source, family, arch, {spec.name: spec.shape for spec in expected.values()}, say)
     for spec in expected.values():
         _check_tensor(source, spec)
     found: dict[str, Readable] = {}
@@ -151,13 +158,16 @@ def _published_specs(
     return found
 
 
-def _check_names(source: Source, family: Published, arch: Architecture, expected: set[str], say: Say) -> None:
+def _check_names(
+    source: Source, family: Published, arch: Architecture, expected: Mapping[str, tuple[int, ...]], say: Say
+) -> None:
     """Raises UserError where tensors are missing, or there are some that the model has not."""
-    missing = sorted(expected - set(source))
+    missing = [name for name in expected if name not in source]
     if missing:
         more = f", nor {len(missing) - 1} others" if len(missing) > 1 else ""
         raise UserError(
-            f"{source.path} holds no tensor {missing[0]}{more}, which the model of its config.json has"
+            f"{source.path} holds no tensor {missing[0]} {list(expected[missing[0]])}{more}, which the "
+            f"{family.name} of its config.json has"
         )
     skipped = re.compile("|".join(family.skipped))
     further, extra = set[int](), list[str]()

@@ -6,11 +6,13 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from colossus.architecture import IGNORED
 from colossus.data.tokenizer import JsonTokenizer
 from colossus.models import Decoder
 from colossus.models.hf.published import fill, open_published
@@ -70,7 +72,9 @@ def _gpt2(rng: random.Random) -> Any:
         n_layer=2,
         n_inner=rng.choice((None, 21)),
         activation_function=rng.choice(("gelu_new", "gelu")),
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         bos_token_id=1,
         eos_token_id=2,
     )
@@ -126,9 +130,8 @@ def _qwen3_moe(rng: random.Random) -> Any:
     from transformers import Qwen3MoeConfig
 
     return Qwen3MoeConfig(
-        **_sizes(rng),
+        **_sizes(rng, head_dim=8),
         **_experts(rng, "num_experts"),
-        head_dim=8,
         moe_intermediate_size=8,
         norm_topk_prob=rng.random() < 0.5,
         mlp_only_layers=[0],
@@ -181,9 +184,8 @@ def _glm4_moe(rng: random.Random) -> Any:
     from transformers import Glm4MoeConfig
 
     return Glm4MoeConfig(
-        **_sizes(rng),
+        **_sizes(rng, head_dim=8),
         **_experts(rng, "n_routed_experts"),
-        head_dim=8,
         first_k_dense_replace=1,
         moe_intermediate_size=8,
         use_qk_norm=rng.random() < 0.5,
@@ -229,14 +231,48 @@ def make(name: str, seed: int = 0) -> nn.Module:
     return model
 
 
-def _restore_frequencies(model: nn.Module) -> None:
+def _restore_frequencies(model: Any) -> None:
     """Rotary frequencies are buffers that follow from the configuration."""
     for module in model.modules():
         if hasattr(module, "original_inv_freq"):
-            kind = module.rope_type
-            fresh = type(module)(module.config)
-            module.inv_freq.copy_(fresh.inv_freq)
-            assert kind == fresh.rope_type
+            module.inv_freq.copy_(type(module)(module.config).inv_freq)
+
+
+def tokens(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def gradient_differences(
+    theirs: Any, ours: Decoder, tokens_BT: torch.Tensor, folder: Path
+) -> dict[str, float]:
+    """Of the mean loss, by norm and tensor, over the norm of ours.
+
+    Theirs are saved to `folder` as if they were weights, and read through the mapping. A tensor whose
+    gradient is but rounding (the biases of keys: added to all keys, they move all scores of a query alike) is
+    compared with the norm over all tensors.
+    """
+    targets = tokens_BT.roll(-1, 1)
+    targets[:, -1] = IGNORED
+    theirs.zero_grad()
+    ours.zero_grad()
+    logits = theirs(tokens_BT).logits
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED).backward()
+    loss, num_targets = ours(tokens_BT, targets)
+    (loss / num_targets).backward()
+    weights = {name: parameter.detach().clone() for name, parameter in theirs.named_parameters()}
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(parameter.grad if parameter.grad is not None else 0.0)
+        save(theirs, folder)
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(weights[name])
+    expected = open_published(folder).tensors
+    found = {name: cast(torch.Tensor, parameter.grad) for name, parameter in ours.named_parameters()}
+    total = torch.stack([gradient.norm() for gradient in found.values()]).norm()
+    return {
+        name: float((gradient - expected[name].read()).norm() / max(gradient.norm(), 1e-2 * total))
+        for name, gradient in found.items()
+    }
 
 
 def save(model: nn.Module, folder: Path) -> Path:
@@ -266,6 +302,6 @@ def tokenizer(folder: Path) -> JsonTokenizer:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(["<s>", "</s>"])
-    found = JsonTokenizer(made.to_str(), made.token_to_id("<s>"), made.token_to_id("</s>"))
+    found = JsonTokenizer(made.to_str(), len(letters), len(letters) + 1)
     found.save(folder)
     return found
