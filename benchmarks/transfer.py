@@ -1,5 +1,3 @@
-
-
 class Done:
     """Losses of trials, kept in a file line by line as they end, so that a sweep may be stopped and go on."""
 

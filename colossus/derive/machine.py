@@ -15,6 +15,7 @@ from colossus.hardware.machine import Machine
 from colossus.job import Job
 from colossus.measure.machine import free_memory_bytes
 from colossus.measure.training import training_flops_per_second
+from colossus.optim.optimizer import MUON_GROUPS
 from colossus.perf.flops import model_flops_per_token
 from colossus.words import count, size
 
@@ -84,7 +85,7 @@ def check_memory(job: Job, arch: Architecture, machine: Machine) -> None:
 def state_bytes(job: Job, arch: Architecture) -> int:
     """Bytes of weights, gradients and optimizer state in fp32, over all ranks."""
     muon = job.optimizer.name != "adamw"
-    return sum(p.numel * (12 if muon and p.group == "matrix" else 16) for p in parameter_table(arch))
+    return sum(p.numel * (12 if muon and p.group in MUON_GROUPS else 16) for p in parameter_table(arch))
 
 
 def memory_bytes(job: Job, machine: Machine) -> int:
@@ -99,7 +100,11 @@ def micro_batch(job: Job, share: int, machine: Machine) -> int:
     arch = job.model
     # What waits for the backward pass, in fp32: as Korthikanti et al. 2022 (arXiv 2205.05198) count it, with
     # the three products of SwiGLU, and attention that keeps no scores.
-    per_token = 4 * arch.num_layers * (16 * arch.hidden_size + 4 * arch.intermediate_size)
+    # A token's visits of experts are so many rows more.
+    experts = arch.experts
+    visits = 0 if experts is None else experts.per_token + experts.num_shared
+    width = visits * arch.expert_size if experts is not None else arch.intermediate_size
+    per_token = 4 * arch.num_layers * ((16 + 3 * visits) * arch.hidden_size + 4 * width)
     memory = memory_bytes(job, machine) / job.layout.num_ranks
     fits = max(1, int(memory / 4 / (per_token * longest_sample(job))))
     return max(n for n in range(1, min(share, fits) + 1) if share % n == 0)

@@ -34,7 +34,8 @@ def load_model(
         model = Decoder(arch)
     model.to_empty(device=device)
     weights = {(name, "weight"): tensor.detach() for name, tensor in model.named_parameters()}
-    checkpoint.load_into(weights)
+    buffers = {(name, "buffer"): tensor for name, tensor in model.named_buffers()}
+    checkpoint.load_into(weights | buffers)
     model.compute_dtype = dtype
     return model.eval(), load_tokenizer(run_folder / "tokenizer")
 

@@ -41,11 +41,11 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(settings.num_experts)) if settings.router_bias else None
         if settings.selection_bias:
             self.register_buffer("selection_bias", torch.zeros(settings.num_experts))
-        if self._has_shares:
+        if self.has_shares:
             self.register_buffer("shares", torch.zeros(settings.num_experts))
 
     @property
-    def _has_shares(self) -> bool:
+    def has_shares(self) -> bool:
         return self.settings.balance_loss > 0 and self.settings.balance_over == "batch"
 
     def forward(self, x_BTD: torch.Tensor, token_share: torch.Tensor | None) -> Routes:
@@ -74,7 +74,9 @@ class Router(nn.Module):
         if token_share is None:
             return routes
         ones_BV = torch.ones_like(weights_BTK.detach().flatten(1))
-        visits_BX = torch.zeros_like(logits_BTX[:, 0].detach()).scatter_add(1, experts_BTK.flatten(1), ones_BV)
+        visits_BX = torch.zeros_like(logits_BTX[:, 0].detach()).scatter_add(
+            1, experts_BTK.flatten(1), ones_BV
+        )
         entropy_B = torch.special.entr(shares_BTX.detach()).sum((1, 2))
         load_BL = torch.cat((visits_BX, entropy_B[:, None]), dim=1)
         load = load_BL.masked_fill(token_share[:, None] == 0, 0.0).sum(0)

@@ -1,7 +1,8 @@
 """The optimizer of a run: AdamW for all, or Muon for the layers' matrices and AdamW for the rest.
 
-Groups come from the parameter table: `weight_decay` applies to matrices of the layers; embeddings, the
-output head and norms have none.
+Groups come from the parameter table: `weight_decay` applies to matrices of the layers, those of experts and
+routers too (OLMoE, arXiv 2409.02060, decays all parameters); embeddings, the output head, norms and biases
+have none. Muon takes the matrices; a router's rows are directions of single experts, and stay with AdamW.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from colossus.architecture import Architecture, parameter_table
+from colossus.architecture import Architecture, Group, parameter_table
 from colossus.job import Optimizer as Settings
 from colossus.models.init import logical_name
 from colossus.optim.muon import Muon
+
+MUON_GROUPS: tuple[Group, ...] = ("matrix", "expert")
+DECAYED_GROUPS: tuple[Group, ...] = (*MUON_GROUPS, "router")
 
 
 class Optimizer:
@@ -24,12 +28,16 @@ class Optimizer:
     ) -> None:
         table = {parameter.name: parameter for parameter in parameter_table(arch)}
         named = [(logical_name(name), parameter) for name, parameter in model.named_parameters()]
-        matrices = {n: p for n, p in named if table[n].group == "matrix"}
+        matrices = {n: p for n, p in named if settings.name == "muon" and table[n].group in MUON_GROUPS}
         others = {n: p for n, p in named if n not in matrices}
+        decayed = {n: p for n, p in others.items() if table[n].group in DECAYED_GROUPS}
+        plain = {n: p for n, p in others.items() if n not in decayed}
+        groups = [{"params": list(plain.values()), "weight_decay": 0.0}]
+        if decayed:
+            groups.append({"params": list(decayed.values()), "weight_decay": settings.weight_decay})
+        self._adamw_names = [*plain, *decayed]
         self._muon: Muon | None = None
-        groups = [{"params": list(others.values()), "weight_decay": 0.0}]
-        self._adamw_names = list(others)
-        if settings.name == "muon":
+        if matrices:
             self._muon_names = list(matrices)
             self._muon = Muon(
                 list(matrices.values()),
@@ -38,9 +46,6 @@ class Optimizer:
                 weight_decay=settings.weight_decay,
                 matmul_type=matmul_type,
             )
-        else:
-            groups.append({"params": list(matrices.values()), "weight_decay": settings.weight_decay})
-            self._adamw_names += list(matrices)
         self._lr = settings.lr
         betas = (settings.beta1, settings.beta2)
         self._adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)

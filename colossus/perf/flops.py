@@ -12,7 +12,8 @@ from colossus.architecture import Architecture, num_active, parameter_table
 
 def matrix_parameters(arch: Architecture) -> int:
     """Parameters that a token is multiplied with: the matrices of the layers, and the output head."""
-    layers = sum(p.numel for p in parameter_table(arch) if p.group == "matrix")
+    groups = ("matrix", "expert", "router")
+    layers = sum(round(p.numel * p.active) for p in parameter_table(arch) if p.group in groups)
     return layers + arch.vocab_size * arch.hidden_size
 
 
