@@ -7,6 +7,7 @@ from typing import Any
 
 from colossus.architecture import num_active, num_parameters
 from colossus.job import Job
+from colossus.section import Section
 from colossus.words import clock, count, plural, short
 
 FEW_TOKENS, USUAL_TOKENS = 1, 20  # a parameter; Hoffmann et al. 2022 (arXiv 2203.15556) found about 20 best
@@ -118,6 +119,9 @@ def _known(*pairs: tuple[Any, Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, Section):
+        given = value.model_dump(exclude_unset=True)
+        return "{" + ",".join(f"{name}:{_short(leaf)}" for name, leaf in given.items()) + "}"
     if isinstance(value, Iterable) and not isinstance(value, str):
         return "[" + ",".join(map(_short, value)) + "]"
     return str(value)

@@ -16,8 +16,8 @@ class ExpertLoads:
     """How a step's visits were spread over experts, whose loads are alike where these are 1.
 
     expert_load: of the busiest expert over the mean, in the worst layer; expert_load_mean: its mean over
-    layers. router_entropy: of the routers' scores, from 0 (always one expert) to 1 (any). dropped_visits: none
-    ever is.
+    layers. router_entropy: of the routers' scores, from 0 (always one expert) to 1 (any). dropped_visits:
+    none ever is.
     """
 
     expert_load: float
