@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from colossus.architecture import Architecture, Experts
-from colossus.models.experts import MoE, sort_by_expert
 from colossus.models.experts import Experts as Stacks
+from colossus.models.experts import MoE, sort_by_expert
 from colossus.models.grouped import grouped_product
 from tests.models.reference import architecture
 
