@@ -1,7 +1,8 @@
 """Keeps docs/job.md in step with the job: `python tools/job_reference.py [--check]`.
 
 The page has a row for every field: its name, the values it takes, what it is, what holds where it is left
-out. The second column is written here, from the types of the job; the others are written by hand.
+out. A field that is a table is followed by a row for each of its own. The second column is written here, from
+the types of the job; the others are written by hand.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from colossus.job import SECTIONS, Names, Pair, Weights, fields  # noqa: E402
 from colossus.section import Section  # noqa: E402
 
 PAGE = ROOT / "docs" / "job.md"
-ROW = re.compile(r"^\| `(\w+\.\w+)` \|([^|]*)\|(.*)$")
+ROW = re.compile(r"^\| `(\w+(?:\.\w+){1,2})` \|([^|]*)\|(.*)$")
 TODO = "| to be written | to be written |"
 SHOWN_LIMIT = 10_000  # an upper bound beyond it only keeps out absurd values
 KINDS: dict[Any, str] = {
@@ -35,12 +36,31 @@ KINDS: dict[Any, str] = {
 }
 
 
+def names() -> list[str]:
+    """The fields that have a row, in their order."""
+    found = []
+    for name in fields():
+        kind = _plain(_field(name).annotation)
+        found += [name, *(f"{name}.{leaf}" for leaf in kind.model_fields)] if _is_table(kind) else [name]
+    return found
+
+
+def _field(name: str) -> FieldInfo:
+    section, leaf, *inside = name.split(".")
+    field = SECTIONS[section].model_fields[leaf]
+    return _plain(field.annotation).model_fields[inside[0]] if inside else field
+
+
+def _is_table(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
 def values(field: FieldInfo) -> str:
     """The values that a field takes, in words."""
     kind = _plain(field.annotation)
     if get_origin(kind) is Literal:
         return " or ".join(f'`"{value}"`' for value in get_args(kind))
-    if isinstance(kind, type) and issubclass(kind, Section):
+    if _is_table(kind):
         return "table of " + ", ".join(f"`{name}`" for name in kind.model_fields)
     if get_origin(kind) is list and isinstance(get_args(kind)[0], type):
         return "list of tables of " + ", ".join(f"`{name}`" for name in get_args(kind)[0].model_fields)
@@ -68,30 +88,25 @@ def _bounds(field: FieldInfo) -> str:
 
 def updated(page: str) -> str:
     """The page with its second column as the job has it; a row is added where a field has none."""
-    seen: set[str] = set()
+    known, seen = names(), set[str]()
     lines: list[str] = []
     for line in page.splitlines():
         row = ROW.match(line)
-        if row is not None and row[1] in fields():
+        if row is not None and row[1] in known:
             seen.add(row[1])
-            line = f"| `{row[1]}` | {_values_of(row[1])} |{row[3]}"
+            line = f"| `{row[1]}` | {values(_field(row[1]))} |{row[3]}"
         elif row is not None:
             continue  # of a field that is no more
         lines.append(line)
-    for name in fields():
+    for name in known:
         if name not in seen:
             of_section = [i for i, line in enumerate(lines) if line.startswith(f"| `{name.split('.')[0]}.")]
             lines.insert(of_section[-1] + 1 if of_section else len(lines), _new_row(name))
     return "\n".join(lines) + "\n"
 
 
-def _values_of(name: str) -> str:
-    section, leaf = name.split(".")
-    return values(SECTIONS[section].model_fields[leaf])
-
-
 def _new_row(name: str) -> str:
-    return f"| `{name}` | {_values_of(name)} {TODO}"
+    return f"| `{name}` | {values(_field(name))} {TODO}"
 
 
 def main(arguments: list[str]) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from colossus.architecture import num_parameters
+from colossus.architecture import num_active, num_parameters
 from colossus.job import Job
+from colossus.section import Section
 from colossus.words import clock, count, plural, short
 
 FEW_TOKENS, USUAL_TOKENS = 1, 20  # a parameter; Hoffmann et al. 2022 (arXiv 2203.15556) found about 20 best
@@ -31,6 +32,9 @@ def _model(job: Job) -> list[str]:
     parts = [model.preset] if model.preset else []
     if not any(name.startswith("model.") for name in job.missing()):
         parts.append(f"{count(num_parameters(model))} parameters")
+        if model.experts is not None:
+            parts.append(f"{count(num_active(model))} of them a token")
+            parts.append(f"{model.experts.num_experts} experts, {model.experts.per_token} a token")
     return parts + _known(
         (model.num_layers, lambda n: plural(n, "layer")),
         (model.hidden_size, lambda n: f"width {n:,}"),
@@ -70,7 +74,7 @@ def _tokens(job: Job) -> list[str]:
     if any(name.startswith("model.") for name in job.missing()) or not (run.expected_steps and seq_len):
         return []
     tokens = run.expected_steps * run.global_batch * seq_len
-    each = tokens / num_parameters(job.model)
+    each = tokens / num_active(job.model)
     parts = [f"about {count(tokens)}", f"{short(each)} a parameter"]
     if each < FEW_TOKENS:
         parts.append(f"too few to learn much: some {USUAL_TOKENS} a parameter are usual")
@@ -118,6 +122,9 @@ def _known(*pairs: tuple[Any, Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, Section):
+        given = value.model_dump(exclude_unset=True)
+        return "{" + ",".join(f"{name}:{_short(leaf)}" for name, leaf in given.items()) + "}"
     if isinstance(value, Iterable) and not isinstance(value, str):
         return "[" + ",".join(map(_short, value)) + "]"
     return str(value)

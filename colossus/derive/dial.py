@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from colossus.architecture import Architecture, check
+from colossus.architecture import Architecture, Experts, check
 from colossus.data.tokenizer import BytesTokenizer, load_tokenizer
 from colossus.errors import UserError
 from colossus.job import Job
@@ -158,7 +158,17 @@ def complete(job: Job, width: int) -> Architecture:
         "initializer_range": 0.02,
     }
     given = asked.model_dump(exclude_none=True, exclude_unset=True)
+    if asked.experts is not None and asked.intermediate_size is None:
+        given["experts"] = {
+            "intermediate_size": expert_size(asked.experts, sizes["intermediate_size"])
+        } | given["experts"]
     return Architecture.model_validate(sizes | given)
+
+
+def expert_size(experts: Experts, intermediate_size: int) -> int:
+    """The width of an expert with which a token is multiplied with as much as with an MLP."""
+    visits = experts.per_token + experts.num_shared
+    return WIDTH_STEP * max(1, round(intermediate_size / visits / WIDTH_STEP))
 
 
 def vocabulary(job: Job) -> int:

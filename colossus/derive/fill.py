@@ -126,8 +126,10 @@ def _derive_base_width(job: Job, plan: Plan) -> Job:
 
 
 def _derive_model(job: Job, arch: Architecture) -> Job:
-    values = arch.model_dump(exclude_none=True)
-    values.pop("rope_scaling", None)
+    values = arch.model_dump(exclude_none=True, exclude={"rope_scaling"})
+    if arch.experts is not None:  # what was left out of the table that was asked for
+        table = arch.experts.model_dump(exclude_none=True, exclude_unset=True)
+        job = job.put({"model.experts": table}, job.origins.get("model.experts", "derived"))
     job = job.derive(**{f"model.{name}": v for name, v in values.items() if name not in ("preset", "family")})
     longest, most = longest_sample(job), job.model.max_seq_len
     if longest > most:

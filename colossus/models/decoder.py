@@ -108,8 +108,9 @@ class Decoder(nn.Module):
         documents_BT: equal numbers mark the tokens of one packed document; attention stays inside it.
         Positions count on through a window, so a document's scores depend only on differences of positions.
         cache: the tokens follow those that it holds, and are added to it. Not with documents.
-        token_share: 1 / tokens of the global batch: the terms that keep experts' loads alike join what is
-            minimised, through the gradient alone; the loss that is returned is the cross entropy.
+        token_share: of each row, [B]: 1 / tokens of the global batch, 0 where the row is no sample of it. The
+            terms that keep experts' loads alike join what is minimised, through the gradient alone; the loss
+            that is returned is the cross entropy.
         """
         x_BTD = self.hidden(tokens_BT, documents_BT, cache, token_share)
         weight_VD = self.embedding.weight if self.head is None else self.head.weight

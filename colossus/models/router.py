@@ -14,13 +14,13 @@ TINY = 1e-20  # added to a sum of sigmoids before it divides
 
 
 class Routes(NamedTuple):
-    """weights_NK, experts_NK: of the K visits of each of N tokens. load: see `Router.forward`. objective: the
-    terms that keep loads alike, [] in fp32 or better; None where there are none."""
+    """weights_NK, experts_NK: of the K visits of each of N tokens. load: see `Router.forward`; None outside
+    training. objective: the terms that keep loads alike, [] in fp32 or better; None where there are none."""
 
     weights_NK: torch.Tensor
     experts_NK: torch.Tensor
-    load: torch.Tensor
-    objective: torch.Tensor | None
+    load: torch.Tensor | None = None
+    objective: torch.Tensor | None = None
 
 
 class Router(nn.Module):
@@ -41,18 +41,18 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(settings.num_experts)) if settings.router_bias else None
         if settings.selection_bias:
             self.register_buffer("selection_bias", torch.zeros(settings.num_experts))
-        if self._has_shares:
+        if self.has_shares:
             self.register_buffer("shares", torch.zeros(settings.num_experts))
 
     @property
-    def _has_shares(self) -> bool:
+    def has_shares(self) -> bool:
         return self.settings.balance_loss > 0 and self.settings.balance_over == "batch"
 
     def forward(self, x_BTD: torch.Tensor, token_share: torch.Tensor | None) -> Routes:
         """Routes of the B x T tokens.
 
-        token_share: 1 / tokens of the global batch, in training: the terms that keep loads alike are sums
-            over tokens or sequences, divided by these tokens.
+        token_share: in training, of each row, [B]: 1 / tokens of the global batch, 0 where the row is no
+            sample of it. The terms that keep loads alike are sums over tokens or sequences, times this.
         The load is [X + 1]: visits of each expert, and the sum over tokens of the entropy of their scores.
         """
         exact = torch.promote_types(x_BTD.dtype, torch.float32)
@@ -70,14 +70,19 @@ class Router(nn.Module):
         shares_BTX = scores_BTX
         if self.settings.scores == "sigmoid":
             shares_BTX = scores_BTX / (scores_BTX.sum(-1, keepdim=True) + TINY)
-        visits_BX = torch.zeros_like(logits_BTX[:, 0]).detach()
-        visits_BX = visits_BX.scatter_add(1, experts_BTK.flatten(1), torch.ones_like(weights_BTK.flatten(1)))
-        entropy = torch.special.entr(shares_BTX.detach()).sum()
-        load = torch.cat((visits_BX.detach().sum(0), entropy[None]))
-        objective = None
-        if token_share is not None:
-            objective = self._objective(logits_BTX, shares_BTX, visits_BX.detach(), token_share)
-        return Routes(weights_BTK.flatten(0, 1), experts_BTK.flatten(0, 1), load, objective)
+        routes = Routes(weights_BTK.flatten(0, 1), experts_BTK.flatten(0, 1))
+        if token_share is None:
+            return routes
+        ones_BV = torch.ones_like(weights_BTK.detach().flatten(1))
+        visits_BX = torch.zeros_like(logits_BTX[:, 0].detach()).scatter_add(
+            1, experts_BTK.flatten(1), ones_BV
+        )
+        entropy_B = torch.special.entr(shares_BTX.detach()).sum((1, 2))
+        load_BL = torch.cat((visits_BX, entropy_B[:, None]), dim=1)
+        load = load_BL.masked_fill(token_share[:, None] == 0, 0.0).sum(0)
+        return routes._replace(
+            load=load, objective=self._objective(logits_BTX, shares_BTX, visits_BX, token_share)
+        )
 
     def _choose(self, scores_BTX: torch.Tensor) -> torch.Tensor:
         """The experts that each token visits, [B, T, K]."""
@@ -102,17 +107,17 @@ class Router(nn.Module):
         """balance_loss x X x sum over experts of (share of visits x mean score), as in Switch (Fedus et al.
         2021, arXiv 2101.03961, section 2.2), and z_loss x logsumexp^2 (Zoph et al. 2022, arXiv 2202.08906).
         """
-        settings, terms = self.settings, []
+        settings, terms_B = self.settings, []
         if settings.balance_loss and settings.balance_over == "batch":
             shares_X = self.shares.to(shares_BTX.dtype)
-            terms.append(settings.balance_loss * settings.num_experts * (shares_BTX * shares_X).sum())
+            terms_B.append(settings.balance_loss * settings.num_experts * (shares_BTX @ shares_X).sum(1))
         elif settings.balance_loss:
             visited_BX = visits_BX / visits_BX.sum(-1, keepdim=True)
             sums_BX = shares_BTX.sum(1)  # the mean over a sequence, times its tokens
-            terms.append(settings.balance_loss * settings.num_experts * (visited_BX * sums_BX).sum())
+            terms_B.append(settings.balance_loss * settings.num_experts * (visited_BX * sums_BX).sum(1))
         if settings.z_loss:
-            terms.append(settings.z_loss * logits_BTX.logsumexp(-1).square().sum())
-        return torch.stack(terms).sum() * token_share.to(terms[0].dtype) if terms else None
+            terms_B.append(settings.z_loss * logits_BTX.logsumexp(-1).square().sum(1))
+        return torch.stack(terms_B).sum(0).dot(token_share.to(terms_B[0].dtype)) if terms_B else None
 
 
 class _WithObjective(torch.autograd.Function):

@@ -15,6 +15,7 @@ def learning(view: RunView) -> str:
     if not view.steps:
         return ""
     charts = [_loss(view), _bits_per_byte(view), _speed(view), _lr(view), _grad_norm(view), _data_wait(view)]
+    charts.append(_expert_load(view))
     drawn = [html for html in (draw(chart) for chart in charts if chart is not None) if html]
     return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
 
@@ -99,6 +100,20 @@ def _data_wait(view: RunView) -> Chart:
         "Waiting for data",
         [Line("wait", x, [1000 * value for value in y], "two")],
         "ms a step",
+        _plain,
+        x_max=_x_max(view),
+        from_zero=True,
+    )
+
+
+def _expert_load(view: RunView) -> Chart | None:
+    x, y = _series(view, "expert_load")
+    if not x:
+        return None
+    return Chart(
+        "Busiest expert",
+        [Line("load", x, y, "three")],
+        "visits over the mean, in the worst layer; 1: all alike",
         _plain,
         x_max=_x_max(view),
         from_zero=True,

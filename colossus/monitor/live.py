@@ -181,6 +181,8 @@ class Progress:
             parts.append(f"{count(self._sum('tokens') / seconds)} tokens/s")
             flops = sum(number(e.get("mfu", 0.0)) * _seconds(e) for e in self._recent)
             parts.append(f"MFU {percent(flops / seconds)}")
+            if any("expert_load" in e for e in self._recent):
+                parts.append(f"busiest expert {self._mean('expert_load'):.2f} x mean")
             if (waiting := waited / seconds) >= 0.01:
                 parts.append(f"waiting for data {percent(waiting)}")
         if (left := self.seconds_left) is not None:

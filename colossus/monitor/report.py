@@ -131,6 +131,8 @@ def _tiles(view: RunView, subject: Subject) -> str:
     if mfu := view.typical("mfu"):
         peak = view.start.get("peak_flops_per_second")
         tiles.append((percent(mfu), "MFU" + (f", of {rate(number(peak))}" if peak else "")))
+    if load := view.typical("expert_load"):
+        tiles.append((f"{load:.2f}", "visits of the busiest expert over the mean, the median"))
     cells = "".join(
         f'<div class="tile"><b>{_e(value)}</b><span>{_e(name)}</span></div>' for value, name in tiles
     )

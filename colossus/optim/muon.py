@@ -19,7 +19,8 @@ RMS = 0.2
 
 
 class Muon:
-    """Updates matrices [out, in], sharded or not. State: one fp32 momentum a matrix.
+    """Updates matrices [out, in] and stacks of them [..., out, in], sharded or not. State: one fp32 momentum
+    a parameter.
 
     matmul_type: of the orthogonalisation's products, the quickest of the machine.
     """
@@ -47,17 +48,25 @@ class Muon:
             grad, local = _local(parameter.grad), _local(momentum)
             local.lerp_(grad, 1 - self._beta)
             nesterov = grad.lerp(local, self._beta)
+            if _holds_matrices(parameter):
+                self._apply(lr, _local(parameter), orthogonalised(nesterov, self._matmul_type))
+                continue
             by_shape.setdefault(tuple(parameter.shape), []).append((parameter, _whole(nesterov, parameter)))
-        for shape, pairs in by_shape.items():
-            size = lr * RMS * math.sqrt(max(shape))
+        for pairs in by_shape.values():
             updates = orthogonalised(torch.stack([update for _, update in pairs]), self._matmul_type)
             for (parameter, _), update in zip(pairs, updates, strict=True):
-                local = _local(parameter)
-                local.mul_(1 - lr * self._weight_decay).add_(_part(update, parameter), alpha=-size)
+                self._apply(lr, _local(parameter), _part(update, parameter), max(parameter.shape[-2:]))
+
+    def _apply(self, lr: float, local: torch.Tensor, update: torch.Tensor, side: int = 0) -> None:
+        """side: the larger one of the whole matrix; of the update's where it is not given."""
+        size = lr * RMS * math.sqrt(side or max(update.shape[-2:]))
+        local.mul_(1 - lr * self._weight_decay).add_(update, alpha=-size)
 
 
 def orthogonalised(matrices_NOI: torch.Tensor, matmul_type: torch.dtype) -> torch.Tensor:
     """Each matrix, its singular values brought near 1 by Newton-Schulz iterations; type and shape stay."""
+    if not len(matrices_NOI):  # more ranks than experts
+        return matrices_NOI
     a, b, c = COEFFICIENTS
     tall = matrices_NOI.shape[1] > matrices_NOI.shape[2]
     x = matrices_NOI.mT if tall else matrices_NOI
@@ -66,6 +75,13 @@ def orthogonalised(matrices_NOI: torch.Tensor, matmul_type: torch.dtype) -> torc
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices_NOI.dtype)
+
+
+def _holds_matrices(tensor: torch.Tensor) -> bool:
+    """Whether it is a stack of which this rank holds whole matrices."""
+    if tensor.ndim != 3 or not isinstance(tensor, DTensor):
+        return tensor.ndim == 3
+    return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

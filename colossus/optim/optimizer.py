@@ -1,8 +1,10 @@
 """The optimizer of a run: AdamW for all, or Muon for the layers' matrices and AdamW for the rest.
 
-Groups come from the parameter table: `weight_decay` applies to matrices of the layers; embeddings, the
-output head and norms have none. A parameter's rate is its share (`Parameter.scale`) of the optimizer's; its
-decay is divided by that share, so that rate x decay stays (see `scaling`).
+Groups come from the parameter table: `weight_decay` applies to matrices of the layers, those of experts and
+routers too (OLMoE, arXiv 2409.02060, decays all parameters); embeddings, the output head, norms and biases
+have none. Muon takes the matrices; a router's rows are directions of single experts, and stay with AdamW. A
+parameter's rate is its share (`Parameter.scale`) of the optimizer's; its decay is divided by that share, so
+that rate x decay stays (see `scaling`).
 """
 
 from __future__ import annotations
@@ -10,12 +12,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from colossus.architecture import Architecture, parameter_table
+from colossus.architecture import Architecture, Group, parameter_table
 from colossus.job import Optimizer as Settings
 from colossus.models.init import logical_name
 from colossus.optim.muon import Muon
 
-MUON_GROUPS = ("matrix",)  # of the parameter table
+MUON_GROUPS: tuple[Group, ...] = ("matrix", "expert")
+DECAYED_GROUPS: tuple[Group, ...] = (*MUON_GROUPS, "router")
 
 
 class Optimizer:
@@ -27,13 +30,11 @@ class Optimizer:
     ) -> None:
         table = {parameter.name: parameter for parameter in parameter_table(arch)}
         named = [(logical_name(name), parameter) for name, parameter in model.named_parameters()]
-        matrices = {n: p for n, p in named if table[n].group in MUON_GROUPS}
-        others = {n: p for n, p in named if n not in matrices}
+        matrices = {n: p for n, p in named if settings.name == "muon" and table[n].group in MUON_GROUPS}
         self._muon: Muon | None = None
-        adamw = [(table[n].scale.adamw, 0.0, n, p) for n, p in others.items()]
-        if settings.name == "muon":
+        if matrices:
             self._muon_names = list(matrices)
-            (share,) = {table[name].scale.muon for name in matrices} or {1.0}  # all sides grow together
+            (share,) = {table[name].scale.muon for name in matrices}  # all sides grow together
             self._muon = Muon(
                 list(matrices.values()),
                 lr=settings.matrix_lr * share,
@@ -41,12 +42,12 @@ class Optimizer:
                 weight_decay=settings.weight_decay / share,
                 matmul_type=matmul_type,
             )
-        else:
-            shares = {name: table[name].scale.adamw for name in matrices}
-            adamw += [(shares[n], settings.weight_decay / shares[n], n, p) for n, p in matrices.items()]
         by_group: dict[tuple[float, float], dict[str, torch.Tensor]] = {}
-        for share, weight_decay, name, parameter in adamw:
-            by_group.setdefault((share, weight_decay), {})[name] = parameter
+        for name, parameter in sorted(named, key=lambda pair: table[pair[0]].group in DECAYED_GROUPS):
+            if name not in matrices:
+                share = table[name].scale.adamw
+                decay = settings.weight_decay / share if table[name].group in DECAYED_GROUPS else 0.0
+                by_group.setdefault((share, decay), {})[name] = parameter
         groups = [
             {"params": list(members.values()), "lr": settings.lr * share, "weight_decay": weight_decay}
             for (share, weight_decay), members in by_group.items()

@@ -53,9 +53,10 @@ def shard(model: Decoder, world: World, compute_dtype: torch.dtype) -> None:
     the loss is divided by the targets of the global batch already."""
     assert world.mesh is not None
     mesh = world.mesh if world.mesh["dp_replicate"].size() > 1 else world.mesh["dp_shard"]
-    policy = MixedPrecisionPolicy()
+    # The model casts what it computes itself: what blocks are given beside activations stays exact.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if compute_dtype != torch.float32:
-        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         assert isinstance(module, FSDPModule)

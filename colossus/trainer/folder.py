@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator
 from datetime import date
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from colossus.architecture import Architecture, num_parameters
 from colossus.errors import MachineError, UserError
 from colossus.events import EventLog
 from colossus.job import Job, load_job, save_job
+from colossus.section import Section
 from colossus.trainer.decisions import Decision
 
 # Between the attempts of a run: never what it learns.
@@ -81,7 +83,7 @@ def followed(folder: Path, asked: Job) -> Job:
 def _with_changes(folder: Path, asked: Job, refused: str) -> Job:
     kept = load_job(folder / "job.toml")
     wanted = {n: asked.get(n) for n, origin in asked.origins.items() if origin != "derived"}
-    changed = {n: v for n, v in wanted.items() if n != "run.folder" and v != kept.get(n)}
+    changed = {n: v for n, v in wanted.items() if n != "run.folder" and _is_other(v, kept.get(n))}
     fixed = [n for n in changed if not n.startswith(MAY_CHANGE)]
     if fixed:
         differing = "; ".join(f"{n}: {kept.get(n)!r}, {changed[n]!r}" for n in fixed)
@@ -91,6 +93,13 @@ def _with_changes(folder: Path, asked: Job, refused: str) -> Job:
         spread = ["layout.micro_batch", "layout.dp_shard"]
     kept = kept.without(*(name for name in spread if kept.origins.get(name) == "derived"))
     return kept.put(changed, "argument")
+
+
+def _is_other(asked: Any, kept: Any) -> bool:
+    """Of a table, only what was asked for counts: the rest of it is derived, as fields are."""
+    if isinstance(asked, Section) and type(asked) is type(kept):
+        return any(_is_other(getattr(asked, name), getattr(kept, name)) for name in asked.model_fields_set)
+    return bool(asked != kept)
 
 
 def make(folder: Path, job: Job, tokenizer: Path, decisions: Iterable[Decision] = ()) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from colossus.optim import Optimizer
 from colossus.parallel.apply import apply, reshard
 from colossus.parallel.world import World
 from colossus.precision import torch_type
+from colossus.trainer.balance import Balance
 
 LogicalTensors = dict[tuple[str, str], torch.Tensor]
 
@@ -31,6 +32,10 @@ class TrainState:
     model: nn.Module
     optimizer: Optimizer
     step: int = 0
+    balance: Balance = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.balance = Balance(self.model)
 
     @classmethod
     def build(cls, job: Job, world: World) -> TrainState:

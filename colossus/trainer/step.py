@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from colossus.architecture import IGNORED
 from colossus.data.loader import Batch, micro_batches
 from colossus.job import Job
 from colossus.parallel.apply import accumulate
 from colossus.parallel.grad_norm import clip
 from colossus.parallel.world import World
+from colossus.trainer.balance import ExpertLoads
 from colossus.trainer.state import TrainState
 
 
@@ -20,7 +22,7 @@ class StepResult:
     """What one update did.
 
     step: the number of updates taken before it. loss: nats a target token, over the global batch.
-    skipped: the gradient was not finite, and the weights stayed as they were.
+    skipped: the gradient was not finite, and the weights stayed as they were. experts: None without experts.
     """
 
     step: int
@@ -32,6 +34,7 @@ class StepResult:
     seconds: float
     data_wait_seconds: float
     skipped: bool
+    experts: ExpertLoads | None = None
 
 
 def train_step(
@@ -40,7 +43,8 @@ def train_step(
     """Takes one step on this rank's slice `batch` of a global batch of `num_targets` targets.
 
     Each micro batch's summed loss is divided once, by the targets of the whole global batch, so that
-    accumulation, padding and the number of ranks leave loss and gradient alone.
+    accumulation, padding and the number of ranks leave loss and gradient alone. So with what keeps experts'
+    loads alike: it is divided by the tokens of the global batch, and follows the visits of all of them.
     """
     started = time.perf_counter()
     state.model.train()
@@ -48,15 +52,22 @@ def train_step(
     parts = micro_batches(batch, job.layout.micro_batch)
     for index, (tokens_BT, targets_BT, documents_BT) in enumerate(parts):
         with accumulate(state.model, last=index == len(parts) - 1):
-            loss, _ = state.model(tokens_BT, targets_BT, documents_BT, z_loss=job.optimizer.z_loss)
+            loss, _ = state.model(
+                tokens_BT,
+                targets_BT,
+                documents_BT,
+                z_loss=job.optimizer.z_loss,
+                token_share=_token_share(targets_BT, batch.num_tokens_global),
+            )
             (loss / num_targets).backward()
         loss_sum += loss.detach()
     grad_norm = float(clip(state.model.parameters(), job.optimizer.grad_clip))
-    (total,) = world.sum([float(loss_sum)])
+    total, *loads = world.sum([float(loss_sum), *state.balance.take()])
     skipped = not (grad_norm < float("inf"))
     if not skipped:
         state.optimizer.step(lr_factor)
     state.optimizer.zero_grad()
+    experts = state.balance.update(loads, move=not skipped)
     state.step += 1
     return StepResult(
         step=state.step - 1,
@@ -68,4 +79,10 @@ def train_step(
         seconds=time.perf_counter() - started,
         data_wait_seconds=batch.wait_seconds,
         skipped=skipped,
+        experts=experts,
     )
+
+
+def _token_share(targets_BT: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Of each row, as `Decoder.forward` takes it, in float64: rows without targets are padding."""
+    return (targets_BT != IGNORED).any(1).double() / num_tokens

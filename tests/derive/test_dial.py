@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colossus.architecture import check, num_parameters
+from colossus.architecture import Experts, check, num_parameters
 from colossus.derive import derive, derive_data, dial
 from colossus.derive.dial import (
     CHECKED_WIDTH,
@@ -25,6 +25,7 @@ from colossus.measure.machine import this_machine
 from colossus.perf.flops import model_flops_per_token
 
 JOB = derive_data(load_job())
+EXPERTS = "model.experts.num_experts=8"
 
 
 def chosen(compute: float, *words: str):
@@ -80,6 +81,27 @@ def test_what_was_asked_of_the_model_is_kept() -> None:
     assert (arch.hidden_size, arch.num_layers, arch.num_heads, arch.head_dim) == (96, 7, 6, 16)
     assert arch.rope_theta == 500
     check(arch)
+
+
+def test_experts_cost_a_token_what_an_mlp_would() -> None:
+    """Two visits of experts half as wide; the dial counts what a token visits, and the router is little."""
+    dense, sparse = (chosen(1e13, "model.hidden_size=192", *words) for words in ([], [EXPERTS]))
+    assert dense.arch.intermediate_size == 512 and sparse.arch.expert_size == 256
+    assert 1 <= dense.tokens / sparse.tokens < 1.01
+    assert num_parameters(sparse.arch) > 2 * num_parameters(dense.arch)
+    shared = chosen(1e13, "model.hidden_size=192", EXPERTS, "model.experts.num_shared=2").arch
+    assert shared.expert_size == 128
+    given = chosen(1e13, "model.hidden_size=192", EXPERTS, "model.experts.intermediate_size=99").arch
+    assert given.expert_size == 99
+    wide = chosen(1e13, "model.hidden_size=192", EXPERTS, "model.intermediate_size=300").arch
+    assert wide.experts is not None and wide.experts.intermediate_size is None and wide.expert_size == 300
+
+
+def test_a_resolved_job_has_the_width_of_its_experts() -> None:
+    words = ["model.hidden_size=96", EXPERTS, "model.experts.balance_loss=0.5", "run.steps=10"]
+    job = derive(load_job(None, words), this_machine())
+    assert job.model.experts == Experts(num_experts=8, balance_loss=0.5, intermediate_size=128)
+    assert job.origins["model.experts"] == "argument"
 
 
 @given(st.integers(1, 64))

@@ -8,10 +8,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from colossus import optim
-from colossus.architecture import Architecture
+from colossus.architecture import Architecture, Experts
 from colossus.job import Optimizer as Settings
 from colossus.layout import Layout
 from colossus.models import Decoder, build, initialise
+from colossus.optim.muon import Muon
 from colossus.optim.optimizer import Optimizer
 from colossus.parallel.apply import recompute_layers, shard
 from colossus.parallel.grad_norm import clip
@@ -167,6 +168,34 @@ def test_state_that_is_loaded_before_the_first_step_goes_on_bitwise(name: str) -
     for parameter, expected in weights(model).items():
         assert torch.equal(as_saved[parameter], expected), parameter
     assert not torch.equal(as_new["norm.weight"], model.norm.weight)  # AdamW corrects by the steps taken
+
+
+def test_experts_are_matrices_and_routers_decay_with_adamw() -> None:
+    """A stack under Muon is its matrices one by one; its router stays with AdamW, and is decayed."""
+    experts = Experts(num_experts=3, intermediate_size=20, router_bias=True, bias=True)
+    models = [made(name, experts=experts) for name in ("adamw", "muon")]
+    for model, optimizer in models:
+        put_gradients(model, 0)
+        start = weights(model)
+        optimizer.step(1.0)
+        moe, muon = "layers.0.moe", optimizer is models[1][1]
+        kinds = {kind for name, kind in optimizer.state() if name == f"{moe}.experts.w_gate"}
+        assert kinds == ({"momentum"} if muon else {"exp_avg", "exp_avg_sq"})
+        for name in (f"{moe}.experts.w_gate", f"{moe}.experts.w_down"):
+            stack = start[name]
+            if muon:
+                singles = [torch.nn.Parameter(matrix.clone()) for matrix in stack]
+                alone = Muon(singles, VALUES["matrix_lr"], VALUES["momentum"], 0.2, torch.float64)
+                for single, gradient in zip(singles, model.get_parameter(name).grad, strict=True):
+                    single.grad = gradient
+                alone.step(1.0)
+                expected = torch.stack([single.detach() for single in singles])
+                torch.testing.assert_close(weights(model)[name], expected, rtol=1e-12, atol=1e-14)
+        for name, rate in ((f"{moe}.router.weight", 0.2), (f"{moe}.router.bias", 0.0)):
+            moved = weights(model)[name] - start[name] * (1 - VALUES["lr"] * rate)
+            torch.testing.assert_close(moved.abs(), torch.full_like(moved, VALUES["lr"]), rtol=1e-4, atol=0)
+    expected = {"layers.0.moe.router.bias", "layers.0.moe.experts.w_up_bias"}
+    assert all((name, "exp_avg") in models[1][1].state() for name in expected)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

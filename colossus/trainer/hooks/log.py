@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -68,8 +69,16 @@ class Log(Hook):
             tokens_per_second=round(tokens_per_second, 1),
             mfu=round(tokens_per_second * self._flops_per_token / self._peak_flops, 5),
             total_steps=training.horizon.total_steps(result.step),
-            **({"skipped": True} if result.skipped else {}),
+            **_where_there_is(result),
         )
 
     def on_finish(self, training: Training) -> None:
         training.event("end", synced=True, reason=training.stop_reason or "finished")
+
+
+def _where_there_is(result: StepResult) -> dict[str, Any]:
+    """What only some steps have to say."""
+    fields: dict[str, Any] = {"skipped": True} if result.skipped else {}
+    if result.experts is not None:
+        fields |= {name: round(value, 4) for name, value in asdict(result.experts).items()}
+    return fields
