@@ -36,7 +36,6 @@ from colossus.measure.machine import this_machine
 from colossus.models.experts import MoE
 from colossus.parallel.world import World
 from colossus.perf.receipts import Figure, print_figures, write_receipt
-from colossus.trainer.horizon import Horizon
 from colossus.trainer.state import TrainState
 from colossus.trainer.step import train_step
 
