@@ -274,3 +274,28 @@ def test_transformers_reads_what_we_save(tmp_path: Path) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
     assert theirs(TEXTS[0], add_special_tokens=False)["input_ids"] == TRAINED.encode(TEXTS[0])
     assert (theirs.bos_token_id, theirs.eos_token_id) == (TRAINED.bos_id, TRAINED.eos_id)
+
+
+def test_a_published_tokenizer_that_adds_its_own_beginning(tmp_path: Path) -> None:
+    """As Llama's does by its post-processor. Older conversions name plain tokens of the vocabulary."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
+
+    made = tokenizers.Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="name eos_token"):
+        load_tokenizer(tmp_path)
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
+    assert tokenizer.encode("ab") == [2, 3] and made.encode("ab").ids == [0, 2, 3]
+
+
+def test_bytes_as_a_tokenizer_json_give_the_same_ids() -> None:
+    text = "größer\n\x00\t'll  do <|eos|>"
+    assert BytesTokenizer().as_json().encode(text) == BytesTokenizer().encode(text)
+    assert BytesTokenizer().as_json().decode([*text.encode(), 257]) == text
+    assert BytesTokenizer().as_json().vocab_size == BytesTokenizer.vocab_size
