@@ -158,11 +158,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="copies and imports")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; needs 3 times the checkpoint")
     parser.add_argument("--out", type=Path, help="where the receipt goes")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        figures = measure(args.quick, Path(folder), args.turns)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        figures = measure(arguments.quick, Path(folder), arguments.turns)
     print_figures(figures)
-    write_receipt("interchange", figures, args.out, this_machine().to_dict())
+    write_receipt("interchange", figures, arguments.out, this_machine().to_dict())
 
 
 if __name__ == "__main__":

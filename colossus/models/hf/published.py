@@ -29,10 +29,10 @@ from colossus.models.hf.tensors import Readable, Spec, bands
 Say = Callable[[str], None]
 HEAD, EMBEDDING = "head.weight", "embedding.weight"
 
-WITHOUT_EFFECT = {"preset", "family", "initializer_range", "experts.balance_loss", "experts.balance_over"} | {
-    "experts.bias_rate",
-    "experts.z_loss",
-}
+WITHOUT_EFFECT = (
+    *("preset", "init_from", "family", "initializer_range", "init_scheme", "base_width"),
+    *("experts.balance_loss", "experts.balance_over", "experts.bias_rate", "experts.z_loss"),
+)
 """Fields that no computed logit depends on: they need not be equal where a model is exported."""
 
 
