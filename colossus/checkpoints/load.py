@@ -22,8 +22,9 @@ from colossus.checkpoints.format import (
     read_manifest,
 )
 from colossus.checkpoints.ranks import OneRank, Ranks
-from colossus.checkpoints.shards import TYPES, bytes_of, shard_of
+from colossus.checkpoints.shards import bytes_of, shard_of
 from colossus.errors import MachineError, UserError, nearest
+from colossus.models.hf.header import TYPES
 
 __all__ = ["Checkpoint", "DamagedCheckpoint", "latest", "newest_whole", "open_checkpoint", "verify"]
 

@@ -12,8 +12,8 @@ import torch
 from colossus.checkpoints.format import Key, checkpoints_folder, sync_folder
 from colossus.checkpoints.load import Checkpoint
 from colossus.checkpoints.parts import Part, commit, pieces_name
-from colossus.checkpoints.shards import DTYPES, TYPES
 from colossus.checkpoints.write import write_shards
+from colossus.models.hf.header import DTYPES, TYPES
 from colossus.models.hf.tensors import Box, Readable, bands, bytes_of, sizes_of, within
 
 SPAN_BYTES = 4 << 20  # of a checkpoint at once: what its checksums are for

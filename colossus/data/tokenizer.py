@@ -131,17 +131,18 @@ class JsonTokenizer:
         """Of texts in which special tokens are spelled."""
         tokenizer = self._read()
         tokenizer.encode_special_tokens = False
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         return tokenizer
 
     def _read(self) -> tokenizers.Tokenizer:
         import tokenizers
 
         try:
-            return tokenizers.Tokenizer.from_str(self._text)
+            tokenizer = tokenizers.Tokenizer.from_str(self._text)
         except Exception as error:  # it raises no narrower type
             raise UserError(f"data.tokenizer: not a tokenizer.json that can be used ({error})") from None
+        tokenizer.no_truncation()  # some are published with the settings of somebody's batches
+        tokenizer.no_padding()
+        return tokenizer
 
     @cached_property
     def vocab_size(self) -> int:

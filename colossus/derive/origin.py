@@ -10,12 +10,13 @@ from colossus.data.tokenizer import BytesTokenizer, load_tokenizer
 from colossus.errors import UserError
 from colossus.generation.load import open_weights
 from colossus.job import Job
+from colossus.section import Section
 
 # Of the rate that a model from scratch would get: published recipes for tuning take a tenth to a thirtieth of
 # the rate of pretraining (Llama 2: 3e-4 and 2e-5; Touvron et al. 2023, arXiv 2307.09288).
 TUNING = 0.1
 OF_TRAINING = ("balance_loss", "balance_over", "bias_rate", "z_loss")  # of the experts
-FREE = ("preset", "init_from", "family", "initializer_range")
+FREE = ("preset", "init_from", "family", "initializer_range", "init_scheme", "base_width")
 
 
 def follow_model(job: Job) -> Job:
@@ -49,18 +50,19 @@ def _follow_architecture(job: Job, arch: Architecture) -> Job:
     kept["model.family"] = arch.family
     if arch.initializer_range is not None and job.model.initializer_range is None:
         kept["model.initializer_range"] = arch.initializer_range
-    return job.put({n: v.model_dump() if hasattr(v, "model_dump") else v for n, v in kept.items()}, "derived")
+    plain = {n: v.model_dump() if isinstance(v, Section) else v for n, v in kept.items()}
+    return job.put(plain, "derived")
 
 
 def _of_weights(value: Any) -> Any:
     """What of a field the weights depend on, comparable."""
-    if not hasattr(value, "model_dump"):
+    if not isinstance(value, Section):
         return value
     return {name: leaf for name, leaf in value.model_dump().items() if name not in OF_TRAINING}
 
 
 def _said(value: Any) -> str:
-    return str(value.model_dump(exclude_defaults=True)) if hasattr(value, "model_dump") else f"{value}"
+    return str(value.model_dump(exclude_defaults=True)) if isinstance(value, Section) else f"{value}"
 
 
 def _follow_tokenizer(job: Job, folder: Path) -> Job:

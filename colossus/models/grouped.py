@@ -19,7 +19,7 @@ def grouped_product(x_MI: torch.Tensor, w_XOI: torch.Tensor, ends_X: torch.Tenso
 # One operator for the compiler, which cannot trace PyTorch's own in fp32.
 @torch.library.custom_op("colossus::grouped_product", mutates_args=())
 def _grouped_product(x_MI: torch.Tensor, w_XOI: torch.Tensor, ends_X: torch.Tensor) -> torch.Tensor:
-    if x_MI.dtype == torch.float64:  # for which PyTorch has no kernel
+    if not _has_kernel(x_MI, w_XOI.shape[1]):
         parts = x_MI.tensor_split(ends_X[:-1].cpu().long())
         return torch.cat([rows @ w_OI.t() for rows, w_OI in zip(parts, w_XOI, strict=True)])
     return F.grouped_mm(x_MI, w_XOI.mT, offs=ends_X)
@@ -28,11 +28,17 @@ def _grouped_product(x_MI: torch.Tensor, w_XOI: torch.Tensor, ends_X: torch.Tens
 @torch.library.custom_op("colossus::grouped_outer_product", mutates_args=())
 def _grouped_outer_product(g_MO: torch.Tensor, x_MI: torch.Tensor, ends_X: torch.Tensor) -> torch.Tensor:
     """The sum over a group's rows of their outer products: [X, O, I]."""
-    if x_MI.dtype == torch.float64:
+    if not _has_kernel(x_MI, g_MO.shape[1]):
         cuts = ends_X[:-1].cpu().long()
         pairs = zip(g_MO.tensor_split(cuts), x_MI.tensor_split(cuts), strict=True)
         return torch.stack([g.t() @ x for g, x in pairs])
     return F.grouped_mm(g_MO.mT, x_MI, offs=ends_X)
+
+
+def _has_kernel(x_MI: torch.Tensor, num_out: int) -> bool:
+    """PyTorch's takes no float64, and rows of whole 16 bytes alone."""
+    item = x_MI.element_size()
+    return x_MI.dtype != torch.float64 and x_MI.shape[1] * item % 16 == 0 and num_out * item % 16 == 0
 
 
 @_grouped_product.register_fake

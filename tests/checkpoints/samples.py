@@ -9,8 +9,9 @@ import torch
 
 from colossus.checkpoints.format import Key, Manifest, checkpoints_folder
 from colossus.checkpoints.parts import Part, commit, pieces_name
-from colossus.checkpoints.shards import DTYPES, Shard
+from colossus.checkpoints.shards import Shard
 from colossus.checkpoints.write import write_shards
+from colossus.models.hf.header import DTYPES
 
 
 def state(seed: int = 0) -> dict[Key, torch.Tensor]:

@@ -24,8 +24,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from colossus.architecture import Architecture, parameter_table
-from colossus.errors import MachineError, UserError
+from colossus.architecture import Architecture
+from colossus.errors import MachineError
 from colossus.job import load_job
 from colossus.models.hf.reading import Scratch, Source, Stored
 from colossus.models.hf.tensors import Box, InMemory, Readable, slices_of
@@ -256,20 +256,4 @@ def as_ours(source: Source, head_dim: int = 128) -> tuple[Architecture, dict[str
             tensor = source[f"transformer/decoder_layer_{index}/{theirs}"]
             name = f"layers.{index}.{ours}"
             tensors[name] = Transposed.of(name, tensor) if theirs.endswith("/w") else tensor
-    return arch, tensors
-
-
-def opened(path: Path) -> tuple[Architecture, dict[str, Readable]]:
-    """`as_ours` of the folder at `path`, each tensor of the shape that the architecture gives it.
-
-    Raises:
-        UserError: a tensor is missing, or of another shape. MachineError: a file is damaged.
-    """
-    arch, tensors = as_ours(open_grok1(path))
-    for parameter in parameter_table(arch):
-        if tensors[parameter.name].shape != parameter.shape:
-            raise UserError(
-                f"{path}: {tensors[parameter.name].name} is {list(tensors[parameter.name].shape)} as "
-                f"{parameter.name}, which should be {list(parameter.shape)}"
-            )
     return arch, tensors

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from colossus.architecture import Architecture, parameter_table
-from colossus.errors import MachineError, UserError
+from colossus.architecture import Architecture
+from colossus.errors import MachineError
 from colossus.job import load_job
 from colossus.models.hf.reading import CONFIG, Source, read_json, stored_in
 from colossus.models.hf.tensors import Readable
@@ -119,20 +119,4 @@ def as_ours(source: Source) -> tuple[Architecture, dict[str, Readable]]:
             ]
             stacked = f"layers.{layer}.moe.experts.{ours}"
             tensors[stacked] = Stacked.of(stacked, of_each)
-    return arch, tensors
-
-
-def opened(path: Path) -> tuple[Architecture, dict[str, Readable]]:
-    """`as_ours` of the folder at `path`, each tensor of the shape that the architecture gives it.
-
-    Raises:
-        UserError: a tensor is missing, or of another shape. MachineError: a file is damaged.
-    """
-    arch, tensors = as_ours(open_grok2(path))
-    for parameter in parameter_table(arch):
-        if tensors[parameter.name].shape != parameter.shape:
-            raise UserError(
-                f"{path}: {tensors[parameter.name].name} is {list(tensors[parameter.name].shape)} as "
-                f"{parameter.name}, which should be {list(parameter.shape)}"
-            )
     return arch, tensors

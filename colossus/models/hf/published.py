@@ -12,16 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from colossus.architecture import Architecture, Parameter, check, parameter_table
 from colossus.errors import UserError
+from colossus.models.hf import grok1, grok2
 from colossus.models.hf.config import description, keys
 from colossus.models.hf.families import FAMILIES, Published
-from colossus.models.hf.grok1 import is_grok1
-from colossus.models.hf.grok1 import opened as opened_grok1
-from colossus.models.hf.grok2 import is_grok2
-from colossus.models.hf.grok2 import opened as opened_grok2
 from colossus.models.hf.mapping import Blank, Bound, bind
 from colossus.models.hf.reading import Source, open_source
 from colossus.models.hf.tensors import Readable, Spec, bands
@@ -68,9 +64,10 @@ def open_published(path: str | Path, say: Say = warn) -> Opened:
         raise UserError.field(
             "path", str(path), "no such folder; a Hugging Face folder is expected", siblings
         )
-    for is_grok, opened_grok in ((is_grok1, opened_grok1), (is_grok2, opened_grok2)):
-        if is_grok(Path(path)):
-            return Opened(*opened_grok(Path(path)))
+    if grok1.is_grok1(Path(path)):
+        return _of_xai(grok1.open_grok1(Path(path)), grok1.as_ours)
+    if grok2.is_grok2(Path(path)):
+        return _of_xai(grok2.open_grok2(Path(path)), grok2.as_ours)
     source = open_source(path)
     if not source.config:
         raise UserError(f"{path} is no Hugging Face checkpoint: it has no config.json, which says what it is")
@@ -81,6 +78,19 @@ def open_published(path: str | Path, say: Say = warn) -> Opened:
     except UserError as error:
         raise UserError(f"{source.path}: {error}") from None
     return Opened(arch, _taken(source, family, arch, say), source.config)
+
+
+def _of_xai(source: Source, as_ours: Callable[[Source], tuple[Architecture, dict[str, Readable]]]) -> Opened:
+    """One of Grok's checkpoints, each tensor of the shape that the architecture gives it."""
+    arch, tensors = as_ours(source)
+    for parameter in parameter_table(arch):
+        tensor = tensors[parameter.name]
+        if tensor.shape != parameter.shape:
+            raise UserError(
+                f"{source.path}: {parameter.name} is {list(tensor.shape)}; the others make it "
+                f"{list(parameter.shape)}"
+            )
+    return Opened(arch, tensors)
 
 
 def family_of(config: Mapping[str, Any]) -> Published:
@@ -216,18 +226,6 @@ def _check_tied(source: Source, head: str, embedding: Readable) -> None:
 
 def _types(types: Iterable[torch.dtype]) -> str:
     return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
-
-
-def fill(model: nn.Module, tensors: Mapping[str, Readable]) -> None:
-    """Reads a model's weights and buffers in place; buffers of training that are not published become 0."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            tensors[name].read_into(parameter)
-        for name, buffer in model.named_buffers():
-            if name in tensors:
-                tensors[name].read_into(buffer)
-            else:
-                buffer.zero_()
 
 
 def fitting_family(arch: Architecture) -> Published:

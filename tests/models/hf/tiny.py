@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from colossus.architecture import IGNORED
+from colossus.checkpoints.weights import Weights
 from colossus.data.tokenizer import JsonTokenizer
 from colossus.models import Decoder
-from colossus.models.hf.published import fill, open_published
+from colossus.models.hf.published import open_published
 
 Make = Callable[[random.Random], Any]
 
@@ -284,7 +285,7 @@ def load(folder: Path) -> Decoder:
     """Ours, from a Hugging Face folder."""
     opened = open_published(folder)
     model = Decoder(opened.arch)
-    fill(model, opened.tensors)
+    Weights(folder, opened.arch, folder, opened.tensors).load_into(model)
     return model.eval()
 
 
