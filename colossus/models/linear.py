@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from colossus.models.packed import Packed, product
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b. fp32 weights serve bf16 activations; their gradient comes back in fp32."""
+    """y = x W^T + b. fp32 weights serve bf16 activations; their gradient comes back in fp32.
+
+    packed: a copy for products without gradients (see `models.packed`).
+    """
+
+    packed: Packed | None = None
 
     def __init__(self, num_in: int, num_out: int, bias: bool = False) -> None:
         super().__init__(num_in, num_out, bias=bias)
@@ -18,12 +24,13 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., num_in] -> [..., num_out], of x's type."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return product(x, self.weight, self.bias, self.packed)
 
 
 class Embedding(nn.Embedding):
-    """One vector a token id."""
+    """One vector a token id. packed: a copy of the matrix, where it is the output's too."""
+
+    packed: Packed | None = None
 
     def reset_parameters(self) -> None:
         """Leaves the memory as it is: `models.init` fills it, shard by shard."""

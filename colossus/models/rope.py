@@ -57,25 +57,25 @@ def _yarn(turns: torch.Tensor, theta: float, scaling: RopeScaling) -> torch.Tens
     return 1.0 / (scaling.factor * turns) * (1 - kept) + 1.0 / turns * kept
 
 
-def rotations(arch: Architecture, positions_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """cos and sin of every position, stacked: [2, T, E/2] in `dtype`.
+def rotations(arch: Architecture, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """cos and sin of every position, [T] or [B, T], stacked: [2, T, E/2] or [2, B, T, E/2] in `dtype`.
 
     A function of the positions rather than a buffer: nothing to initialise, shard or save, and at
     T=2,048, E=64 it takes 0.3 ms of a step.
     """
-    angles = positions_T.float()[:, None] * inverse_frequencies(arch, positions_T.device)[None, :]
+    angles = positions.float()[..., None] * inverse_frequencies(arch, positions.device)
     turned = torch.stack((angles.cos(), angles.sin()))
     if arch.rope_scaling is not None and arch.rope_scaling.magnitude != 1:
         turned = turned * arch.rope_scaling.magnitude
     return turned.to(dtype)
 
 
-def rotate(x_BTHE: torch.Tensor, rotations_2TE: torch.Tensor) -> torch.Tensor:
+def rotate(x_BTHE: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     """Turns coordinates e and e + E/2 of each head by its position's angle; same shape and type.
 
     Where there are fewer rotations than pairs of coordinates, the last coordinates of a head stay.
     """
-    cos, sin = rotations_2TE[0, :, None, :], rotations_2TE[1, :, None, :]
+    cos, sin = rotations[0].unsqueeze(-2), rotations[1].unsqueeze(-2)
     num_turned = 2 * cos.shape[-1]
     turning, staying = x_BTHE[..., :num_turned], x_BTHE[..., num_turned:]
     left, right = turning.chunk(2, dim=-1)
