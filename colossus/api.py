@@ -16,6 +16,8 @@ from colossus.job import Job
 
 if TYPE_CHECKING:
     from colossus.data.tokenizer import Tokenizer
+    import torch
+
     from colossus.models import Decoder
     from colossus.trainer.hooks import Hook
     from colossus.trainer.run import Run
@@ -141,15 +143,17 @@ def train(
         return Run(folder)
 
 
-def load_model(path: str | Path) -> tuple[Decoder, Tokenizer]:
+def load_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Decoder, Tokenizer]:
     """The model and the tokenizer of a run, or of one of its checkpoints.
+
+    dtype: of its matrices and their products; None: what is quickest for generation on this machine.
 
     Raises:
         UserError: there is none at `path`, or it does not load whole.
     """
     from colossus.generation.load import load_model as load
 
-    return load(Path(path))
+    return load(Path(path), dtype)
 
 
 def generate(

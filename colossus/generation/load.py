@@ -13,15 +13,17 @@ from colossus.checkpoints.format import checkpoints_folder, is_committed
 from colossus.checkpoints.load import open_checkpoint
 from colossus.data.tokenizer import Tokenizer, load_tokenizer
 from colossus.errors import UserError
+from colossus.generation.ready import generation_type, make_ready
 from colossus.models import Decoder
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> tuple[Decoder, Tokenizer]:
     """The model and the tokenizer of a run (its newest whole checkpoint) or of one checkpoint.
 
-    dtype: of the matrix products. fp32 is quick on every processor; bf16 only on some.
+    dtype: of the matrix products, and of the matrices; fp32 are the weights as they were trained. None: what
+        is quickest for generation here (see `generation.ready`).
 
     Raises:
         UserError: there is no run or checkpoint at `path`, or nothing was saved yet.
@@ -34,8 +36,10 @@ def load_model(
         model = Decoder(arch)
     model.to_empty(device=device)
     weights = {(name, "weight"): tensor.detach() for name, tensor in model.named_parameters()}
-    checkpoint.load_into(weights)
-    model.compute_dtype = dtype
+    kept = model.state_dict()
+    buffers = {(name, "buffer"): tensor for name, tensor in model.named_buffers() if name in kept}
+    checkpoint.load_into(weights | buffers)
+    make_ready(model, dtype or generation_type(torch.device(device)))
     return model.eval(), load_tokenizer(run_folder / "tokenizer")
 
 

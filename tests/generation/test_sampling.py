@@ -9,20 +9,20 @@ LOGITS = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
 
 
 def shares(sampling, draws=4000):
-    counts = Counter(sampling.choose(LOGITS, 0, position) for position in range(draws))
+    counts = Counter(sampling.choose(LOGITS, (), 0, position) for position in range(draws))
     return [counts[i] / draws for i in range(4)]
 
 
 @pytest.mark.parametrize(
     ("sampling", "expected"),
     [
-        (Sampling(0.0), [0, 1, 0, 0]),
-        (Sampling(1.0), [0.1, 0.5, 0.15, 0.25]),
-        (Sampling(1.0, top_k=2), [0, 2 / 3, 0, 1 / 3]),
-        (Sampling(1.0, top_p=0.7), [0, 2 / 3, 0, 1 / 3]),
-        (Sampling(1.0, top_p=0.01), [0, 1, 0, 0]),
-        (Sampling(1.0, top_k=3, top_p=0.5), [0, 1, 0, 0]),
-        (Sampling(0.5), [0.01 / 0.345, 0.25 / 0.345, 0.0225 / 0.345, 0.0625 / 0.345]),
+        (Sampling(temperature=0.0), [0, 1, 0, 0]),
+        (Sampling(temperature=1.0), [0.1, 0.5, 0.15, 0.25]),
+        (Sampling(temperature=1.0, top_k=2), [0, 2 / 3, 0, 1 / 3]),
+        (Sampling(temperature=1.0, top_p=0.7), [0, 2 / 3, 0, 1 / 3]),
+        (Sampling(temperature=1.0, top_p=0.01), [0, 1, 0, 0]),
+        (Sampling(temperature=1.0, top_k=3, top_p=0.5), [0, 1, 0, 0]),
+        (Sampling(temperature=0.5), [0.01 / 0.345, 0.25 / 0.345, 0.0225 / 0.345, 0.0625 / 0.345]),
     ],
 )
 def test_draws_follow_the_distribution(sampling, expected):
@@ -31,7 +31,7 @@ def test_draws_follow_the_distribution(sampling, expected):
 
 def test_an_impossible_token_is_never_drawn():
     logits = torch.tensor([0.0, -torch.inf, 0.0])
-    assert {Sampling(5.0).choose(logits, 0, position) for position in range(300)} == {0, 2}
+    assert {Sampling(temperature=5.0).choose(logits, (), 0, position) for position in range(300)} == {0, 2}
 
 
 def test_uniform_numbers_are_uniform_and_fixed():

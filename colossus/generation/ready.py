@@ -1,0 +1,44 @@
+"""Makes a model ready to generate: its matrices in the type and the layout that are quickest here."""
+
+from __future__ import annotations
+
+import torch
+
+from colossus.measure.machine import free_memory_bytes
+from colossus.measure.vectors import quickest_vector_product
+from colossus.models import Decoder
+from colossus.models.experts import Experts
+from colossus.models.linear import Embedding, Linear
+from colossus.models.packed import pack
+
+
+def generation_type(device: torch.device) -> torch.dtype:
+    """The type that is quickest to generate in: bf16 on a GPU; on a processor it is measured, once a process."""
+    return quickest_vector_product().dtype if device.type == "cpu" else torch.bfloat16
+
+
+def make_ready(model: Decoder, dtype: torch.dtype) -> None:
+    """Products are computed in `dtype`, and the matrices kept in it. Norms, routers and biases stay as they are.
+
+    On a processor where it is quicker, and where memory allows, each matrix is copied in the layout of
+    `models.packed` as well. The copies serve for as long as the weights are not changed.
+    """
+    model.compute_dtype = dtype
+    matrices = [module for module in model.modules() if isinstance(module, Linear)]
+    owners: list[Linear | Embedding] = [*matrices, model.embedding] if model.head is None else [*matrices]
+    for owner in owners:
+        owner.weight.data = owner.weight.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            for tensor in module.parameters():
+                tensor.data = tensor.data.to(dtype)
+    if _packs(owners, dtype):
+        for owner in owners:
+            owner.packed = pack(owner.weight, dtype)
+
+
+def _packs(owners: list[Linear | Embedding], dtype: torch.dtype) -> bool:
+    if owners[0].weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    size = sum(owner.weight.nbytes for owner in owners)
+    return 2 * size < free_memory_bytes() and quickest_vector_product(dtype).packed
