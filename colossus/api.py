@@ -15,9 +15,9 @@ from colossus.events import Listener
 from colossus.job import Job
 
 if TYPE_CHECKING:
-    from colossus.data.tokenizer import Tokenizer
     import torch
 
+    from colossus.data.tokenizer import Tokenizer
     from colossus.models import Decoder
     from colossus.trainer.hooks import Hook
     from colossus.trainer.run import Run

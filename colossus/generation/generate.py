@@ -53,8 +53,9 @@ def generate(
     """The continuation of each prompt, without the prompt.
 
     It ends before the end-of-document token, before the first of the `stop` strings, or after
-    `max_tokens` tokens. See `Sampling` for what narrows the choice. Text may be longer than the model's window: where the window is full it moves on
-    by half, so that every token is predicted from at least half a window.
+    `max_tokens` tokens. See `Sampling` for what narrows the choice. Text may be longer than the model's
+    window: where the window is full it moves on by half, so that every token is predicted from at least
+    half a window.
 
     A space at a prompt's end belongs to the word that follows, as it did in the training text: the first
     new token is chosen among those that begin with a space.
@@ -121,7 +122,7 @@ def _pieces(
 def _row(index: int, prompt: str, tokenizer: Tokenizer, max_tokens: int, stop: tuple[str, ...]) -> _Row:
     space = " " if prompt.endswith(" ") else ""
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt.removesuffix(space))]
-    first_ids = _ids_that_begin_with_a_space(tokenizer) if space else None
+    first_ids = _ids_that_begin_with_a_space(tokenizer) if space else None  # type: ignore[arg-type]  # by identity
     text = TextBuilder(tokenizer, stop, drop_prefix=space)
     return _Row(index, tokens, text, len(tokens) + max_tokens, first_ids)
 
@@ -136,7 +137,8 @@ def _continue(
 ) -> Iterator[tuple[int, str]]:
     """Continues many rows at once, each from where it is; one that ends makes room for one that waits. No row
     sees another, and each gets what it would get alone."""
-    waiting = deque(sorted((row for row in rows if row.end > len(row.tokens)), key=lambda row: len(row.tokens)))
+    rows = [row for row in rows if row.end > len(row.tokens)]
+    waiting = deque(sorted(rows, key=lambda row: len(row.tokens)))
     if not waiting:
         return
     cache = _cache(model, waiting)

@@ -13,12 +13,12 @@ from colossus.models.packed import pack
 
 
 def generation_type(device: torch.device) -> torch.dtype:
-    """The type that is quickest to generate in: bf16 on a GPU; on a processor it is measured, once a process."""
+    """The type that is quickest to generate in: bf16 on a GPU; on a processor as measured once a process."""
     return quickest_vector_product().dtype if device.type == "cpu" else torch.bfloat16
 
 
 def make_ready(model: Decoder, dtype: torch.dtype) -> None:
-    """Products are computed in `dtype`, and the matrices kept in it. Norms, routers and biases stay as they are.
+    """Products are computed in `dtype`, and the matrices kept in it. Norms, routers and biases stay.
 
     On a processor where it is quicker, and where memory allows, each matrix is copied in the layout of
     `models.packed` as well. The copies serve for as long as the weights are not changed.

@@ -1,5 +1,5 @@
-"""Times products of a matrix with few rows, which are what generation waits for: they are bound by memory, not
-by arithmetic, so that the quickest type for training need not be theirs."""
+"""Times products of a matrix with few rows, which are what generation waits for: they are bound by memory,
+not by arithmetic, so that the quickest type for training need not be theirs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from colossus.precision.policy import TYPES
 SIZE = 1024
 MATRICES = 16  # 64 MiB in fp32: beyond most caches
 PROBE_SECONDS = 0.03
-CLEAR = 1.2  # so many times as quick as fp32: a narrower type is worth its rounding, whatever else runs just now
+CLEAR = 1.2  # so many times as quick as fp32 is a narrower type, where it is worth its rounding
 HOPELESS = 8.0  # so many times slower with one small matrix: a type that is not timed further
 
 

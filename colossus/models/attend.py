@@ -33,7 +33,8 @@ def attend(
 
     mask: [..., T, S], true where a query may look, and never beyond the causal rule. None: that rule where
         T = S; a single query looks at all keys.
-    scores: None: 1/sqrt(E), no cap. temperature: [T] or [B, T], multiplies the scores of each query, after the cap.
+    scores: None: 1/sqrt(E), no cap. temperature: [T] or [B, T], multiplies the scores of each query, after
+        the cap.
     sinks_H: the score of one more key, whose value is 0, for each head (openai/gpt-oss).
     """
     num_new, num_keys = q_BHTE.shape[2], k_BKSE.shape[2]
@@ -105,8 +106,8 @@ def attend_once(
     temperature: torch.Tensor | None,
     sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The same for one query a head, T = 1, in the type of the keys: the heads that share keys are the rows of
-    one product. Keys that lie head by head in memory ([B, K, S, E]) are not copied."""
+    """The same for one query a head, T = 1, in the type of the keys: the heads that share keys are the rows
+    of one product. Keys that lie head by head in memory ([B, K, S, E]) are not copied."""
     kv_heads = k_BKSE.shape[1]
     q_BKGE = q_BHTE.squeeze(2).unflatten(1, (kv_heads, -1)).to(k_BKSE.dtype)
     hidden = None if mask is None else q_BKGE.new_zeros(()).where(mask, -math.inf)

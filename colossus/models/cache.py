@@ -12,8 +12,8 @@ from colossus.architecture import Architecture
 class KVCache:
     """Keys and values of the tokens seen so far, in buffers of a fixed size: [B, K, S, E].
 
-    Latent attention keeps the small vector that its keys and values come from, and the rotated key: [B, S, E].
-    A row's tokens begin at 0; what lies beyond its length is never looked at, and overwritten.
+    Latent attention keeps the small vector that its keys and values come from, and the rotated key, each
+    [B, S, E]. A row's tokens begin at 0; what lies beyond its length is never looked at, and overwritten.
 
     lengths: tokens held by each row; `Decoder.forward` adds to them, and they may be set back.
     dtype: keys are looked at in it. On a processor fp32 is the quickest for one query, whatever the model's
@@ -51,7 +51,7 @@ class KVCache:
         return min(self.lengths) == self.length
 
     def append(self, layer: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Stores what new tokens add to a layer, each [B, ..., T, E]; returns all, [B, ..., length + T, E]."""
+        """Stores what new tokens add to a layer, [B, ..., T, E] each; gives all, [B, ..., length + T, E]."""
         buffers = self._layers[layer]
         for buffer, values in zip(buffers, new, strict=True):
             self._put(buffer.movedim(-2, 1), values.movedim(-2, 1))
