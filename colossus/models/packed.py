@@ -1,8 +1,8 @@
 """Matrices laid out for a processor's products with few rows, as in generation.
 
 Every new token reads all matrices once, so that what counts is how quickly they come from memory. On one core
-with AVX-512 bf16, on a busy machine, oneDNN's own layout took 0.3 to 0.8 of the time of plain products in fp32
-and 0.3 to 0.6 in bf16, for 1 and for 8 rows; products of 1,024 rows were about as quick or quicker.
+of a busy machine with AVX-512 bf16, oneDNN's own layout took 0.3 to 0.8 of the time of plain products in fp32
+and 0.3 to 0.6 in bf16, for 1 and for 8 rows; with 1,024 rows it was about as quick or quicker.
 """
 
 from __future__ import annotations

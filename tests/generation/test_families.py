@@ -62,7 +62,7 @@ def test_together_and_cached_equals_alone_without_a_cache(
 
 
 def alone(model: Decoder, tokens_BT: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """Logits of three tokens behind so many of each row, each row by itself and without a cache: [B, 3, V]."""
+    """Logits of three tokens behind so many of each row, each by itself and without a cache: [B, 3, V]."""
     rows = [model(tokens_BT[row : row + 1, : length + 3])[:, -3:] for row, length in enumerate(lengths)]
     return torch.cat(rows).float()
 
