@@ -7,8 +7,10 @@ import torch
 from colossus.measure.machine import free_memory_bytes
 from colossus.measure.vectors import quickest_vector_product
 from colossus.models import Decoder
+from colossus.models.attention import Attention
 from colossus.models.experts import Experts
-from colossus.models.linear import Embedding, Linear
+from colossus.models.linear import Embedding, Linear, pack_together
+from colossus.models.mlp import MLP
 from colossus.models.packed import pack
 
 
@@ -24,8 +26,9 @@ def make_ready(model: Decoder, dtype: torch.dtype) -> None:
     `models.packed` as well. The copies serve for as long as the weights are not changed.
     """
     model.compute_dtype = dtype
-    matrices = [module for module in model.modules() if isinstance(module, Linear)]
-    owners: list[Linear | Embedding] = [*matrices, model.embedding] if model.head is None else [*matrices]
+    owners: list[Linear | Embedding] = [module for module in model.modules() if isinstance(module, Linear)]
+    if model.head is None:
+        owners.append(model.embedding)
     for owner in owners:
         owner.weight.data = owner.weight.data.to(dtype)
     for module in model.modules():
@@ -33,8 +36,23 @@ def make_ready(model: Decoder, dtype: torch.dtype) -> None:
             for tensor in module.parameters():
                 tensor.data = tensor.data.to(dtype)
     if _packs(owners, dtype):
-        for owner in owners:
-            owner.packed = pack(owner.weight, dtype)
+        _pack(model, owners, dtype)
+
+
+def _pack(model: Decoder, owners: list[Linear | Embedding], dtype: torch.dtype) -> None:
+    """Matrices that take the same input together, the others by themselves."""
+    together: list[tuple[Linear, ...]] = []
+    for module in model.modules():
+        if isinstance(module, Attention):
+            together.append((module.wq, module.wk, module.wv))
+        elif isinstance(module, MLP) and module.w_gate is not None:
+            together.append((module.w_gate, module.w_up))
+    for group in together:
+        pack_together(group, dtype)
+    grouped = {id(linear) for group in together for linear in group}
+    for owner in owners:
+        if id(owner) not in grouped:
+            owner.packed = pack([owner.weight], [getattr(owner, "bias", None)], dtype)
 
 
 def _packs(owners: list[Linear | Embedding], dtype: torch.dtype) -> bool:

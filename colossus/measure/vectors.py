@@ -65,7 +65,7 @@ def _seconds(name: str, packed: bool, num_matrices: int) -> float:
     """Of one matrix: the quickest of the passes over all that fit into the time of a probe."""
     dtype = TYPES[name]
     matrices = [torch.full((SIZE, SIZE), 0.5, dtype=dtype) for _ in range(num_matrices)]
-    copies: list[Packed | None] = [pack(matrix, dtype) if packed else None for matrix in matrices]
+    copies: list[Packed | None] = [pack([matrix], [], dtype) if packed else None for matrix in matrices]
     x = torch.ones(1, SIZE, dtype=dtype)
     times: list[float] = []
     end = time.perf_counter() + PROBE_SECONDS

@@ -78,6 +78,7 @@ def rotate(x_BTHE: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     cos, sin = rotations[0].unsqueeze(-2), rotations[1].unsqueeze(-2)
     num_turned = 2 * cos.shape[-1]
     turning, staying = x_BTHE[..., :num_turned], x_BTHE[..., num_turned:]
-    left, right = turning.chunk(2, dim=-1)
+    exact = torch.promote_types(x_BTHE.dtype, cos.dtype)  # once, or each of four products would widen x again
+    left, right = turning.to(exact).chunk(2, dim=-1)
     turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x_BTHE.dtype)
     return turned if num_turned == x_BTHE.shape[-1] else torch.cat((turned, staying), dim=-1)

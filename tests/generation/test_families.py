@@ -56,7 +56,9 @@ def test_together_and_cached_equals_alone_without_a_cache(
     if packed:
         monkeypatch.setattr("colossus.generation.ready._packs", lambda owners, dtype: True)
         make_ready(model, torch.float32)
-        assert all(module.packed for module in model.modules() if isinstance(module, Linear))
+        linears = [module for module in model.modules() if isinstance(module, Linear)]
+        copies = [copy for linear in linears for copy in (linear.packed, linear.fused) if copy is not None]
+        assert sum(len(copy.widths) for copy in copies) == len(linears)
     assert generate(model, TOKENIZER, PROMPTS, max_tokens=30) == expected
     assert len(set(expected)) == len(expected)  # or equality would say little
 
