@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 32  # prompts that are continued at once
 CACHE_BYTES = 4 * 2**30  # of their keys and values, unless one prompt alone takes more
+# Up to so many rows a processor attends quicker in fp32 than in bf16, whose bytes count only with more: 12 layers
+# of 12 heads of 64 with 192 keys took one core 0.4 ms against 0.8 with 1 row, 6.7 against 5.2 with 8.
+FEW_ROWS = 2
 PREFILL_TOKENS = 1024  # that are read at once, over all rows
 
 
@@ -173,8 +176,9 @@ def _continue(
 def _cache(model: Decoder, rows: Sequence[_Row]) -> KVCache:
     """Of as many rows as are continued at once, each with room for the longest of all."""
     device = next(model.parameters()).device
-    dtype = torch.float32 if device.type == "cpu" else model.compute_dtype  # see KVCache
-    dtype = torch.promote_types(dtype, model.compute_dtype)
+    dtype = model.compute_dtype
+    if device.type == "cpu" and len(rows) <= FEW_ROWS:
+        dtype = torch.promote_types(dtype, torch.float32)
     max_tokens = min(model.arch.max_seq_len, max(row.end for row in rows))
     fitting = max(1, CACHE_BYTES // row_bytes(model.arch, max_tokens, dtype))
     return KVCache(model.arch, min(len(rows), fitting, MAX_ROWS), max_tokens, dtype, device)

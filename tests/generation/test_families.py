@@ -69,9 +69,11 @@ def alone(model: Decoder, tokens_BT: torch.Tensor, lengths: list[int]) -> torch.
     return torch.cat(rows).float()
 
 
-def cached(model: Decoder, tokens_BT: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+def cached(
+    model: Decoder, tokens_BT: torch.Tensor, lengths: list[int], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """The same, all rows together: read at once, shorter ones filled up, and then token by token."""
-    cache = KVCache(model.arch, len(lengths), WINDOW)
+    cache = KVCache(model.arch, len(lengths), WINDOW, dtype)
     model(tokens_BT[:, : max(lengths)], cache=cache.rows(0, len(lengths)))
     cache.lengths = list(lengths)
     steps = []
@@ -93,8 +95,10 @@ def test_rows_of_unequal_lengths_have_the_logits_of_each_alone(name: str) -> Non
         assert (cached(model, tokens_BT, lengths) - exact).abs().max() <= 1e-5 * exact.abs().max()
         make_ready(model, torch.bfloat16)
         assert model(tokens_BT).dtype == torch.bfloat16
-        noise, found = (way(model, tokens_BT, lengths) - exact for way in (alone, cached))
-    assert 0 < found.norm(dim=-1).median() <= NOISE * noise.norm(dim=-1).median()
+        noise = alone(model, tokens_BT, lengths) - exact
+        for dtype in (torch.float32, torch.bfloat16):  # of the cache
+            found = cached(model, tokens_BT, lengths, dtype) - exact
+            assert 0 < found.norm(dim=-1).median() <= NOISE * noise.norm(dim=-1).median()
     assert (
         noise.norm(dim=-1).median() <= 0.1 * exact.norm(dim=-1).median()
     )  # a yardstick that means something
