@@ -133,6 +133,8 @@ class Decoder(nn.Module):
         """What the output matrix is multiplied with, x_BTD in compute_dtype: the normalised output of the
         last layer, scaled where the family does."""
         arch, exact = self.arch, torch.promote_types(self.compute_dtype, torch.float32)
+        if cache is not None:
+            cache.reserve(tokens_BT.shape[1])
         seen = sight(arch, tokens_BT, documents_BT, cache, exact)
         x_BTD = self.embedding(tokens_BT)
         if self.position_embedding is not None:

@@ -33,9 +33,9 @@ def sight(
     """Of tokens that follow those of `cache`. documents_BT: see `Decoder.forward`. dtype: of rotations."""
     assert cache is None or documents_BT is None, "packed documents have no cache"
     stand = positions(tokens_BT, cache)
-    num_keys = tokens_BT.shape[1] + (0 if cache is None else cache.length)
+    num_keys = tokens_BT.shape[1] if cache is None else cache.num_keys(tokens_BT.shape[1])
     turned = rotations(arch, stand, dtype) if arch.position == "rope" else None
-    mask = causal_mask(stand, num_keys)
+    mask = None if cache is None else causal_mask(stand, num_keys, cache)
     if documents_BT is not None:
         mask = document_mask(documents_BT)
     if arch.pad_token is not None:
@@ -58,12 +58,14 @@ def document_mask(documents_BT: torch.Tensor) -> torch.Tensor:
     return same_BTT.tril().unsqueeze(1)
 
 
-def causal_mask(positions: torch.Tensor, num_keys: int) -> torch.Tensor | None:
-    """Which of so many keys the last tokens, at these positions, may look at: [T, S] or [B, 1, T, S].
+def causal_mask(positions: torch.Tensor, num_keys: int, cache: KVCache) -> torch.Tensor | None:
+    """Which of so many keys new tokens at these positions may look at: [T, S] or [B, 1, T, S].
 
     None where the plain causal rule, or no rule (a single token), says the same.
     """
-    if positions.ndim == 1 and len(positions) in (1, num_keys):
+    num_new = positions.shape[-1]
+    is_last = cache.is_even and cache.length + num_new == num_keys
+    if is_last and num_new in (1, num_keys):
         return None
     return _by_head(_distances(positions, num_keys) >= 0)
 

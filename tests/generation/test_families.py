@@ -74,7 +74,7 @@ def cached(
 ) -> torch.Tensor:
     """The same, all rows together: read at once, shorter ones filled up, and then token by token."""
     cache = KVCache(model.arch, len(lengths), WINDOW, dtype)
-    model(tokens_BT[:, : max(lengths)], cache=cache.rows(0, len(lengths)))
+    model(tokens_BT[:, : max(lengths)], cache=cache.rows(0, len(lengths), max(lengths)))
     cache.lengths = list(lengths)
     steps = []
     for step in range(3):
