@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 32  # prompts that are continued at once
 CACHE_BYTES = 4 * 2**30  # of their keys and values, unless one prompt alone takes more
-# Up to so many rows a processor attends quicker in fp32 than in bf16: 12 layers of 12 heads of 64 with 192 keys
-# took 0.4 ms against 0.8 with 1 row. With 8, a step took two cores 14.5 ms in fp32 and 13.7 in bf16.
+# Up to so many rows a processor attends quicker in fp32 than in bf16: 12 layers of 12 heads of 64 with 192
+# keys took 0.4 ms against 0.8 with 1 row. With 8, a step took two cores 14.5 ms in fp32 and 13.7 in bf16.
 FEW_ROWS = 2
 PREFILL_TOKENS = 1024  # that are read at once, over all rows
 

@@ -8,7 +8,7 @@ import torch
 
 from colossus.architecture import Architecture
 
-BLOCK = 64  # tokens by which buffers grow at least
+BLOCK = 32  # tokens by which buffers grow at least
 
 
 class KVCache:
@@ -62,7 +62,7 @@ class KVCache:
         """Makes room for so many tokens behind the longest row."""
         end = self._end(num_new)
         if end > self.capacity:
-            room = -(-(end + end // 8) // BLOCK) * BLOCK
+            room = -(-(end + end // 16) // BLOCK) * BLOCK
             self.capacity = min(max(room, end), self.max_tokens)
             for buffers in self._layers:
                 buffers[:] = [_grown(buffer, -2, self.capacity) for buffer in buffers]

@@ -58,13 +58,14 @@ def _yarn(turns: torch.Tensor, theta: float, scaling: RopeScaling) -> torch.Tens
 
 
 def rotations(arch: Architecture, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """cos and sin of every position, [T] or [B, T], stacked: [2, T, E/2] or [2, B, T, E/2] in `dtype`.
+    """(cos, cos) and (-sin, sin) of every position, [T] or [B, T], stacked: [2, ..., T, E] in `dtype`.
 
     A function of the positions rather than a buffer: nothing to initialise, shard or save, and at
     T=2,048, E=64 it takes 0.3 ms of a step.
     """
     angles = positions.float()[..., None] * inverse_frequencies(arch, positions.device)
-    turned = torch.stack((angles.cos(), angles.sin()))
+    cos, sin = angles.cos(), angles.sin()
+    turned = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
     if arch.rope_scaling is not None and arch.rope_scaling.magnitude != 1:
         turned = turned * arch.rope_scaling.magnitude
     return turned.to(dtype)
@@ -73,12 +74,18 @@ def rotations(arch: Architecture, positions: torch.Tensor, dtype: torch.dtype) -
 def rotate(x_BTHE: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     """Turns coordinates e and e + E/2 of each head by its position's angle; same shape and type.
 
-    Where there are fewer rotations than pairs of coordinates, the last coordinates of a head stay.
+    Where the rotations are of fewer coordinates than a head has, its last ones stay.
     """
     cos, sin = rotations[0].unsqueeze(-2), rotations[1].unsqueeze(-2)
-    num_turned = 2 * cos.shape[-1]
+    num_turned = cos.shape[-1]
     turning, staying = x_BTHE[..., :num_turned], x_BTHE[..., num_turned:]
-    exact = torch.promote_types(x_BTHE.dtype, cos.dtype)  # once, or each of four products would widen x again
-    left, right = turning.to(exact).chunk(2, dim=-1)
-    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x_BTHE.dtype)
+    turning = turning.to(torch.promote_types(x_BTHE.dtype, cos.dtype))  # once, not in each of the products
+    half = num_turned // 2
+    if torch.is_grad_enabled():  # by halves, which compilers turn into vector instructions
+        left, right = turning.chunk(2, dim=-1)
+        cos, sin = cos[..., :half], sin[..., half:]
+        turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    else:  # the same in fewer operations, whose number is what a single token costs
+        turned = turning * cos + turning.roll(half, dims=-1) * sin
+    turned = turned.to(x_BTHE.dtype)
     return turned if num_turned == x_BTHE.shape[-1] else torch.cat((turned, staying), dim=-1)
