@@ -143,15 +143,19 @@ def train(
         return Run(folder)
 
 
-def load_model(path: str | Path) -> tuple[Decoder, Tokenizer]:
+def load_model(path: str | Path, type: str = "fp32") -> tuple[Decoder, Tokenizer]:
     """The model and the tokenizer of a run, of one of its checkpoints, or of a Hugging Face folder.
 
+    type: of its matrices and their products: "fp32", "bf16", or "quickest", which of them generates quicker
+        on this machine, as measured.
+
     Raises:
-        UserError: there is none at `path`, or it does not load whole.
+        UserError: there is none at `path`, or it does not load whole; or there is no such type.
     """
     from colossus.generation.load import load_model as load
+    from colossus.precision import torch_type
 
-    return load(Path(path))
+    return load(Path(path), None if type == "quickest" else torch_type(type))
 
 
 def import_model(

@@ -14,16 +14,18 @@ from colossus.checkpoints.load import open_checkpoint
 from colossus.checkpoints.weights import Weights
 from colossus.data.tokenizer import Tokenizer, load_tokenizer
 from colossus.errors import UserError
+from colossus.generation.ready import generation_type, make_ready
 from colossus.models import Decoder
 from colossus.models.hf.published import open_published
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[Decoder, Tokenizer]:
     """The model and the tokenizer of a run (its newest whole checkpoint), a checkpoint or a Hugging Face one.
 
-    dtype: of the matrix products. fp32 is quick on every processor; bf16 only on some.
+    dtype: of the matrix products, and of the matrices; fp32 are the weights as they were trained. None: what
+        is quickest for generation here (see `generation.ready`).
 
     Raises:
         UserError: there is no run or checkpoint at `path`, or nothing was saved yet.
@@ -34,7 +36,7 @@ def load_model(
         model = Decoder(weights.arch)
     model.to_empty(device=device)
     weights.load_into(model)
-    model.compute_dtype = dtype
+    make_ready(model, dtype or generation_type(torch.device(device)))
     return model.eval(), load_tokenizer(weights.tokenizer)
 
 

@@ -9,7 +9,7 @@ from colossus.architecture import Architecture
 from colossus.models.attend import Scores, attend
 from colossus.models.cache import KVCache
 from colossus.models.latent import LatentAttention
-from colossus.models.linear import Linear
+from colossus.models.linear import Linear, products
 from colossus.models.norm import RMSNorm
 from colossus.models.rope import rotate
 from colossus.models.sight import Sight
@@ -40,22 +40,19 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, sight: Sight, cache: KVCache | None = None) -> torch.Tensor:
         """x_BTD -> the same shape and type."""
-        q_BTHE = self._heads(self.wq(x_BTD), self.q_norm)
-        k_BTKE = self._heads(self.wk(x_BTD), self.k_norm)
-        v_BTKE = self._heads(self.wv(x_BTD), None)
-        if sight.rotations_2TE is not None:
-            q_BTHE, k_BTKE = rotate(q_BTHE, sight.rotations_2TE), rotate(k_BTKE, sight.rotations_2TE)
-        if cache is not None:
-            k_BTKE, v_BTKE = cache.append(self.layer, k_BTKE, v_BTKE)
-        mixed_BHTE = attend(
-            q_BTHE.transpose(1, 2),
-            k_BTKE.transpose(1, 2),
-            v_BTKE.transpose(1, 2),
-            sight.windowed_mask if self.windowed else sight.mask,
-            self.scores,
-            sight.temperature_T,
-            self.sinks,
+        q, k, v = products(x_BTD, self.wq, self.wk, self.wv)
+        q_BTHE, k_BTKE, v_BTKE = (
+            self._heads(q, self.q_norm),
+            self._heads(k, self.k_norm),
+            self._heads(v, None),
         )
+        if sight.rotations is not None:
+            q_BTHE, k_BTKE = rotate(q_BTHE, sight.rotations), rotate(k_BTKE, sight.rotations)
+        q_BHTE, k_BKSE, v_BKSE = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
+        if cache is not None:
+            k_BKSE, v_BKSE = cache.append(self.layer, k_BKSE, v_BKSE)
+        mask = sight.windowed_mask if self.windowed else sight.mask
+        mixed_BHTE = attend(q_BHTE, k_BKSE, v_BKSE, mask, self.scores, sight.temperature, self.sinks)
         return self.wo(mixed_BHTE.transpose(1, 2).flatten(-2))
 
     def _heads(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import overload
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from colossus.architecture import Architecture
@@ -16,6 +15,7 @@ from colossus.models.linear import Embedding, Linear
 from colossus.models.loss import cross_entropy
 from colossus.models.mlp import MLP
 from colossus.models.norm import norm
+from colossus.models.packed import product
 from colossus.models.sight import Sight, positions, sight
 
 
@@ -82,7 +82,9 @@ class Decoder(nn.Module):
         self.loads: list[torch.Tensor] = []
 
     @overload
-    def forward(self, tokens_BT: torch.Tensor, *, cache: KVCache | None = None) -> torch.Tensor: ...
+    def forward(
+        self, tokens_BT: torch.Tensor, *, cache: KVCache | None = None, only_last: bool = False
+    ) -> torch.Tensor: ...
     @overload
     def forward(
         self,
@@ -101,6 +103,7 @@ class Decoder(nn.Module):
         z_loss: float = 0.0,
         cache: KVCache | None = None,
         token_share: torch.Tensor | None = None,
+        only_last: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, T, V] in compute_dtype, or, with targets, (summed loss in fp32, number of targets).
 
@@ -111,13 +114,14 @@ class Decoder(nn.Module):
         token_share: of each row, [B]: 1 / tokens of the global batch, 0 where the row is no sample of it. The
             terms that keep experts' loads alike join what is minimised, through the gradient alone; the loss
             that is returned is the cross entropy.
+        only_last: logits that follow the last token alone, [B, 1, V].
         """
         x_BTD = self.hidden(tokens_BT, documents_BT, cache, token_share)
-        weight_VD = self.embedding.weight if self.head is None else self.head.weight
+        output = self.embedding if self.head is None else self.head
         cap = self.arch.logit_soft_cap
         if targets_BT is not None:
-            return cross_entropy(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), z_loss, cap)
-        logits_BTV = F.linear(x_BTD, weight_VD.to(x_BTD.dtype))
+            return cross_entropy(x_BTD.flatten(0, 1), output.weight, targets_BT.flatten(), z_loss, cap)
+        logits_BTV = product(x_BTD[:, -1:] if only_last else x_BTD, output.weight, None, output.packed)
         return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
 
     def hidden(
@@ -130,6 +134,8 @@ class Decoder(nn.Module):
         """What the output matrix is multiplied with, x_BTD in compute_dtype: the normalised output of the
         last layer, scaled where the family does."""
         arch, exact = self.arch, torch.promote_types(self.compute_dtype, torch.float32)
+        if cache is not None:
+            cache.reserve(tokens_BT.shape[1])
         seen = sight(arch, tokens_BT, documents_BT, cache, exact)
         x_BTD = self.embedding(tokens_BT)
         if self.position_embedding is not None:
@@ -143,6 +149,6 @@ class Decoder(nn.Module):
         if token_share is not None and loads:
             self.loads.append(torch.stack(loads))
         if cache is not None:
-            cache.length += tokens_BT.shape[1]
+            cache.advance(tokens_BT.shape[1])
         x_BTD = self.norm(x_BTD)
         return x_BTD * arch.logit_scale if arch.logit_scale != 1 else x_BTD

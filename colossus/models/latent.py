@@ -40,15 +40,15 @@ class LatentAttention(nn.Module):
         qn_BTHE, qr_BTHE = q_BTHE.split((sizes.nope_dim, sizes.rope_dim), dim=-1)
         c_BTL, kr_BTE = self.wkv_down(x_BTD).split((sizes.kv_rank, sizes.rope_dim), dim=-1)
         c_BTL = self.kv_norm(c_BTL)
-        if sight.rotations_2TE is not None:
-            qr_BTHE = rotate(qr_BTHE, sight.rotations_2TE)
-            kr_BTE = rotate(kr_BTE.unsqueeze(2), sight.rotations_2TE).squeeze(2)
+        if sight.rotations is not None:
+            qr_BTHE = rotate(qr_BTHE, sight.rotations)
+            kr_BTE = rotate(kr_BTE.unsqueeze(2), sight.rotations).squeeze(2)
         if cache is not None:
             c_BTL, kr_BTE = cache.append(self.layer, c_BTL, kr_BTE)
         mask = sight.windowed_mask if self.windowed else sight.mask
         few = cache is not None and x_BTD.shape[1] == 1
         mix = self._attend_to_latents if few else self._attend_to_heads
-        mixed_BHTE = mix(qn_BTHE, qr_BTHE, c_BTL, kr_BTE, mask, sight.temperature_T)
+        mixed_BHTE = mix(qn_BTHE, qr_BTHE, c_BTL, kr_BTE, mask, sight.temperature)
         return self.wo(mixed_BHTE.transpose(1, 2).flatten(-2))
 
     def _attend_to_heads(
@@ -58,15 +58,16 @@ class LatentAttention(nn.Module):
         c_BSL: torch.Tensor,
         kr_BSE: torch.Tensor,
         mask: torch.Tensor | None,
-        temperature_T: torch.Tensor | None,
+        temperature: torch.Tensor | None,
     ) -> torch.Tensor:
         """Each head's own keys and values are made of the latents: [B, H, T, v_dim]."""
+        c_BSL, kr_BSE = c_BSL.to(qn_BTHE.dtype), kr_BSE.to(qn_BTHE.dtype)
         up_BSHE = self.wkv_up(c_BSL).unflatten(-1, (-1, self.sizes.nope_dim + self.sizes.v_dim))
         kn_BSHE, v_BSHE = up_BSHE.split((self.sizes.nope_dim, self.sizes.v_dim), dim=-1)
         kr_BSHE = kr_BSE.unsqueeze(2).expand(-1, -1, kn_BSHE.shape[2], -1)
         q_BTHE, k_BSHE = torch.cat((qn_BTHE, qr_BTHE), -1), torch.cat((kn_BSHE, kr_BSHE), -1)
         q_BHTE, k_BHSE, v_BHSE = (x.transpose(1, 2) for x in (q_BTHE, k_BSHE, v_BSHE))
-        return attend(q_BHTE, k_BHSE, v_BHSE, mask, self.scores, temperature_T)
+        return attend(q_BHTE, k_BHSE, v_BHSE, mask, self.scores, temperature)
 
     def _attend_to_latents(
         self,
@@ -75,14 +76,14 @@ class LatentAttention(nn.Module):
         c_BSL: torch.Tensor,
         kr_BSE: torch.Tensor,
         mask: torch.Tensor | None,
-        temperature_T: torch.Tensor | None,
+        temperature: torch.Tensor | None,
     ) -> torch.Tensor:
         """The same by (q W_k) c = q (W_k c): one key and value for all heads, and no keys of long ago made
         again for each new token."""
-        up_HEL = self.wkv_up.weight.to(c_BSL.dtype).unflatten(0, (qn_BTHE.shape[2], -1))
+        up_HEL = self.wkv_up.weight.to(qn_BTHE.dtype).unflatten(0, (qn_BTHE.shape[2], -1))
         wk_HEL, wv_HEL = up_HEL.split((self.sizes.nope_dim, self.sizes.v_dim), dim=1)
         q_BHTL = torch.einsum("bthe,hel->bhtl", qn_BTHE, wk_HEL)
         q_BHTE = torch.cat((q_BHTL, qr_BTHE.transpose(1, 2)), dim=-1)
         k_B1SE, v_B1SL = torch.cat((c_BSL, kr_BSE), dim=-1).unsqueeze(1), c_BSL.unsqueeze(1)
-        mixed_BHTL = attend(q_BHTE, k_B1SE, v_B1SL, mask, self.scores, temperature_T)
+        mixed_BHTL = attend(q_BHTE, k_B1SE, v_B1SL, mask, self.scores, temperature)
         return torch.einsum("bhtl,hel->bhte", mixed_BHTL, wv_HEL)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from colossus.models.packed import Packed, pack, product
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b. fp32 weights serve bf16 activations; their gradient comes back in fp32."""
+    """y = x W^T + b. fp32 weights serve bf16 activations; their gradient comes back in fp32.
+
+    packed: a copy for products without gradients (see `models.packed`). fused: one of this and others.
+    """
+
+    packed: Packed | None = None
+    fused: Packed | None = None
 
     def __init__(self, num_in: int, num_out: int, bias: bool = False) -> None:
         super().__init__(num_in, num_out, bias=bias)
@@ -18,12 +25,31 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., num_in] -> [..., num_out], of x's type."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return product(x, self.weight, self.bias, self.packed)
+
+
+def products(x: torch.Tensor, *linears: Linear) -> tuple[torch.Tensor, ...]:
+    """What each makes of the same x; in one product where they were packed together."""
+    fused = linears[0].fused
+    if fused is not None and fused.serves(x, _sources(linears)):
+        return fused.product(x).split(fused.widths, dim=-1)
+    return tuple(linear(x) for linear in linears)
+
+
+def pack_together(linears: tuple[Linear, ...], dtype: torch.dtype) -> None:
+    """Gives the first a packed copy of all, which `products` of the same ones takes."""
+    sources = _sources(linears)
+    linears[0].fused = pack(sources[: len(linears)], sources[len(linears) :], dtype)  # type: ignore[arg-type]
+
+
+def _sources(linears: tuple[Linear, ...]) -> tuple[torch.Tensor | None, ...]:
+    return (*(linear.weight for linear in linears), *(linear.bias for linear in linears))
 
 
 class Embedding(nn.Embedding):
-    """One vector a token id."""
+    """One vector a token id. packed: a copy of the matrix, where it is the output's too."""
+
+    packed: Packed | None = None
 
     def reset_parameters(self) -> None:
         """Leaves the memory as it is: `models.init` fills it, shard by shard."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from colossus.architecture import Architecture
-from colossus.models.linear import Linear
+from colossus.models.linear import Linear, products
 
 CLAMP, SHARPNESS = 7.0, 1.702  # of gpt-oss (openai/gpt-oss, gpt_oss/torch/model.py)
 
@@ -24,8 +24,10 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """x_BTD -> the same shape and type."""
-        gate_BTF = None if self.w_gate is None else self.w_gate(x_BTD)
-        return self.w_down(gated(self.arch, gate_BTF, self.w_up(x_BTD)))
+        if self.w_gate is None:
+            return self.w_down(gated(self.arch, None, self.w_up(x_BTD)))
+        gate_BTF, up_BTF = products(x_BTD, self.w_gate, self.w_up)
+        return self.w_down(gated(self.arch, gate_BTF, up_BTF))
 
 
 def gated(arch: Architecture, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:

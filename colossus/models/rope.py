@@ -57,27 +57,35 @@ def _yarn(turns: torch.Tensor, theta: float, scaling: RopeScaling) -> torch.Tens
     return 1.0 / (scaling.factor * turns) * (1 - kept) + 1.0 / turns * kept
 
 
-def rotations(arch: Architecture, positions_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """cos and sin of every position, stacked: [2, T, E/2] in `dtype`.
+def rotations(arch: Architecture, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(cos, cos) and (-sin, sin) of every position, [T] or [B, T], stacked: [2, ..., T, E] in `dtype`.
 
     A function of the positions rather than a buffer: nothing to initialise, shard or save, and at
     T=2,048, E=64 it takes 0.3 ms of a step.
     """
-    angles = positions_T.float()[:, None] * inverse_frequencies(arch, positions_T.device)[None, :]
-    turned = torch.stack((angles.cos(), angles.sin()))
+    angles = positions.float()[..., None] * inverse_frequencies(arch, positions.device)
+    cos, sin = angles.cos(), angles.sin()
+    turned = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
     if arch.rope_scaling is not None and arch.rope_scaling.magnitude != 1:
         turned = turned * arch.rope_scaling.magnitude
     return turned.to(dtype)
 
 
-def rotate(x_BTHE: torch.Tensor, rotations_2TE: torch.Tensor) -> torch.Tensor:
+def rotate(x_BTHE: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     """Turns coordinates e and e + E/2 of each head by its position's angle; same shape and type.
 
-    Where there are fewer rotations than pairs of coordinates, the last coordinates of a head stay.
+    Where the rotations are of fewer coordinates than a head has, its last ones stay.
     """
-    cos, sin = rotations_2TE[0, :, None, :], rotations_2TE[1, :, None, :]
-    num_turned = 2 * cos.shape[-1]
+    cos, sin = rotations[0].unsqueeze(-2), rotations[1].unsqueeze(-2)
+    num_turned = cos.shape[-1]
     turning, staying = x_BTHE[..., :num_turned], x_BTHE[..., num_turned:]
-    left, right = turning.chunk(2, dim=-1)
-    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x_BTHE.dtype)
+    turning = turning.to(torch.promote_types(x_BTHE.dtype, cos.dtype))  # once, not in each of the products
+    half = num_turned // 2
+    if torch.is_grad_enabled():  # by halves, which compilers turn into vector instructions
+        left, right = turning.chunk(2, dim=-1)
+        cos, sin = cos[..., :half], sin[..., half:]
+        turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    else:  # the same in fewer operations, whose number is what a single token costs
+        turned = turning * cos + turning.roll(half, dims=-1) * sin
+    turned = turned.to(x_BTHE.dtype)
     return turned if num_turned == x_BTHE.shape[-1] else torch.cat((turned, staying), dim=-1)

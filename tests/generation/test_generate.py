@@ -110,6 +110,8 @@ def test_the_model_is_left_as_it_was(model):
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"top_k": 0}, "top_k=0"),
         ({"top_p": 1.5}, "top_p=1.5"),
+        ({"min_p": -0.1}, "min_p=-0.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
         ({"max_tokens": -2}, "max_tokens=-2"),
     ],
 )

@@ -6,6 +6,7 @@ from colossus.checkpoints.save import Saver
 from colossus.data.tokenizer import BytesTokenizer
 from colossus.errors import MachineError, UserError
 from colossus.generation import generate, load_model
+from colossus.measure.vectors import quickest_vector_product
 from colossus.models import build
 
 TOKENIZER = BytesTokenizer()
@@ -35,7 +36,7 @@ def test_a_run_loads_its_newest_checkpoint_and_a_checkpoint_itself(tmp_path):
     older, older_folder = save(tmp_path, 10, seed=1)
     newer, _ = save(tmp_path, 20, seed=2)
     for path, expected in ((tmp_path, newer), (older_folder, older)):
-        model, tokenizer = load_model(path)
+        model, tokenizer = load_model(path, dtype=torch.float32)
         assert not model.training and tokenizer.vocab_size == TOKENIZER.vocab_size
         for name, tensor in model.named_parameters():
             assert torch.equal(tensor, expected.get_parameter(name))
@@ -52,8 +53,36 @@ def test_the_type_of_the_products_can_be_chosen(tmp_path):
     save(tmp_path, 10, seed=1)
     model, tokenizer = load_model(tmp_path, dtype=torch.bfloat16)
     assert model(torch.tensor([[1, 2]])).dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in model.parameters())
+    types = {name.rpartition(".")[0].rpartition(".")[2]: p.dtype for name, p in model.named_parameters()}
+    assert types["wq"] == types["head"] == torch.bfloat16
+    assert types["norm"] == types["q_norm"] == types["embedding"] == torch.float32
     assert len(generate(model, tokenizer, ["a"], max_tokens=3)) == 1
+
+
+def test_the_type_can_be_the_quickest_here(tmp_path):
+    save(tmp_path, 10, seed=1)
+    model, _ = load_model(tmp_path, dtype=None)
+    assert model.compute_dtype == quickest_vector_product().dtype
+    assert model.head.weight.dtype == model.compute_dtype
+
+
+def test_changed_weights_are_never_read_from_a_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr("colossus.generation.ready._packs", lambda owners, dtype: True)
+    save(tmp_path, 10, seed=1)
+    model, tokenizer = load_model(tmp_path, dtype=torch.float32)
+    before = generate(model, tokenizer, ["abc"])
+    tokens = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(model(tokens).detach(), no_grad(model, tokens))
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.mul_(1.5)
+    assert generate(model, tokenizer, ["abc"]) != before
+    torch.testing.assert_close(model(tokens).detach(), no_grad(model, tokens))
+
+
+def no_grad(model, tokens):
+    with torch.no_grad():
+        return model(tokens)
 
 
 def test_what_is_no_model_is_said_in_words(tmp_path):

@@ -77,6 +77,8 @@ def test_turned_heads_are_bitwise_those_of_transformers(scaling: object) -> None
     turns_2TE = rotations(arch, positions_T, torch.float32)
     for x, expected in zip((q_BTHE, k_BTKE), theirs, strict=True):
         assert torch.equal(rotate(x, turns_2TE), expected)
+        with torch.no_grad():
+            assert torch.equal(rotate(x, turns_2TE), expected)
 
 
 def test_a_rotation_turns_pairs_of_coordinates_as_complex_numbers() -> None:
