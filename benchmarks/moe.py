@@ -6,8 +6,9 @@ products are quicker, under bf16 autocast; ours keeps fp32 weights too. A second
 bf16 alone: less exact training, and less work. Each is timed in wall-clock time, and the best of a turn counts.
 
 Balance: a small language model on the corpus of the default job, by each method that keeps loads alike, and by
-none. The load is that of the busiest expert over the mean, in the worst layer: the mean over the last fifth of
-the steps. The loss is the mean over the same steps.
+none. The load is that of the busiest expert over the mean, in the worst layer: of the visits in the last fifth
+of the steps, counted together; beside it the mean over the same steps, each by itself. The loss is the mean
+over these steps.
 
     python -m benchmarks.moe [--quick] [--out FILE] [--part PART] [--turns N] [--threads N] [--steps N] [--seeds N] [--set NAME ...]
 """  # noqa: E501
@@ -36,15 +37,16 @@ from colossus.measure.machine import this_machine
 from colossus.models.experts import MoE
 from colossus.parallel.world import World
 from colossus.perf.receipts import Figure, print_figures, write_receipt
+from colossus.trainer.balance import Balance, ExpertLoads
 from colossus.trainer.state import TrainState
 from colossus.trainer.step import train_step
 
 SPEED_GOAL, LOAD_GOAL = 1.3, 1.3
 METHODS: dict[str, dict[str, object]] = {
     "none": {"balance_loss": 0.0},
-    "loss over the batch": {"balance_loss": 0.01},
-    "loss over sequences": {"balance_loss": 0.01, "balance_over": "sequence"},
-    "selection bias": {"balance_loss": 0.0, "selection_bias": True, "bias_rate": 0.001},
+    "loss over the batch": {},
+    "loss over sequences": {"balance_over": "sequence"},
+    "selection bias": {"balance_loss": 0.0, "selection_bias": True},
 }
 
 
@@ -202,12 +204,31 @@ def trial_job(method: dict[str, object], seed: int, steps: int, quick: bool) -> 
     return api.resolve(load_job(None, words))
 
 
-def train(job: Job, name: str) -> tuple[float, float]:
-    """Mean load of the busiest expert and mean loss, over the last fifth of the steps."""
+class Counting(Balance):
+    """Keeps the visits of every step: of each layer in turn, [X]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.visits_SLX: list[torch.Tensor] = []
+
+    def update(self, loads: list[float], *, move: bool) -> ExpertLoads | None:
+        self.visits_SLX.append(torch.tensor(loads, dtype=torch.float64).view(len(self._routers), -1)[:, :-1])
+        return super().update(loads, move=move)
+
+    def load(self, last: int) -> float:
+        """Of the busiest expert over the mean in the worst layer, in so many last steps together."""
+        visits_LX = torch.stack(self.visits_SLX[-last:]).sum(0)
+        return float((visits_LX.amax(1) / visits_LX.mean(1)).max())
+
+
+def train(job: Job, name: str) -> tuple[float, float, float]:
+    """Over the last fifth of the steps: the load of the busiest expert in all of them, its mean over single
+    steps, and the mean loss."""
     job = prepare_data(job)
     world, schedule = World(0, 1, torch.device("cpu")), BatchSchedule(job.run.batch_schedule)
     data = TrainingData.open(job, schedule)
     state, steps = TrainState.build(job, world), job.run.steps or 0
+    state.balance = counting = Counting(state.model)
     losses, loads = [], []
     with Batches(data.train, data.order, schedule, micro_batch=job.layout.micro_batch) as batches:
         for number in range(steps):
@@ -222,8 +243,8 @@ def train(job: Job, name: str) -> tuple[float, float]:
                     f"  {name}, step {number + 1}: loss {result.loss:.3f}, {asdict(result.experts)}",
                     flush=True,
                 )
-    last = -max(1, steps // 5)
-    return statistics.mean(loads[last:]), statistics.mean(losses[last:])
+    last = max(1, steps // 5)
+    return counting.load(last), statistics.mean(loads[-last:]), statistics.mean(losses[-last:])
 
 
 def balance(quick: bool, steps: int, seeds: int, methods: dict[str, dict[str, object]]) -> list[Figure]:
@@ -233,11 +254,12 @@ def balance(quick: bool, steps: int, seeds: int, methods: dict[str, dict[str, ob
         found = [
             train(trial_job(method, seed, steps, quick), f"{name}, seed {seed}") for seed in range(seeds)
         ]
-        load, loss = (statistics.mean(values) for values in zip(*found, strict=True))
+        load, of_steps, loss = (statistics.mean(values) for values in zip(*found, strict=True))
         print(f"{name} {method}: load {load:.3f}, loss {loss:.4f}; by seed {found}", flush=True)
         is_none = name == "none"
         unbalanced = loss if is_none else unbalanced
         figures.append(Figure(f"load, {name}", load, "", None if is_none else f"<= {LOAD_GOAL}"))
+        figures.append(Figure(f"load of single steps, {name}", of_steps, ""))
         beside = (None, None) if is_none or not unbalanced else (unbalanced, loss / unbalanced)
         goal = None if beside[0] is None else "<= 1.01 x without balancing"
         figures.append(Figure(f"loss, {name}", loss, "nats", goal, *beside))

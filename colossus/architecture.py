@@ -95,9 +95,9 @@ class Experts(Section):
     router_bias: bool = False
     selection_bias: bool = False
     bias: bool = False
-    balance_loss: float = Field(default=0.01, ge=0, le=10**3)
+    balance_loss: float = Field(default=0.1, ge=0, le=10**3)
     balance_over: Literal["batch", "sequence"] = "batch"
-    bias_rate: float = Field(default=0.001, ge=0, le=10)
+    bias_rate: float = Field(default=0.01, ge=0, le=10)
     z_loss: float = Field(default=0.0, ge=0, le=10**3)
 
 

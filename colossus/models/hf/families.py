@@ -147,6 +147,7 @@ SIGMOID_EXPERTS: tuple[Term, ...] = (
             "experts.selection_bias": True,
             "experts.balance_loss": 0.0001,
             "experts.balance_over": "sequence",
+            "experts.bias_rate": 0.001,
         }
     ),
     Only("scoring_func", "sigmoid"),
