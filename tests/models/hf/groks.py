@@ -34,12 +34,13 @@ def tokens(batch: int, length: int, vocab_size: int, seed: int, pads: bool = Fal
 
 
 def difference(model: Decoder, tokens_BT: np.ndarray, expected_BTV: np.ndarray) -> float:
-    """The largest of a logit, where the root mean square of all is taken as 1: Grok-1's are a tenth of that by
-    their multiplier, Grok-2's ten times, so that their cap acts."""
+    """The largest of a logit, in units of the root mean square of all: Grok-1's is a tenth by its multiplier,
+    Grok-2's is ten, so that its cap acts."""
     with torch.no_grad():
         found_BTV = model(torch.from_numpy(tokens_BT)).double().numpy()
     learned = tokens_BT != 0  # what a pad says of the next token is not defined
-    return float(np.abs(found_BTV - expected_BTV)[learned].max() / np.sqrt(np.square(expected_BTV).mean()))
+    largest = np.abs(found_BTV - expected_BTV)[learned].max()
+    return float(largest / np.sqrt(np.square(expected_BTV).mean()))
 
 
 def grok1_difference(folder: Path, seed: int, dtype: torch.dtype, drawn_BT: np.ndarray) -> float:
