@@ -13,6 +13,7 @@ from colossus.architecture import num_active, parameter_table
 from colossus.derive.dial import shape
 from colossus.measure.counter import kernel_of
 from colossus.models import Decoder, build
+from colossus.models.rope import rotations
 from colossus.perf.flops import saved_bytes_per_token
 from colossus.perf.parts import FUSED, Kernel, executed_keys, layer_kinds, model_keys, parts
 from tests.models.reference import architecture, random_tokens
@@ -81,7 +82,8 @@ def test_parts_come_in_the_order_of_the_forward_pass() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(("length", "type"), [(17, "float32"), (300, "float32"), (17, "bfloat16")])
 def test_saved_bytes_are_those_that_autograd_keeps(preset: str, length: int, type: str) -> None:
-    """All but the token's id and its angles. What casts weights keeps them too, which is no activation."""
+    """All but what a batch keeps once for all layers: ids, positions or angles. What casts weights keeps
+    them too, which is no activation."""
     arch = tiny(preset)
     model, tokens_BT = build(arch, seed=0), random_tokens(arch, 2, length)
     model.compute_dtype = getattr(torch, type)
@@ -89,8 +91,11 @@ def test_saved_bytes_are_those_that_autograd_keeps(preset: str, length: int, typ
         arch, length, kernel=kernel_of(arch, length, "cpu"), type_bytes=model.compute_dtype.itemsize
     )
     ours = sum(part.repeat * part.saved_bytes for part in table if part.name != "head")
-    tolerance = 0.003 if type == "float32" else 0.04
-    assert kept_bytes(model, tokens_BT) / tokens_BT.numel() == pytest.approx(ours, rel=tolerance)
+    place = torch.arange(length)
+    angles = rotations(arch, place, torch.float32) if arch.position == "rope" else place
+    once = (tokens_BT.nbytes + angles.nbytes) / tokens_BT.numel()
+    tolerance = 0.001 if type == "float32" else 0.04
+    assert kept_bytes(model, tokens_BT) / tokens_BT.numel() - once == pytest.approx(ours, rel=tolerance)
 
 
 def kept_bytes(model: Decoder, tokens_BT: torch.Tensor) -> int:
