@@ -97,9 +97,9 @@ class Optimizer(Section):
 
 
 class Precision(Section):
-    """The type of the matrix products; weights are kept in fp32 whatever it is."""
+    """The type of the matrix products. Weights are kept in fp32, but under fp64, by which layouts are compared."""
 
-    type: Literal["fp32", "bf16"] = derived()
+    type: Literal["fp32", "bf16", "fp64"] = derived()
 
 
 class Checkpoint(Section):

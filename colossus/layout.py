@@ -6,28 +6,65 @@ and a search checks many thousand at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from pydantic import Field
+
+from colossus.architecture import Architecture
 from colossus.errors import UserError
 from colossus.section import Section, derived
 
 AXES = ("dp_replicate", "dp_shard", "pp", "cp", "tp")
 
+Schedule = Literal[
+    "gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v"
+]
+Recompute = Literal["none", "selective", "full"]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
+ONE_STAGE = ("gpipe", "1f1b")  # a rank has one stage of the model
+V_SHAPED = ("zbv_zero_bubble", "dualpipe_v")  # a rank has two: the first ranks also have the last stages
+ZERO_BUBBLE = ("interleaved_zero_bubble", *V_SHAPED)  # the weights' gradients are computed apart
+
+
+class Pool(Section):
+    """Replicas that are alike: so many of `dp_replicate`, what they compute at once, and what they keep.
+
+    share: sequences of the global batch that each takes; by their measured speed where it is left out.
+    """
+
+    replicas: int = Field(ge=1, le=10**7)
+    share: int | None = Field(default=None, ge=1, le=10**7)
+    micro_batch: int | None = Field(default=None, ge=1, le=10**7)
+    recompute: Recompute | None = None
+
 
 class Layout(Section):
-    """The `layout` section of a job. ranks = dp_replicate x dp_shard x pp x cp x tp; `ep` regroups them."""
+    """The `layout` section of a job. ranks = dp_replicate x dp_shard x pp x cp x tp; `ep` regroups them.
 
+    ep: ranks that share one set of experts, of the dp_shard x cp (x tp, where etp is 1) that see different
+    tokens; over what remains of these experts are sharded. etp: ranks of tp that share each expert.
+    """
+
+    preset: Literal["auto"] | None = None
     dp_replicate: int = derived(ge=1, le=10**7)
     dp_shard: int = derived(ge=1, le=10**7)
     tp: int = derived(ge=1, le=10**7)
     pp: int = derived(ge=1, le=10**7)
     cp: int = derived(ge=1, le=10**7)
     ep: int = derived(ge=1, le=10**7)
+    etp: int = derived(ge=1, le=10**7)
+    schedule: Schedule = derived()
+    stages_per_rank: int = derived(ge=1, le=10**5)  # of the pipeline
+    cp_method: Literal["gather", "ulysses"] = derived()
     micro_batch: int = derived(ge=1, le=10**7)  # sequences that a rank computes at once
-    recompute: Literal["none", "full"] = derived()
+    recompute: Recompute = derived()
+    recompute_layers: int | None = Field(default=None, ge=0, le=10**5)  # of a rank; None: all
+    reshard: bool = derived()  # whether gathered weights are let go of between forward and backward pass
+    async_tp: bool = derived()
     compile: bool = derived()
+    pools: list[Pool] = derived()
 
     @property
     def num_ranks(self) -> int:
@@ -42,66 +79,318 @@ class Layout(Section):
         """Ranks that see different samples."""
         return (self.dp_replicate or 1) * (self.dp_shard or 1)
 
+    @property
+    def num_stages(self) -> int:
+        """Of the pipeline: 1 without."""
+        return (self.pp or 1) * (self.stages_per_rank or 1)
+
+
+Row = Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class Rule:
-    """`holds(row)` is true where the layout is legal; `row` maps names to integers or numpy columns."""
+    """`holds(row)` is true where the layout is legal; `row` maps names to integers or numpy columns.
+
+    field: what is wrong where it does not hold. reason: in words, after `field=value: `. near: the values of
+    `field` that the message offers, of those that hold.
+    """
 
     name: str
-    holds: Callable[[Mapping[str, Any]], Any]
-    message: Callable[[Mapping[str, Any]], str]
+    field: str
+    holds: Callable[[Row], Any]
+    reason: Callable[[Row], str]
+
+    def message(self, row: Row) -> str:
+        """What is broken, why, and the nearest values under which this rule holds."""
+        section = "run" if self.field == "global_batch" else "layout"
+        near = " or ".join(map(str, self.nearest(row)))
+        return f"{section}.{self.field}={row[self.field]}: {self.reason(row)}" + (f"; {near}" if near else "")
+
+    def nearest(self, row: Row) -> list[Any]:
+        """The nearest smaller and larger value under which this rule holds; of names, all."""
+        value = row[self.field]
+        if isinstance(value, str):
+            names = SCHEDULES if self.field == "schedule" else ("gather", "ulysses")
+            return [name for name in names if self.holds({**row, self.field: name})]
+        if isinstance(value, bool):
+            return ["false" if value else "true"]
+        most = max(4 * value, 64, *(n for n in row.values() if isinstance(n, int) and n < 2**16))
+        found = []
+        for candidates in (range(value - 1, 0, -1), range(value + 1, most + 1)):
+            found += next(([n] for n in candidates if self.holds({**row, self.field: n})), [])
+        return found
 
 
-def _not_yet(axis: str, what: str) -> Rule:
+def _dp(row: Row) -> Any:
+    return row["dp_replicate"] * row["dp_shard"]
+
+
+def _token_ranks(row: Row) -> Any:
+    """Ranks of a replica that have different tokens, among which `ep` groups: see `Layout`."""
+    return row["dp_shard"] * row["cp"] * (row["tp"] // row["etp"])
+
+
+def _whole(row: Row) -> Any:
+    """The global batch, padded to an equal count of sequences for every data-parallel rank."""
+    return -(-row["global_batch"] // _dp(row)) * _dp(row)
+
+
+def _num_micro_batches(row: Row) -> Any:
+    return -(-row["global_batch"] // (_dp(row) * row["micro_batch"]))
+
+
+def _divides(name: str, field: str, of: str, what: str) -> Rule:
+    """`field` divides `of`, which counts `what`; 0 of them are no hindrance."""
     return Rule(
-        f"{axis}-available",
-        lambda row: row[axis] == 1,
-        lambda row: f"layout.{axis}={row[axis]}: {what} parallelism is not available yet; 1",
+        name,
+        field,
+        lambda row: row[of] % row[field] == 0,
+        lambda row: f"must divide the {row[of]} {what}",
     )
 
 
+def _is(row: Row, field: str, *names: str) -> Any:
+    """Whether `field` is one of `names`, for a row or by columns."""
+    found = row[field] == names[0]
+    for name in names[1:]:
+        found = found | (row[field] == name)
+    return found
+
+
+def _not(truth: Any) -> Any:
+    return not truth if isinstance(truth, bool) else ~truth
+
+
+def _implies(condition: Any, consequence: Any) -> Any:
+    return _not(condition) | consequence
+
+
+def _same_rounds(row: Row) -> Any:
+    """Interleaved schedules of PyTorch take micro batches in rounds of equal size."""
+    count = _num_micro_batches(row)
+    rounds = count // row["pp"]
+    rounds = rounds + (rounds == 0)
+    return count % rounds == 0
+
+
 RULES: tuple[Rule, ...] = (
-    _not_yet("tp", "tensor"),
-    _not_yet("pp", "pipeline"),
-    _not_yet("cp", "context"),
-    _not_yet("ep", "expert"),
     Rule(
         "ranks-fit-batch",
-        lambda row: row["dp_replicate"] * row["dp_shard"] <= row["global_batch"],
+        "global_batch",
+        lambda row: _dp(row) <= row["global_batch"],
         lambda row: (
-            f"run.global_batch={row['global_batch']}: fewer sequences than the "
-            f"{row['dp_replicate'] * row['dp_shard']} data-parallel ranks; at least "
-            f"{row['dp_replicate'] * row['dp_shard']}, or layout.dp_shard={row['global_batch']}"
+            f"fewer sequences than the {_dp(row)} data-parallel ranks (layout.dp_replicate x layout.dp_shard)"
         ),
     ),
     Rule(
         "micro-batch-fits",
-        lambda row: row["micro_batch"] * row["dp_replicate"] * row["dp_shard"] <= _whole(row),
+        "micro_batch",
+        lambda row: row["micro_batch"] * _dp(row) <= _whole(row),
+        lambda row: f"more than a rank's share of run.global_batch={row['global_batch']}",
+    ),
+    _divides("tp-heads", "tp", "num_heads", "attention heads"),
+    _divides("tp-kv-heads", "tp", "num_kv_heads", "heads of keys and values"),
+    _divides("tp-ffn", "tp", "ffn", "columns of the MLP"),
+    _divides("tp-vocab", "tp", "vocab_size", "tokens of the vocabulary"),
+    Rule(
+        "tp-node",
+        "tp",
+        lambda row: row["tp"] <= row["node_size"],
+        lambda row: f"must stay inside a node of {row['node_size']} devices",
+    ),
+    Rule(
+        "tp-sequence",
+        "tp",
+        lambda row: row["seq_len"] % (row["tp"] * row["cp"]) == 0,
+        lambda row: f"tp x cp must divide the {row['seq_len']} tokens of a sequence",
+    ),
+    Rule(
+        "cp-sequence",
+        "cp",
         lambda row: (
-            f"layout.micro_batch={row['micro_batch']}: more than a rank's share of "
-            f"run.global_batch={row['global_batch']}; at most "
-            f"{_whole(row) // (row['dp_replicate'] * row['dp_shard'])}"
+            (row["cp"] == 1) | (row["seq_len"] % (row["cp"] * (1 + _is(row, "cp_method", "gather"))) == 0)
         ),
+        lambda row: (
+            f"the {row['seq_len']} tokens of a sequence are cut into "
+            f"{'2 x cp' if row['cp_method'] == 'gather' else 'cp'} equal parts"
+        ),
+    ),
+    Rule(
+        "ulysses-heads",
+        "cp_method",
+        lambda row: _implies(
+            _is(row, "cp_method", "ulysses"), row["num_kv_heads"] % (row["tp"] * row["cp"]) == 0
+        ),
+        lambda row: (
+            f"tp x cp = {row['tp'] * row['cp']} must divide the {row['num_kv_heads']} heads of keys and values"
+        ),
+    ),
+    Rule(
+        "etp-is-tp",
+        "etp",
+        lambda row: (row["etp"] == 1) | (row["etp"] == row["tp"]),
+        lambda row: f"must be 1 or layout.tp={row['tp']}",
+    ),
+    _divides("etp-ffn", "etp", "expert_ffn", "columns of an expert"),
+    Rule(
+        "ep-needs-experts",
+        "ep",
+        lambda row: (row["ep"] == 1) | (row["num_experts"] > 0),
+        lambda row: "the model has no experts",
+    ),
+    _divides("ep-experts", "ep", "num_experts", "experts"),
+    Rule(
+        "ep-ranks",
+        "ep",
+        lambda row: _token_ranks(row) % row["ep"] == 0,
+        lambda row: (
+            f"must divide the {_token_ranks(row)} ranks of dp_shard x cp{' x tp' if row['etp'] == 1 else ''}"
+        ),
+    ),
+    Rule(
+        "stages-of-schedule",
+        "stages_per_rank",
+        lambda row: (
+            ((row["pp"] == 1) & (row["stages_per_rank"] == 1))
+            | (
+                (row["pp"] > 1)
+                & _implies(_is(row, "schedule", *ONE_STAGE), row["stages_per_rank"] == 1)
+                & _implies(_is(row, "schedule", *V_SHAPED), row["stages_per_rank"] == 2)
+                & _implies(
+                    _is(row, "schedule", "interleaved_1f1b", "interleaved_zero_bubble"),
+                    row["stages_per_rank"] > 1,
+                )
+            )
+        ),
+        lambda row: (
+            "a rank has one stage without a pipeline"
+            if row["pp"] == 1
+            else f"layout.schedule={row['schedule']} has "
+            + ("1" if row["schedule"] in ONE_STAGE else "2" if row["schedule"] in V_SHAPED else "2 or more")
+        ),
+    ),
+    Rule(
+        "pp-layers",
+        "pp",
+        lambda row: row["pp"] * row["stages_per_rank"] <= row["num_layers"],
+        lambda row: (
+            f"pp x stages_per_rank = {row['pp'] * row['stages_per_rank']} stages, and the model has "
+            f"{row['num_layers']} layers"
+        ),
+    ),
+    Rule(
+        "pp-micro-batches",
+        "micro_batch",
+        lambda row: (
+            (row["pp"] == 1)
+            | _implies(
+                _is(row, "schedule", "1f1b", "dualpipe_v"),
+                _num_micro_batches(row) >= row["pp"] * row["stages_per_rank"],
+            )
+        ),
+        lambda row: (
+            f"gives {_num_micro_batches(row)} micro batches a rank; layout.schedule={row['schedule']} needs "
+            f"at least as many as its {row['pp'] * row['stages_per_rank']} stages"
+        ),
+    ),
+    Rule(
+        "pp-rounds",
+        "micro_batch",
+        lambda row: (
+            (row["pp"] == 1)
+            | _implies(_is(row, "schedule", "interleaved_1f1b", "interleaved_zero_bubble"), _same_rounds(row))
+        ),
+        lambda row: (
+            f"gives {_num_micro_batches(row)} micro batches a rank, which layout.schedule="
+            f"{row['schedule']} cannot cut into equal rounds of at least pp={row['pp']}"
+        ),
+    ),
+    Rule(
+        "no-compiled-zero-bubble",
+        "schedule",
+        lambda row: _not(_is(row, "schedule", *ZERO_BUBBLE) & (row["pp"] > 1) & (row["compile"] == 1)),
+        lambda row: "compiled layers give wrong gradients under it (layout.compile=false allows it)",
+    ),
+    Rule(
+        "async-tp-hardware",
+        "async_tp",
+        lambda row: _implies(row["async_tp"] == 1, row["has_symmetric_memory"] == 1),
+        lambda row: "only GPUs that reach each other's memory, with layout.compile=true, can overlap so",
     ),
 )
 
 
-def _whole(row: Mapping[str, Any]) -> Any:
-    """The global batch, padded to an equal count of sequences for every data-parallel rank."""
-    dp = row["dp_replicate"] * row["dp_shard"]
-    return -(-row["global_batch"] // dp) * dp
-
-
-def violations(layout: Layout, global_batch: int) -> list[str]:
-    """Every rule that `layout` breaks, in words with the nearest legal values."""
-    row = {axis: getattr(layout, axis) for axis in (*AXES, "ep", "micro_batch")} | {
-        "global_batch": global_batch
+def model_row(arch: Architecture) -> dict[str, int]:
+    """What the rules ask about a model; what it has not is 0."""
+    experts, expert_ffn = arch.experts, arch.expert_size
+    widths = {arch.intermediate_size} if any(map(arch.has_mlp, range(arch.num_layers))) else set()
+    if experts is not None and experts.num_shared:
+        widths.add(experts.num_shared * expert_ffn)
+    return {
+        "num_heads": arch.num_heads,
+        "num_kv_heads": arch.num_kv_heads,
+        "num_layers": arch.num_layers,
+        "ffn": _common(widths),
+        "vocab_size": arch.vocab_size,
+        "num_experts": experts.num_experts if experts is not None else 0,
+        "expert_ffn": expert_ffn,
     }
-    return [rule.message(row) for rule in RULES if not rule.holds(row)]
 
 
-def check(layout: Layout, global_batch: int) -> None:
-    """Raises `UserError` that names every broken rule."""
-    broken = violations(layout, global_batch)
+def _common(widths: Iterable[int]) -> int:
+    """The greatest number whose divisors divide all; 0 of none."""
+    import math
+
+    return math.gcd(*widths)
+
+
+def layout_row(layout: Layout) -> dict[str, Any]:
+    """Of a layout whose open fields count as the simplest."""
+    row: dict[str, Any] = {axis: getattr(layout, axis) or 1 for axis in (*AXES, "ep", "etp")}
+    return row | {
+        "stages_per_rank": layout.stages_per_rank or 1,
+        "schedule": layout.schedule or "1f1b",
+        "cp_method": layout.cp_method or "gather",
+        "micro_batch": layout.micro_batch or 1,
+        "compile": int(layout.compile or False),
+        "async_tp": int(layout.async_tp or False),
+    }
+
+
+def violations(
+    layout: Layout,
+    arch: Architecture,
+    *,
+    global_batch: int,
+    seq_len: int,
+    node_size: int = 8,
+    has_symmetric_memory: bool = False,
+) -> list[str]:
+    """Every rule that `layout` breaks for a model and a fleet, in words with the nearest legal values."""
+    row = layout_row(layout) | model_row(arch)
+    row |= {
+        "global_batch": global_batch,
+        "seq_len": seq_len,
+        "node_size": node_size,
+        "has_symmetric_memory": int(has_symmetric_memory),
+    }
+    return [rule.message(row) for rule in RULES if not rule.holds(row)] + _pool_violations(layout)
+
+
+def _pool_violations(layout: Layout) -> list[str]:
+    if not layout.pools:
+        return []
+    replicas = sum(pool.replicas for pool in layout.pools)
+    if replicas != (layout.dp_replicate or 1):
+        return [
+            f"layout.pools: have {replicas} replicas together; layout.dp_replicate={layout.dp_replicate or 1}"
+        ]
+    return []
+
+
+def check(layout: Layout, arch: Architecture, **of: Any) -> None:
+    """Raises `UserError` that names every broken rule; see `violations`."""
+    broken = violations(layout, arch, **of)
     if broken:
         raise UserError("\n".join(broken))

@@ -13,6 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from colossus.checkpoints.format import Key
+from colossus.models.box import box
 from colossus.models.hf.header import DTYPES
 
 
@@ -50,37 +51,9 @@ def shard_of(key: Key, tensor: torch.Tensor) -> Shard:
     if not isinstance(tensor, DTensor):
         return Shard(key, tuple(tensor.shape), (0,) * tensor.ndim, tensor.detach())
     local = tensor.to_local().detach()
-    offset, sizes = _local_box(tensor)
+    offset, sizes = box(tensor)
     assert sizes == tuple(local.shape), f"{key}: the local part is {tuple(local.shape)}, not {sizes}"
     return Shard(key, tuple(tensor.shape), offset, local)
-
-
-def _local_box(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offset and sizes of this rank's part of a DTensor; parts may be uneven or empty.
-
-    `_StridedShard` (FSDP over tensor parallel) first cuts into `split_factor` pieces and takes its chunk of
-    each. What follows on later axes of the mesh must make that one box again, as FSDP's placements do.
-    """
-    coordinates = tensor.device_mesh.get_coordinate()
-    if coordinates is None:
-        return (0,) * tensor.ndim, (0,) * tensor.ndim
-    indices = dict[int, torch.Tensor]()  # by dimension: which of its elements are here
-    for axis, placement in enumerate(tensor.placements):
-        assert not placement.is_partial(), "sums that are not reduced yet cannot be saved"
-        if not placement.is_replicate():
-            dim, pieces = getattr(placement, "dim"), getattr(placement, "split_factor", 1)  # noqa: B009
-            index = indices.setdefault(dim, torch.arange(tensor.shape[dim]))
-            chunks = [piece.chunk(tensor.device_mesh.size(axis)) for piece in index.chunk(pieces)]
-            here = [chunk[coordinates[axis]] for chunk in chunks if coordinates[axis] < len(chunk)]
-            indices[dim] = torch.cat(here) if here else index[:0]
-    offset, sizes = [0] * tensor.ndim, list(tensor.shape)
-    for dim, index in indices.items():
-        sizes[dim] = len(index)
-        offset[dim] = int(index[0]) if len(index) else 0
-        assert torch.equal(index, torch.arange(offset[dim], offset[dim] + len(index))), (
-            f"the local part of a DTensor placed as {tensor.placements} is no box"
-        )
-    return tuple(offset), tuple(sizes)
 
 
 def writes(key: Key, tensor: torch.Tensor, rank: int, world_size: int) -> bool:

@@ -27,6 +27,7 @@ from colossus.perf.flops import model_flops_per_token
 
 MADE_LATER = {"data.folder", "run.folder"}
 DEFAULT_MINUTES = 5.0
+NODE_SIZE = 8  # devices that are linked as ranks of tp must be
 # Short runs learn more from short samples: on 1e13 FLOPs a model of width 96 ended at 1.35 bits per byte with
 # samples of 256 tokens, at 1.61 with 512 (one seed each: the step at which a small model learns to copy, and
 # its loss falls at once, differs by seed).
@@ -199,7 +200,14 @@ def _derive_rest(job: Job) -> Job:
 
 
 def _check(job: Job) -> None:
-    layout.check(job.layout, min(count for _, count in job.run.batch_schedule))
+    layout.check(
+        job.layout,
+        job.model,
+        global_batch=min(count for _, count in job.run.batch_schedule),
+        seq_len=longest_sample(job),
+        node_size=NODE_SIZE,
+        has_symmetric_memory=job.fleet.device == "cuda" and job.layout.compile,
+    )
     if job.optimizer.schedule == "cosine" and job.run.minutes is not None:
         raise UserError(
             "optimizer.schedule=cosine: needs to know its end from the start; with run.minutes it is "

@@ -24,14 +24,13 @@ USABLE = 0.85  # of the minutes goes into training steps; the rest into validati
 COMPILED_GAIN = 1.15  # of compiled blocks over eager ones: 1.14 at width 128, 1.26 at 192, 1.18 at 256
 COMPILE_SECONDS = 35.0  # of the first step on two cores; blocks are alike, so it hardly depends on the model
 MEASURED_WIDTH = 1024  # rates hardly grow beyond it
-MAX_BATCH = 10**7
 
 
 def derive_machine(job: Job, machine: Machine) -> Job:
     """Device, ranks, type and threads.
 
     Raises:
-        UserError: the machine lacks what was asked for, or the layout is illegal.
+        UserError: the machine lacks what was asked for.
     """
     check_device(job, machine)
     if job.run.threads is not None and job.run.threads > machine.cores:
@@ -39,11 +38,23 @@ def derive_machine(job: Job, machine: Machine) -> Job:
             f"run.threads={job.run.threads}: more than this machine's cores; at most {machine.cores}"
         )
     job = job.derive(**{"fleet.name": "this-machine", "fleet.device": machine.device})
-    axes = {f"layout.{axis}": 1 for axis in ("dp_replicate", "tp", "pp", "cp", "ep")}
-    ranks = max(1, len(machine.gpus)) if job.fleet.device == "cuda" else 1
-    job = job.derive(**axes, **{"layout.dp_shard": ranks, "layout.recompute": "none"})
-    as_far_as_known = job.layout.model_copy(update={"micro_batch": job.layout.micro_batch or 1})
-    layout.check(as_far_as_known, job.run.global_batch or MAX_BATCH)  # before anything is measured
+    axes = {f"layout.{axis}": 1 for axis in ("dp_replicate", "tp", "pp", "cp", "ep", "etp")}
+    job = job.derive(**axes)
+    devices = max(1, len(machine.gpus)) if job.fleet.device == "cuda" else 1
+    taken = job.layout.dp_replicate * job.layout.tp * job.layout.pp * job.layout.cp
+    job = job.derive(**{"layout.dp_shard": max(1, devices // taken)})
+    several = job.layout.schedule is not None and job.layout.schedule not in layout.ONE_STAGE
+    job = job.derive(
+        **{
+            "layout.schedule": "1f1b",
+            "layout.stages_per_rank": 2 if several and job.layout.pp > 1 else 1,
+            "layout.cp_method": "gather",
+            "layout.recompute": "none",
+            "layout.reshard": job.layout.pp == 1,  # stages would gather their weights for every micro batch
+            "layout.async_tp": False,
+            "layout.pools": [],
+        }
+    )
     return job.derive(**{"precision.type": _type(job, machine), "run.threads": _threads(job, machine)})
 
 

@@ -31,8 +31,8 @@ def attend(
 ) -> torch.Tensor:
     """Each of T queries looks at S keys: [B, H, T, E of v].
 
-    mask: [..., T, S], true where a query may look, and never beyond the causal rule. None: that rule where
-        T = S; a single query looks at all keys.
+    mask: [..., T, S], true where a query may look, and never beyond the causal rule. None: that rule, where
+        the queries are those of the last T of the keys.
     scores: None: 1/sqrt(E), no cap. temperature: [T] or [B, T], multiplies the scores of each query, after
         the cap.
     sinks_H: the score of one more key, whose value is 0, for each head (openai/gpt-oss).
@@ -43,8 +43,12 @@ def attend(
     if num_new == 1 and q_BHTE.device.type == "cpu":
         return attend_once(q_BHTE, k_BKSE, v_BKSE, mask, scores, temperature, sinks_H)
     k_BKSE, v_BKSE = k_BKSE.to(q_BHTE.dtype), v_BKSE.to(q_BHTE.dtype)
-    if special or (q_BHTE.device.type == "cpu" and 1 < num_new == num_keys <= MAX_BLOCKED):
+    if special or (q_BHTE.device.type == "cpu" and 1 < num_new <= num_keys <= MAX_BLOCKED):
         return attend_by_products(q_BHTE, k_BKSE, v_BKSE, mask, scores, temperature, sinks_H)
+    if (
+        mask is None and 1 < num_new < num_keys
+    ):  # what is called causal there lets the first query see one key
+        mask = _last_rows(num_new, num_keys, q_BHTE.device)
     return F.scaled_dot_product_attention(
         q_BHTE,
         k_BKSE,
@@ -54,6 +58,15 @@ def attend(
         scale=scores.scale,
         enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
     )
+
+
+def _last_rows(num_new: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    """The causal rule of the last rows of a square: a tensor, or what GPUs' kernels take in its place."""
+    if device.type == "cuda":
+        from torch.nn.attention.bias import causal_lower_right
+
+        return causal_lower_right(num_new, num_keys)
+    return torch.ones(num_new, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_new)
 
 
 def attend_by_products(

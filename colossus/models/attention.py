@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from colossus.architecture import Architecture
-from colossus.models.attend import Scores, attend
+from colossus.models.attend import Scores
 from colossus.models.cache import KVCache
 from colossus.models.latent import LatentAttention
 from colossus.models.linear import Linear, products
@@ -51,8 +51,9 @@ class Attention(nn.Module):
         q_BHTE, k_BKSE, v_BKSE = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
         if cache is not None:
             k_BKSE, v_BKSE = cache.append(self.layer, k_BKSE, v_BKSE)
-        mask = sight.windowed_mask if self.windowed else sight.mask
-        mixed_BHTE = attend(q_BHTE, k_BKSE, v_BKSE, mask, self.scores, sight.temperature, self.sinks)
+        if sight.context is not None:
+            k_BKSE, v_BKSE = sight.context.gather(k_BKSE, 2), sight.context.gather(v_BKSE, 2)
+        mixed_BHTE = sight.attend(q_BHTE, k_BKSE, v_BKSE, self.windowed, self.scores, self.sinks)
         return self.wo(mixed_BHTE.transpose(1, 2).flatten(-2))
 
     def _heads(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:

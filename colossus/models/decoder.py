@@ -8,78 +8,45 @@ import torch
 from torch import nn
 
 from colossus.architecture import Architecture
-from colossus.models.attention import attention
+from colossus.models.block import Block
 from colossus.models.cache import KVCache
-from colossus.models.experts import MoE
 from colossus.models.linear import Embedding, Linear
 from colossus.models.loss import cross_entropy
-from colossus.models.mlp import MLP
 from colossus.models.norm import norm
 from colossus.models.packed import product
-from colossus.models.sight import Sight, positions, sight
-
-
-class Block(nn.Module):
-    """One layer: attention and feed-forward, each added to the residual stream.
-
-    Norms come before a part, after it (on what it adds), or both, as `arch.norm_placement` says. The
-    feed-forward part is an MLP, a mixture of experts, or the scaled sum of both (Grok-2).
-    """
-
-    def __init__(self, arch: Architecture, layer: int) -> None:
-        super().__init__()
-        before, after = arch.norm_placement != "post", arch.norm_placement != "pre"
-        self.attention_norm = norm(arch) if before else nn.Identity()
-        self.attention = attention(arch, layer)
-        self.attention_post_norm = norm(arch) if after else nn.Identity()
-        self.mlp_norm = norm(arch) if before else nn.Identity()
-        self.mlp = MLP(arch, arch.intermediate_size, arch.mlp_bias) if arch.has_mlp(layer) else None
-        self.moe = MoE(arch) if arch.has_experts(layer) else None
-        self.mlp_post_norm = norm(arch) if after else nn.Identity()
-        self.scale = arch.experts.beside_scale if arch.experts is not None else 1.0
-
-    def forward(
-        self,
-        x_BTD: torch.Tensor,
-        sight: Sight,
-        cache: KVCache | None = None,
-        token_share: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x_BTD -> (the same shape and type, the load of experts). See `Router.forward` for token_share."""
-        mixed_BTD = self.attention(self.attention_norm(x_BTD), sight, cache)
-        x_BTD = x_BTD + self.attention_post_norm(mixed_BTD)
-        y_BTD, load = self._feed_forward(self.mlp_norm(x_BTD), token_share)
-        return x_BTD + self.mlp_post_norm(y_BTD), load
-
-    def _feed_forward(
-        self, x_BTD: torch.Tensor, token_share: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.moe is None:
-            assert self.mlp is not None
-            return self.mlp(x_BTD), None
-        y_BTD, load = self.moe(x_BTD, token_share)
-        return y_BTD if self.mlp is None else (y_BTD + self.mlp(x_BTD)) * self.scale, load
+from colossus.models.sight import sight
+from colossus.models.whole import Whole
 
 
 class Decoder(nn.Module):
     """The model that `arch` describes; its parameters are exactly `architecture.parameter_table(arch)`.
 
     The memory of the parameters is not initialised: see `models.init`, or `models.build` for both.
+    part: the layers that this is, a stage of a pipeline; with the embeddings if it is the first, with the
+        output if it is the last. None: all.
     compute_dtype: type of activations and matrix products. The weights keep their own (see `precision`).
     loads: of the layers of experts, one a forward pass in training, until `Balance` takes them.
+    whole: how what this rank computes is part of a whole; None where it computes all.
     """
 
-    def __init__(self, arch: Architecture) -> None:
+    def __init__(self, arch: Architecture, part: range | None = None) -> None:
         super().__init__()
-        self.arch = arch
+        part = range(arch.num_layers) if part is None else part
+        self.arch, self.part = arch, part
+        self.is_first, self.is_last = part.start == 0, part.stop == arch.num_layers
         self.compute_dtype = torch.float32
-        self.embedding = Embedding(arch.vocab_size, arch.hidden_size)
-        learned = arch.position == "learned"
+        looked_up = self.is_first or (self.is_last and arch.tie_embeddings)
+        self.embedding = Embedding(arch.vocab_size, arch.hidden_size) if looked_up else None
+        learned = self.is_first and arch.position == "learned"
         self.position_embedding = Embedding(arch.max_seq_len, arch.hidden_size) if learned else None
-        self.layers = nn.ModuleList(Block(arch, layer) for layer in range(arch.num_layers))
-        self.norm = norm(arch)
-        self.head = None if arch.tie_embeddings else Linear(arch.hidden_size, arch.vocab_size)
+        self.layers = nn.ModuleList()
+        for layer in part:
+            self.layers.add_module(str(layer), Block(arch, layer))
+        self.norm = norm(arch) if self.is_last else None
+        has_head = self.is_last and not arch.tie_embeddings
+        self.head = Linear(arch.hidden_size, arch.vocab_size) if has_head else None
         self.loads: list[torch.Tensor] = []
+        self.whole: Whole | None = None
 
     @overload
     def forward(
@@ -94,6 +61,7 @@ class Decoder(nn.Module):
         z_loss: float = 0.0,
         *,
         token_share: torch.Tensor | None = None,
+        x_BTD: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
     def forward(
         self,
@@ -104,6 +72,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         token_share: torch.Tensor | None = None,
         only_last: bool = False,
+        x_BTD: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, T, V] in compute_dtype, or, with targets, (summed loss in fp32, number of targets).
 
@@ -115,13 +84,31 @@ class Decoder(nn.Module):
             terms that keep experts' loads alike join what is minimised, through the gradient alone; the loss
             that is returned is the cross entropy.
         only_last: logits that follow the last token alone, [B, 1, V].
+        x_BTD: what the part before this one returned. A part that is not the last returns the like.
         """
-        x_BTD = self.hidden(tokens_BT, documents_BT, cache, token_share)
+        num_tokens = tokens_BT.shape[1]
+        if self.whole is not None:
+            tokens_BT, targets_BT, documents_BT = self.whole.pad(tokens_BT, targets_BT, documents_BT)
+        x_BTD = self.hidden(tokens_BT, documents_BT, cache, token_share, x_BTD)
+        if not self.is_last:
+            return x_BTD
         output = self.embedding if self.head is None else self.head
+        assert output is not None
         cap = self.arch.logit_soft_cap
         if targets_BT is not None:
-            return cross_entropy(x_BTD.flatten(0, 1), output.weight, targets_BT.flatten(), z_loss, cap)
+            share, keep = None, False
+            if self.whole is not None:
+                targets_BT, share, keep = (
+                    self.whole.own(targets_BT),
+                    self.whole.vocab,
+                    self.whole.keep_gradients,
+                )
+            return cross_entropy(
+                x_BTD.flatten(0, 1), output.weight, targets_BT.flatten(), z_loss, cap, share, keep
+            )
         logits_BTV = product(x_BTD[:, -1:] if only_last else x_BTD, output.weight, None, output.packed)
+        if self.whole is not None:
+            logits_BTV = self.whole.all_logits(logits_BTV)[:, :num_tokens]
         return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
 
     def hidden(
@@ -130,17 +117,26 @@ class Decoder(nn.Module):
         documents_BT: torch.Tensor | None = None,
         cache: KVCache | None = None,
         token_share: torch.Tensor | None = None,
+        x_BTD: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What the output matrix is multiplied with, x_BTD in compute_dtype: the normalised output of the
-        last layer, scaled where the family does."""
+        last layer, scaled where the family does; of a part that is not the last, its layers' output."""
         arch, exact = self.arch, torch.promote_types(self.compute_dtype, torch.float32)
         if cache is not None:
             cache.reserve(tokens_BT.shape[1])
-        seen = sight(arch, tokens_BT, documents_BT, cache, exact)
-        x_BTD = self.embedding(tokens_BT)
-        if self.position_embedding is not None:
-            x_BTD = x_BTD + self.position_embedding(positions(tokens_BT, cache))
-        x_BTD = (x_BTD * arch.embedding_scale if arch.embedding_scale != 1 else x_BTD).to(self.compute_dtype)
+        if self.whole is None:
+            seen = sight(arch, tokens_BT, documents_BT, cache, exact)
+        else:
+            seen = self.whole.sight(arch, tokens_BT, documents_BT, exact)
+            tokens_BT = self.whole.own(tokens_BT)
+        if self.is_first:
+            assert self.embedding is not None
+            x_BTD = self.embedding(tokens_BT)
+            if self.position_embedding is not None:
+                x_BTD = x_BTD + self.position_embedding(seen.positions)
+            scale = arch.embedding_scale
+            x_BTD = (x_BTD * scale if scale != 1 else x_BTD).to(self.compute_dtype)
+        assert x_BTD is not None, "a part that is not the first takes what the one before it returned"
         loads = []
         for layer in self.layers:
             x_BTD, load = layer(x_BTD, seen, cache, token_share)
@@ -150,5 +146,7 @@ class Decoder(nn.Module):
             self.loads.append(torch.stack(loads))
         if cache is not None:
             cache.advance(tokens_BT.shape[1])
+        if self.norm is None:
+            return x_BTD
         x_BTD = self.norm(x_BTD)
         return x_BTD * arch.logit_scale if arch.logit_scale != 1 else x_BTD

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +38,27 @@ class MoE(nn.Module):
         return with_objective(y_BTD, routes.objective), routes.load
 
 
+class Exchange(Protocol):
+    """Where ranks share the experts: brings rows to the ranks of their experts, and results back."""
+
+    def send(self, rows_MD: torch.Tensor, order: Order) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows sorted by expert -> (rows of this rank's experts, sorted; where each one's end; its number)."""
+        ...
+
+    def bring_back(self, y_RD: torch.Tensor) -> torch.Tensor:
+        """What was made of them -> rows in the order in which they were sent."""
+        ...
+
+
 class Experts(nn.Module):
-    """The matrices of all experts, stacked: [X, out, in]."""
+    """The matrices of all experts, stacked: [X, out, in]. exchange: None where this rank has all."""
+
+    exchange: Callable[[], Exchange] | None = None
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         assert arch.experts is not None
-        self.arch = arch
+        self.arch, self.num_experts = arch, arch.experts.num_experts
         num, model, ffn = arch.experts.num_experts, arch.hidden_size, arch.expert_size
 
         def stack(*sizes: int) -> nn.Parameter:
@@ -59,22 +74,27 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: torch.Tensor, weights_NK: torch.Tensor, experts_NK: torch.Tensor) -> torch.Tensor:
         """The sum over a token's K visits of weight x expert(x): x_ND -> the same shape and type."""
-        order = sort_by_expert(experts_NK, self.w_down.shape[0])
+        order = sort_by_expert(experts_NK, self.num_experts)
         rows_MD = _Dispatch.apply(x_ND, order.tokens_M, order.places_NK)
-        gate_MF = None
-        if self.w_gate is not None:
-            gate_MF = self._product(rows_MD, self.w_gate, self.w_gate_bias, order)
-        up_MF = self._product(rows_MD, self.w_up, self.w_up_bias, order)
-        hidden_MF = gated(self.arch, gate_MF, up_MF)
-        y_MD = self._product(hidden_MF, self.w_down, self.w_down_bias, order)
+        if self.exchange is None:
+            y_MD = self.visit(rows_MD, order.ends_X, order.experts_M)
+        else:
+            exchange = self.exchange()
+            y_MD = exchange.bring_back(self.visit(*exchange.send(rows_MD, order)))
         return _Combine.apply(y_MD, weights_NK, order.visits_M, order.places_NK)
 
-    @staticmethod
-    def _product(
-        x_MI: torch.Tensor, w_XOI: torch.Tensor, bias_XO: torch.Tensor | None, order: Order
-    ) -> torch.Tensor:
-        y_MO = grouped_product(x_MI, w_XOI.to(x_MI.dtype), order.ends_X)
-        return y_MO if bias_XO is None else y_MO + bias_XO.to(x_MI.dtype)[order.experts_M]
+    def visit(self, rows_MD: torch.Tensor, ends_X: torch.Tensor, experts_M: torch.Tensor) -> torch.Tensor:
+        """What each row's expert makes of it, for rows sorted by expert; see `Order`."""
+
+        def product(x: torch.Tensor, w_XOI: torch.Tensor, bias_XO: torch.Tensor | None) -> torch.Tensor:
+            y = grouped_product(x, w_XOI.to(x.dtype), ends_X)
+            return y if bias_XO is None else y + bias_XO.to(x.dtype)[experts_M]
+
+        gate_MF = None
+        if self.w_gate is not None:
+            gate_MF = product(rows_MD, self.w_gate, self.w_gate_bias)
+        hidden_MF = gated(self.arch, gate_MF, product(rows_MD, self.w_up, self.w_up_bias))
+        return product(hidden_MF, self.w_down, self.w_down_bias)
 
 
 class Order(NamedTuple):

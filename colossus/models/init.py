@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from colossus.architecture import Architecture, Parameter, parameter_table
+from colossus.models.box import box, local
 
 CHUNK = 2**16  # elements at once: their temporaries stay in a core's cache (2^18: 0.8 of the speed)
 
@@ -36,18 +37,19 @@ def initialise(model: nn.Module, arch: Architecture, seed: int) -> None:
 
 
 def logical_name(name: str) -> str:
-    """A parameter's name without what compilation and recomputation put in."""
+    """A parameter's name without what compilation, recomputation and pipelines put in."""
+    name = re.sub(r"^parts\.\d+\.", "", name)
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def initialise_parameter(tensor: torch.Tensor, parameter: Parameter, seed: int) -> None:
     """Fills one parameter, or this rank's shard of it."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    here = local(tensor)
     if parameter.init == "normal":
-        offsets = _offsets(tensor)
-        fill_normal(local, parameter.shape, offsets, parameter.std, stream_keys(seed, parameter.name))
+        offsets, _ = box(tensor)
+        fill_normal(here, parameter.shape, offsets, parameter.std, stream_keys(seed, parameter.name))
     else:
-        local.fill_(parameter.scale.init if parameter.init == "ones" else 0.0)
+        here.fill_(parameter.scale.init if parameter.init == "ones" else 0.0)
 
 
 def stream_keys(seed: int, name: str) -> tuple[int, int]:
@@ -106,16 +108,3 @@ def _shift(bits: torch.Tensor, by: int) -> torch.Tensor:
 def _signed(constant: int) -> int:
     """A 64-bit constant as the int64 of the same bits."""
     return constant - 2**64 if constant >= 2**63 else constant
-
-
-def _offsets(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Where this rank's shard begins in the whole tensor."""
-    if not isinstance(tensor, DTensor):
-        return (0,) * tensor.dim()
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offsets = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    assert tuple(shape) == tuple(tensor.to_local().shape), "a shard that is not one block of the tensor"
-    return tuple(offsets)

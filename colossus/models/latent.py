@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from colossus.architecture import Architecture
-from colossus.models.attend import Scores, attend
+from colossus.models.attend import Scores
 from colossus.models.cache import KVCache
 from colossus.models.linear import Linear
 from colossus.models.norm import RMSNorm
@@ -45,10 +45,11 @@ class LatentAttention(nn.Module):
             kr_BTE = rotate(kr_BTE.unsqueeze(2), sight.rotations).squeeze(2)
         if cache is not None:
             c_BTL, kr_BTE = cache.append(self.layer, c_BTL, kr_BTE)
-        mask = sight.windowed_mask if self.windowed else sight.mask
+        if sight.context is not None:
+            c_BTL, kr_BTE = sight.context.gather(c_BTL, 1), sight.context.gather(kr_BTE, 1)
         few = cache is not None and x_BTD.shape[1] == 1
         mix = self._attend_to_latents if few else self._attend_to_heads
-        mixed_BHTE = mix(qn_BTHE, qr_BTHE, c_BTL, kr_BTE, mask, sight.temperature)
+        mixed_BHTE = mix(qn_BTHE, qr_BTHE, c_BTL, kr_BTE, sight)
         return self.wo(mixed_BHTE.transpose(1, 2).flatten(-2))
 
     def _attend_to_heads(
@@ -57,8 +58,7 @@ class LatentAttention(nn.Module):
         qr_BTHE: torch.Tensor,
         c_BSL: torch.Tensor,
         kr_BSE: torch.Tensor,
-        mask: torch.Tensor | None,
-        temperature: torch.Tensor | None,
+        sight: Sight,
     ) -> torch.Tensor:
         """Each head's own keys and values are made of the latents: [B, H, T, v_dim]."""
         c_BSL, kr_BSE = c_BSL.to(qn_BTHE.dtype), kr_BSE.to(qn_BTHE.dtype)
@@ -67,7 +67,7 @@ class LatentAttention(nn.Module):
         kr_BSHE = kr_BSE.unsqueeze(2).expand(-1, -1, kn_BSHE.shape[2], -1)
         q_BTHE, k_BSHE = torch.cat((qn_BTHE, qr_BTHE), -1), torch.cat((kn_BSHE, kr_BSHE), -1)
         q_BHTE, k_BHSE, v_BHSE = (x.transpose(1, 2) for x in (q_BTHE, k_BSHE, v_BSHE))
-        return attend(q_BHTE, k_BHSE, v_BHSE, mask, self.scores, temperature)
+        return sight.attend(q_BHTE, k_BHSE, v_BHSE, self.windowed, self.scores)
 
     def _attend_to_latents(
         self,
@@ -75,8 +75,7 @@ class LatentAttention(nn.Module):
         qr_BTHE: torch.Tensor,
         c_BSL: torch.Tensor,
         kr_BSE: torch.Tensor,
-        mask: torch.Tensor | None,
-        temperature: torch.Tensor | None,
+        sight: Sight,
     ) -> torch.Tensor:
         """The same by (q W_k) c = q (W_k c): one key and value for all heads, and no keys of long ago made
         again for each new token."""
@@ -85,5 +84,5 @@ class LatentAttention(nn.Module):
         q_BHTL = torch.einsum("bthe,hel->bhtl", qn_BTHE, wk_HEL)
         q_BHTE = torch.cat((q_BHTL, qr_BTHE.transpose(1, 2)), dim=-1)
         k_B1SE, v_B1SL = torch.cat((c_BSL, kr_BSE), dim=-1).unsqueeze(1), c_BSL.unsqueeze(1)
-        mixed_BHTL = attend(q_BHTE, k_B1SE, v_B1SL, mask, self.scores, temperature)
+        mixed_BHTL = sight.attend(q_BHTE, k_B1SE, v_B1SL, self.windowed, self.scores)
         return torch.einsum("bhtl,hel->bhte", mixed_BHTL, wv_HEL)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -12,12 +12,24 @@ CHUNK_LOGITS = 2**21  # that exist at once, unless that is less than MIN_CHUNK t
 MIN_CHUNK = 512
 
 
+class VocabShare(Protocol):
+    """Where ranks share the rows of the output matrix: the first of this rank's, and reductions over them."""
+
+    first: int
+
+    def max(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
 def cross_entropy(
     x_ND: torch.Tensor,
     weight_VD: torch.Tensor,
     targets_N: torch.Tensor,
     z_loss: float = 0.0,
     soft_cap: float | None = None,
+    share: VocabShare | None = None,
+    keep_gradients: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed cross entropy (nats) of the logits x W^T, and the number of targets that are not ignored.
 
@@ -26,9 +38,14 @@ def cross_entropy(
     logits from drifting (PaLM, section 5). soft_cap: the logits are soft_cap * tanh(x W^T / soft_cap). Sums
     are in fp32 or better. The products are of x's type; the weight's gradient is summed in the weight's own
     type or fp32, whichever is wider.
+
+    share: `weight_VD` is this rank's part; x's gradient is of that part, to be summed over ranks.
+    keep_gradients: for a backward pass that asks for the two gradients one after the other.
     """
     with_gradient = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
-    loss = _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N, z_loss, soft_cap, with_gradient)
+    loss = _ChunkedCrossEntropy.apply(
+        x_ND, weight_VD, targets_N, z_loss, soft_cap, share, keep_gradients, with_gradient
+    )
     return loss, (targets_N != IGNORED).sum()
 
 
@@ -48,6 +65,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets_N: torch.Tensor,
         z_loss: float,
         soft_cap: float | None,
+        share: VocabShare | None,
+        keep_gradients: bool,
         with_gradient: bool,
     ) -> torch.Tensor:
         exact = torch.promote_types(x_ND.dtype, torch.float32)
@@ -59,7 +78,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_tokens(weight_VD.shape[0]))
             x_CD = x_ND[rows]
             chunk_loss, grad_logits_CV = _loss_and_gradient(
-                torch.mm(x_CD, product_VD.t()).to(exact), targets_N[rows], z_loss, soft_cap
+                torch.mm(x_CD, product_VD.t()).to(exact), targets_N[rows], z_loss, soft_cap, share
             )
             loss = loss + chunk_loss
             if grad_x_ND is not None and grad_weight_VD is not None:
@@ -67,20 +86,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_logits_CV, product_VD, out=grad_x_ND[rows])
                 _add_product(grad_weight_VD, grad_logits_CV.t(), x_CD)
             del grad_logits_CV  # before the next chunk's logits take as much again
-        ctx.gradients = (grad_x_ND, grad_weight_VD)
+        ctx.gradients, ctx.keep = (grad_x_ND, grad_weight_VD), keep_gradients
         ctx.weight_type = weight_VD.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         assert ctx.gradients is not None, "this loss was propagated back already"
-        (grad_x_ND, grad_weight_VD), ctx.gradients = ctx.gradients, None
+        grad_x_ND, grad_weight_VD = ctx.gradients
+        if ctx.keep:
+            return grad_x_ND * grad_loss, (grad_weight_VD * grad_loss).to(ctx.weight_type), *6 * (None,)
+        ctx.gradients = None
         # In place: at a vocabulary of 128k and width 4,096 a second copy would be 2 GiB.
-        return grad_x_ND.mul_(grad_loss), grad_weight_VD.mul_(grad_loss).to(ctx.weight_type), *4 * (None,)
+        return grad_x_ND.mul_(grad_loss), grad_weight_VD.mul_(grad_loss).to(ctx.weight_type), *6 * (None,)
 
 
 def _loss_and_gradient(
-    logits_CV: torch.Tensor, targets_C: torch.Tensor, z_loss: float, soft_cap: float | None
+    logits_CV: torch.Tensor,
+    targets_C: torch.Tensor,
+    z_loss: float,
+    soft_cap: float | None,
+    share: VocabShare | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed loss of a chunk, and its gradient by the logits, which it overwrites.
 
@@ -93,17 +119,25 @@ def _loss_and_gradient(
         slope_CV = 1 - capped_CV.square()
         logits_CV = capped_CV.mul_(soft_cap)
     scored_C1 = (targets_C != IGNORED).unsqueeze(1)
-    index_C1 = targets_C.unsqueeze(1).where(scored_C1, 0)
+    here_C1, first = scored_C1, 0 if share is None else share.first
+    if share is not None:
+        place_C1 = targets_C.unsqueeze(1) - first
+        here_C1 = scored_C1 & (place_C1 >= 0) & (place_C1 < logits_CV.shape[1])
+    index_C1 = (targets_C.unsqueeze(1) - first).where(here_C1, 0)
     max_C1 = logits_CV.amax(-1, keepdim=True)
+    if share is not None:
+        max_C1 = share.max(max_C1)
     shifted_CV = logits_CV.sub_(max_C1)
     target_C1 = shifted_CV.gather(1, index_C1)
     exp_CV = shifted_CV.exp_()
     sum_C1 = exp_CV.sum(-1, keepdim=True)
+    if share is not None:
+        sum_C1, target_C1 = share.sum(torch.stack((sum_C1, target_C1.where(here_C1, 0)))).unbind()
     log_sum_C1 = sum_C1.log() + max_C1
     loss_C1 = sum_C1.log() - target_C1 + z_loss * log_sum_C1.square()
     scale_C1 = (1 + 2 * z_loss * log_sum_C1) * scored_C1
     grad_CV = exp_CV.mul_(scale_C1 / sum_C1)
-    grad_CV.scatter_add_(1, index_C1, -scored_C1.to(grad_CV.dtype))
+    grad_CV.scatter_add_(1, index_C1, -here_C1.to(grad_CV.dtype))
     if slope_CV is not None:
         grad_CV.mul_(slope_CV)
     return loss_C1.where(scored_C1, 0).sum(), grad_CV

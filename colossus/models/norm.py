@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,7 +12,12 @@ from colossus.architecture import Architecture
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 or better."""
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 or better.
+
+    mean_over_ranks: of means over parts of the width, where ranks share it (see `parallel.tensor`).
+    """
+
+    mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -20,7 +27,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., width] -> the same shape and type."""
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
+        mean = exact.square().mean(-1, keepdim=True)
+        if self.mean_over_ranks is not None:
+            mean = self.mean_over_ranks(mean)
+        scale = torch.rsqrt(mean + self.eps)
         return (exact * scale * self.weight).to(x.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,10 @@ class Router(nn.Module):
 
     selection_bias: added to scores where experts are chosen; moved between steps (see `Balance`), and no
     gradient. shares: of the last step's visits, an expert; what the loss over the batch multiplies.
+    sum_over_sequence: of what ranks count that share the tokens of a sequence (see `parallel.expert`).
     """
+
+    sum_over_sequence: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     selection_bias: torch.Tensor
     shares: torch.Tensor
@@ -112,6 +116,8 @@ class Router(nn.Module):
             shares_X = self.shares.to(shares_BTX.dtype)
             terms_B.append(settings.balance_loss * settings.num_experts * (shares_BTX @ shares_X).sum(1))
         elif settings.balance_loss:
+            if self.sum_over_sequence is not None:
+                visits_BX = self.sum_over_sequence(visits_BX)
             visited_BX = visits_BX / visits_BX.sum(-1, keepdim=True)
             sums_BX = shares_BTX.sum(1)  # the mean over a sequence, times its tokens
             terms_B.append(settings.balance_loss * settings.num_experts * (visited_BX * sums_BX).sum(1))

@@ -3,24 +3,63 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from colossus.architecture import Architecture
+from colossus.models.attend import Scores, attend
 from colossus.models.cache import KVCache, places
 from colossus.models.rope import rotations
 
 
-class Sight(NamedTuple):
-    """rotations: of the tokens' positions, [2, T, E] or, where rows stand at different ones, [2, B, T, E].
-    mask, windowed_mask: [..., T, S], true where a token may look, in layers without and with a window; None:
-    at all tokens up to itself. temperature: of its scores, [T] or [B, T]."""
+class Context(Protocol):
+    """Where ranks share the tokens of a sequence: how a layer meets the others' (see `parallel.context`)."""
 
+    def gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """What is needed of all tokens, of dimension `dim`, in their order, before `attend` takes it."""
+        ...
+
+    def attend(
+        self,
+        q_BHTE: torch.Tensor,
+        k_BKSE: torch.Tensor,
+        v_BKSE: torch.Tensor,
+        mask: torch.Tensor | None,
+        scores: Scores,
+        temperature: torch.Tensor | None,
+        sinks_H: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `models.attend.attend`, for this rank's tokens."""
+        ...
+
+
+class Sight(NamedTuple):
+    """positions: of the tokens, [T] or, where rows stand at different ones, [B, T]; rotations: of those, [2, T, E]
+    or [2, B, T, E]. mask, windowed_mask: [..., T, S], true where a token may look, in layers without and with
+    a window; None: at all tokens up to itself. temperature: of its scores, [T] or [B, T]. context: None where
+    this rank has all tokens."""
+
+    positions: torch.Tensor
     rotations: torch.Tensor | None
     mask: torch.Tensor | None
     windowed_mask: torch.Tensor | None
     temperature: torch.Tensor | None
+    context: Context | None = None
+
+    def attend(
+        self,
+        q_BHTE: torch.Tensor,
+        k_BKSE: torch.Tensor,
+        v_BKSE: torch.Tensor,
+        windowed: bool,
+        scores: Scores,
+        sinks_H: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the tokens' queries see of keys and values: [B, H, T, E of v]. See `models.attend.attend`."""
+        mask = self.windowed_mask if windowed else self.mask
+        by = attend if self.context is None else self.context.attend
+        return by(q_BHTE, k_BKSE, v_BKSE, mask, scores, self.temperature, sinks_H)
 
 
 def sight(
@@ -29,21 +68,25 @@ def sight(
     documents_BT: torch.Tensor | None,
     cache: KVCache | None,
     dtype: torch.dtype,
+    of: torch.Tensor | None = None,
 ) -> Sight:
-    """Of tokens that follow those of `cache`. documents_BT: see `Decoder.forward`. dtype: of rotations."""
+    """Of tokens that follow those of `cache`. documents_BT: see `Decoder.forward`. dtype: of rotations.
+
+    of: the positions of those tokens alone whose sight it is, [T]; None: of all.
+    """
     assert cache is None or documents_BT is None, "packed documents have no cache"
-    stand = positions(tokens_BT, cache)
+    stand = positions(tokens_BT, cache) if of is None else of
     num_keys = tokens_BT.shape[1] if cache is None else cache.num_keys(tokens_BT.shape[1])
     turned = rotations(arch, stand, dtype) if arch.position == "rope" else None
     mask = None if cache is None else causal_mask(stand, num_keys, cache)
     if documents_BT is not None:
-        mask = document_mask(documents_BT)
+        mask = document_mask(documents_BT, stand)
     if arch.pad_token is not None:
         mask = _without_pads(tokens_BT != arch.pad_token, mask, stand, cache)
     temperature = None
     if arch.attention_temperature_len is not None:
         temperature = temperatures(stand, arch.attention_temperature_len)
-    return Sight(turned, mask, _windowed(arch, stand, num_keys, mask), temperature)
+    return Sight(stand, turned, mask, _windowed(arch, stand, num_keys, mask), temperature)
 
 
 def positions(tokens_BT: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
@@ -52,10 +95,11 @@ def positions(tokens_BT: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
     return places(lengths, tokens_BT.shape[1], tokens_BT.device)
 
 
-def document_mask(documents_BT: torch.Tensor) -> torch.Tensor:
-    """True where a token may look: at itself and earlier tokens of its own document. [B, 1, T, T]."""
-    same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-    return same_BTT.tril().unsqueeze(1)
+def document_mask(documents_BS: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
+    """True where the tokens at these positions may look: at themselves and earlier tokens of their own
+    document. [B, 1, T, S]."""
+    same_BTS = documents_BS[:, positions_T, None] == documents_BS[:, None, :]
+    return (same_BTS & (_distances(positions_T, documents_BS.shape[1]) >= 0)).unsqueeze(1)
 
 
 def causal_mask(positions: torch.Tensor, num_keys: int, cache: KVCache) -> torch.Tensor | None:

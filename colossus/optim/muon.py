@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch.distributed.tensor import DTensor
 
+from colossus.models.box import box, local
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at zero, all values to [0.7, 1.2]
 ITERATIONS = 5
 RMS = 0.2
@@ -45,22 +47,22 @@ class Muon:
         by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for parameter, momentum in zip(self.parameters, self.momentum, strict=True):
             assert parameter.grad is not None
-            grad, local = _local(parameter.grad), _local(momentum)
-            local.lerp_(grad, 1 - self._beta)
-            nesterov = grad.lerp(local, self._beta)
+            grad, kept = local(parameter.grad), local(momentum)
+            kept.lerp_(grad, 1 - self._beta)
+            nesterov = grad.lerp(kept, self._beta)
             if _holds_matrices(parameter):
-                self._apply(lr, _local(parameter), orthogonalised(nesterov, self._matmul_type))
+                self._apply(lr, local(parameter), orthogonalised(nesterov, self._matmul_type))
                 continue
             by_shape.setdefault(tuple(parameter.shape), []).append((parameter, _whole(nesterov, parameter)))
         for pairs in by_shape.values():
             updates = orthogonalised(torch.stack([update for _, update in pairs]), self._matmul_type)
             for (parameter, _), update in zip(pairs, updates, strict=True):
-                self._apply(lr, _local(parameter), _part(update, parameter), max(parameter.shape[-2:]))
+                self._apply(lr, local(parameter), _part(update, parameter), max(parameter.shape[-2:]))
 
-    def _apply(self, lr: float, local: torch.Tensor, update: torch.Tensor, side: int = 0) -> None:
+    def _apply(self, lr: float, here: torch.Tensor, update: torch.Tensor, side: int = 0) -> None:
         """side: the larger one of the whole matrix; of the update's where it is not given."""
         size = lr * RMS * math.sqrt(side or max(update.shape[-2:]))
-        local.mul_(1 - lr * self._weight_decay).add_(update, alpha=-size)
+        here.mul_(1 - lr * self._weight_decay).add_(update, alpha=-size)
 
 
 def orthogonalised(matrices_NOI: torch.Tensor, matmul_type: torch.dtype) -> torch.Tensor:
@@ -81,20 +83,16 @@ def _holds_matrices(tensor: torch.Tensor) -> bool:
     """Whether it is a stack of which this rank holds whole matrices."""
     if tensor.ndim != 3 or not isinstance(tensor, DTensor):
         return tensor.ndim == 3
-    return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
+    return box(tensor)[1][1:] == tuple(tensor.shape[1:])
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _whole(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The whole matrix of which `local` is this rank's part: gathered where `like` is sharded."""
+def _whole(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The whole matrix of which `part` is this rank's part: gathered where `like` is sharded."""
     if not isinstance(like, DTensor):
-        return local
+        return part
     shape, stride = like.shape, like.stride()
     return DTensor.from_local(
-        local, like.device_mesh, like.placements, shape=shape, stride=stride
+        part, like.device_mesh, like.placements, shape=shape, stride=stride
     ).full_tensor()
 
 
@@ -102,7 +100,5 @@ def _part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This rank's part of a matrix that all ranks hold."""
     if not isinstance(like, DTensor):
         return whole
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    offset, shape = box(like)
     return whole[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from colossus.architecture import Architecture, Group, parameter_table
 from colossus.job import Optimizer as Settings
@@ -42,18 +43,19 @@ class Optimizer:
                 weight_decay=settings.weight_decay / share,
                 matmul_type=matmul_type,
             )
-        by_group: dict[tuple[float, float], dict[str, torch.Tensor]] = {}
+        by_group: dict[tuple[float, float, object], list[tuple[str, torch.Tensor]]] = {}
         for name, parameter in sorted(named, key=lambda pair: table[pair[0]].group in DECAYED_GROUPS):
             if name not in matrices:
                 share = table[name].scale.adamw
                 decay = settings.weight_decay / share if table[name].group in DECAYED_GROUPS else 0.0
-                by_group.setdefault((share, decay), {})[name] = parameter
+                mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+                by_group.setdefault((share, decay, mesh), []).append((name, parameter))
         groups = [
-            {"params": list(members.values()), "lr": settings.lr * share, "weight_decay": weight_decay}
-            for (share, weight_decay), members in by_group.items()
+            {"params": [p for _, p in members], "lr": settings.lr * share, "weight_decay": weight_decay}
+            for (share, weight_decay, _), members in by_group.items()
         ]
-        self._adamw_names = [name for members in by_group.values() for name in members]
-        self._rates = [settings.lr * share for share, _ in by_group]
+        self._adamw_names = [name for members in by_group.values() for name, _ in members]
+        self._rates = [settings.lr * share for share, _, _ in by_group]
         betas = (settings.beta1, settings.beta2)
         self._adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
         self._adamw_parameters = [p for group in self._adamw.param_groups for p in group["params"]]

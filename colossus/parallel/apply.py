@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
-from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from colossus.job import Job
 from colossus.models import Decoder, initialise
 from colossus.parallel.binaries import choose_cache, drop_torn_binaries
+from colossus.parallel.collectives import Group
+from colossus.parallel.data import shard
+from colossus.parallel.expert import apply_expert_parallel
+from colossus.parallel.pipeline import Pipeline, cut
+from colossus.parallel.recompute import recompute_layers
+from colossus.parallel.tensor import apply_tensor_parallel
+from colossus.parallel.whole import RankShare
 from colossus.parallel.world import World
 from colossus.precision import apply_precision, torch_type
 
 
-def apply(model: Decoder, job: Job, world: World) -> Decoder:
-    """Recomputation, compilation, sharding; then memory and initial values for the local shard alone.
+def build(job: Job, world: World) -> Decoder | Pipeline:
+    """This rank's part of the model that `job` describes: nothing is allocated twice, or for other ranks."""
+    with torch.device("meta"):
+        parts = cut(job, world)
+    for part in parts:
+        apply(part, job, world)
+    return parts[0] if job.layout.pp == 1 else Pipeline(parts, job, world)
 
-    Tensor, expert and context parallelism have their places before recomputation (DESIGN section 6).
-    """
+
+def apply(model: Decoder, job: Job, world: World) -> Decoder:
+    """Precision, tensor, expert and context parallelism, recomputation, compilation, sharding; then memory and
+    initial values for the local shard alone (DESIGN section 6)."""
+    layout, meshes = job.layout, world.meshes
     apply_precision(model, job.precision.type)
-    if job.layout.recompute == "full":
-        recompute_layers(model)
-    if job.layout.compile:
+    if meshes is not None:
+        cp, tp = Group(meshes.cp), Group(meshes.tp)
+        if tp.size > 1:
+            apply_tensor_parallel(model, meshes.dense["tp"], tp)
+        if meshes.expert is not None:
+            apply_expert_parallel(model, meshes)
+        if cp.size > 1 or tp.size > 1 or layout.pp > 1:
+            model.whole = RankShare(job.model, layout, cp, tp)
+    recompute_layers(model, layout.recompute, layout.recompute_layers)
+    if layout.compile:
         compile_layers(model)
-    if world.mesh is not None:
-        shard(model, world, torch_type(job.precision.type))
+    if meshes is not None:
+        shard(model, layout, meshes, torch_type(job.precision.type))
     model.to_empty(device=world.device)
     initialise(model, job.model, job.run.seed)
     return model
-
-
-def recompute_layers(model: Decoder) -> None:
-    """Keeps only each layer's input; its forward pass is computed once more in the backward pass."""
-    for index, layer in enumerate(model.layers):
-        model.layers[index] = checkpoint_wrapper(layer)
 
 
 def compile_layers(model: Decoder) -> None:
@@ -46,35 +56,3 @@ def compile_layers(model: Decoder) -> None:
     drop_torn_binaries()
     for layer in model.layers:
         layer.compile(dynamic=False)
-
-
-def shard(model: Decoder, world: World, compute_dtype: torch.dtype) -> None:
-    """FSDP2 over dp_shard, replicated over dp_replicate. Gradients are summed over ranks, not averaged:
-    the loss is divided by the targets of the global batch already."""
-    assert world.mesh is not None
-    mesh = world.mesh if world.mesh["dp_replicate"].size() > 1 else world.mesh["dp_shard"]
-    # The model casts what it computes itself: what blocks are given beside activations stays exact.
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if compute_dtype != torch.float32:
-        policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in (*model.layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-        assert isinstance(module, FSDPModule)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
-
-
-def reshard(model: nn.Module) -> None:
-    """Lets go of gathered weights. A forward pass without a backward pass leaves those of the root gathered,
-    cast to the type of the products: to save them would lose the digits that only the shards hold."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-@contextlib.contextmanager
-def accumulate(model: nn.Module, *, last: bool) -> Iterator[None]:
-    """One backward pass of several: gradients cross ranks in the last one alone."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    yield

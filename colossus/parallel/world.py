@@ -6,16 +6,16 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from colossus.errors import UserError
 from colossus.layout import Layout
+from colossus.parallel.mesh import Meshes, Place
 
 TIMEOUT = timedelta(minutes=10)
 LETTING_GO_SECONDS = 0.1
@@ -23,17 +23,23 @@ LETTING_GO_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks of its job. A world of one has no process group and no mesh."""
+    """This process among the ranks of its job. A world of one has no process group and no mesh.
+
+    data: this one among the ranks that share rows of a batch, as who reads or evaluates them sees it.
+    """
 
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | None = None
+    meshes: Meshes | None = None
+    layout: Layout = field(default_factory=Layout)
 
     @classmethod
     @contextlib.contextmanager
-    def join(cls, layout: Layout, device: str) -> Iterator[World]:
+    def join(cls, layout: Layout, device: str, *, experts: bool = False) -> Iterator[World]:
         """Meets the other ranks, whose number and addresses the launcher put into the environment.
+
+        experts: whether the model has any, whose parameters have a mesh of their own.
 
         Raises:
             UserError: so many processes were not started as the layout has ranks.
@@ -54,14 +60,23 @@ class World:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
         try:
-            axes = ("dp_replicate", "dp_shard")
-            mesh = init_device_mesh(device, (layout.dp_replicate, layout.dp_shard), mesh_dim_names=axes)
-            yield cls(dist.get_rank(), dist.get_world_size(), place, mesh)
+            meshes = Meshes.build(layout, device, experts=experts, rank=dist.get_rank())
+            yield cls(dist.get_rank(), dist.get_world_size(), place, meshes, layout)
         finally:
             dist.destroy_process_group()
             # A thread of gloo lets go of its last tensors a moment after the collective has ended, and needs
             # Python's lock for it. Where Python is being taken down by then, that aborts the process.
             time.sleep(LETTING_GO_SECONDS)
+
+    @property
+    def place(self) -> Place:
+        return self.meshes.place if self.meshes is not None else Place(0, 0, 0, 0, 0)
+
+    @property
+    def data(self) -> DataRank:
+        if self.meshes is None:
+            return DataRank(self, 0, 1)
+        return DataRank(self, self.place.dp(self.layout), self.layout.dp)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -82,3 +97,17 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
         return self.sum([float(flag)])[0] > 0
+
+
+@dataclass(frozen=True)
+class DataRank:
+    """A rank among those that see different rows. Ranks of one pipeline, of cp and of tp see the same."""
+
+    world: World
+    rank: int
+    size: int
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over all ranks; ranks of tp, which compute the same, count once."""
+        counts = self.world.place.tp == 0
+        return self.world.sum([value if counts else 0.0 for value in values])

@@ -1,4 +1,4 @@
-"""fp32, or bf16 over fp32 weights.
+"""fp32, bf16 over fp32 weights, or fp64 to compare layouts.
 
 Under bf16 the weights stay in fp32 (they are the master weights, and what a checkpoint holds); each product
 takes them cast to bf16, and their gradients are fp32. Norms, rotations' angles, softmax and losses are
@@ -13,14 +13,14 @@ from torch import nn
 
 from colossus.errors import UserError
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def torch_type(name: str) -> torch.dtype:
     """The type of matrix products that `precision.type` names.
 
     Raises:
-        UserError: it is neither "fp32" nor "bf16".
+        UserError: it is none of "fp32", "bf16" and "fp64".
     """
     if name not in TYPES:
         raise UserError.field("precision.type", name, f"must be one of {', '.join(TYPES)}", TYPES)
@@ -28,10 +28,11 @@ def torch_type(name: str) -> torch.dtype:
 
 
 def apply_precision(model: nn.Module, name: str) -> nn.Module:
-    """Makes `model` (a Decoder, or a stage of one) compute in the type that `name` says; weights stay.
+    """Makes `model` (a Decoder, or a stage of one) compute in the type that `name` says; weights stay as they
+    are, but those of fp64 are as wide.
 
     Raises:
         UserError: `name` is no type.
     """
     model.compute_dtype = torch_type(name)  # type: ignore[assignment]  # nn.Module knows tensors and modules
-    return model
+    return model.double() if name == "fp64" else model

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
+from colossus.architecture import Architecture
+from colossus.models import Decoder
 from colossus.models.router import Router
 
 
@@ -29,19 +31,30 @@ class ExpertLoads:
 class Balance:
     """Takes the loads of a model's forward passes, and moves the routers' buffers once a step."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._routers = [module for module in model.modules() if isinstance(module, Router)]
+    def __init__(self, arch: Architecture, models: Sequence[Decoder]) -> None:
+        self._models, self._settings = models, arch.experts
+        self._layers = [layer for layer in range(arch.num_layers) if arch.has_experts(layer)]
+        self._routers: dict[int, Router] = {}
+        for model in models:
+            of_model = [module for module in model.modules() if isinstance(module, Router)]
+            self._routers |= dict(zip(self._layers_of(model), of_model, strict=True))
+
+    def _layers_of(self, model: Decoder) -> list[int]:
+        return [layer for layer in self._layers if layer in model.part]
 
     def take(self) -> list[float]:
-        """The loads of this rank's forward passes since the last call: of each layer in turn, X visits and
-        the sum of entropies. Empty without experts. Summed over ranks they are what `update` takes."""
-        if not self._routers:
+        """The loads of this rank's forward passes since the last call: of each layer of the whole model in
+        turn, X visits and the sum of entropies. Empty without experts. Summed over ranks they are what
+        `update` takes."""
+        if self._settings is None:
             return []
-        loads: list[torch.Tensor] = self._model.loads  # type: ignore[assignment]
-        total = torch.stack([load.double() for load in loads]).sum(0).flatten().tolist()
-        loads.clear()
-        return total
+        total_LX = torch.zeros(len(self._layers), self._settings.num_experts + 1, dtype=torch.float64)
+        for model in self._models:
+            rows = [self._layers.index(layer) for layer in self._layers_of(model)]
+            if model.loads:
+                total_LX[rows] = torch.stack([load.double() for load in model.loads]).sum(0).cpu()
+            model.loads.clear()
+        return total_LX.flatten().tolist()
 
     @torch.no_grad()
     def update(self, loads: list[float], *, move: bool) -> ExpertLoads | None:
@@ -52,13 +65,15 @@ class Balance:
         is above (Wang et al. 2024, arXiv 2408.15664). Its share of the visits is what the next step's loss
         over the batch multiplies.
         """
-        if not self._routers:
+        settings = self._settings
+        if settings is None:
             return None
-        loads_LX = torch.tensor(loads, dtype=torch.float64).view(len(self._routers), -1)
+        loads_LX = torch.tensor(loads, dtype=torch.float64).view(len(self._layers), -1)
         visits_LX, entropy_L = loads_LX[:, :-1], loads_LX[:, -1]
         mean_L1 = visits_LX.mean(1, keepdim=True)
-        settings = self._routers[0].settings
-        for router, visits_X, mean in zip(self._routers, visits_LX, mean_L1, strict=True):
+        for layer, router in self._routers.items():
+            row = self._layers.index(layer)
+            visits_X, mean = visits_LX[row], mean_L1[row]
             if move and settings.selection_bias:
                 step_X = settings.bias_rate * (mean - visits_X).sign()
                 router.selection_bias += step_X.to(router.selection_bias)

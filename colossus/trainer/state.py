@@ -13,10 +13,11 @@ from colossus.architecture import Architecture
 from colossus.checkpoints.load import Checkpoint
 from colossus.checkpoints.weights import Weights
 from colossus.job import Job
-from colossus.models import Decoder
 from colossus.models.init import logical_name
 from colossus.optim import Optimizer
-from colossus.parallel.apply import apply, reshard
+from colossus.parallel.apply import build
+from colossus.parallel.data import reshard
+from colossus.parallel.program import decoders
 from colossus.parallel.world import World
 from colossus.precision import torch_type
 from colossus.trainer.balance import Balance
@@ -35,14 +36,12 @@ class TrainState:
     balance: Balance = field(init=False)
 
     def __post_init__(self) -> None:
-        self.balance = Balance(self.model)
+        self.balance = Balance(self.arch, decoders(self.model))
 
     @classmethod
     def build(cls, job: Job, world: World) -> TrainState:
         """Builds on the meta device, shards, and initialises this rank's part: nothing is allocated twice."""
-        with torch.device("meta"):
-            model = Decoder(job.model)
-        model = apply(model, job, world)
+        model = build(job, world)
         optimizer = optim.build(model, job.model, job.optimizer, torch_type(job.precision.type))
         return cls(job.model, model, optimizer)
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import torch
-
-from colossus.architecture import IGNORED
 from colossus.data.loader import Batch, micro_batches
 from colossus.job import Job
-from colossus.parallel.apply import accumulate
 from colossus.parallel.grad_norm import clip
+from colossus.parallel.program import forward_backward
 from colossus.parallel.world import World
 from colossus.trainer.balance import ExpertLoads
 from colossus.trainer.state import TrainState
@@ -48,21 +45,15 @@ def train_step(
     """
     started = time.perf_counter()
     state.model.train()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    parts = micro_batches(batch, job.layout.micro_batch)
-    for index, (tokens_BT, targets_BT, documents_BT) in enumerate(parts):
-        with accumulate(state.model, last=index == len(parts) - 1):
-            loss, _ = state.model(
-                tokens_BT,
-                targets_BT,
-                documents_BT,
-                z_loss=job.optimizer.z_loss,
-                token_share=_token_share(targets_BT, batch.num_tokens_global),
-            )
-            (loss / num_targets).backward()
-        loss_sum += loss.detach()
-    grad_norm = float(clip(state.model.parameters(), job.optimizer.grad_clip))
-    total, *loads = world.sum([float(loss_sum), *state.balance.take()])
+    loss_sum = forward_backward(
+        state.model,
+        micro_batches(batch, job.layout.micro_batch),
+        num_targets=num_targets,
+        num_tokens=batch.num_tokens_global,
+        z_loss=job.optimizer.z_loss,
+    )
+    grad_norm = float(clip(state.model, job.optimizer.grad_clip, world))
+    total, *loads = world.sum([float(loss_sum) * (world.place.tp == 0), *state.balance.take()])
     skipped = not (grad_norm < float("inf"))
     if not skipped:
         state.optimizer.step(lr_factor)
@@ -81,8 +72,3 @@ def train_step(
         skipped=skipped,
         experts=experts,
     )
-
-
-def _token_share(targets_BT: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Of each row, as `Decoder.forward` takes it, in float64: rows without targets are padding."""
-    return (targets_BT != IGNORED).any(1).double() / num_tokens

@@ -71,7 +71,9 @@ class Training:
     def open(cls, job: Job, folder: Path, listeners: Iterable[Listener]) -> Iterator[Training]:
         """Joins the world, takes the folder, builds the model, and restores the last whole checkpoint."""
         with contextlib.ExitStack() as stack:
-            world = stack.enter_context(World.join(job.layout, job.fleet.device))
+            world = stack.enter_context(
+                World.join(job.layout, job.fleet.device, experts=job.model.experts is not None)
+            )
             on_first_rank(world, lambda: stack.enter_context(locked(folder)))
             checkpoint = newest_whole(folder, world)
             step = checkpoint.meta["step"] if checkpoint is not None else 0
@@ -101,8 +103,8 @@ class Training:
                     data.order,
                     schedule,
                     start_step=step,
-                    rank=world.rank,
-                    size=world.size,
+                    rank=world.data.rank,
+                    size=world.data.size,
                     micro_batch=job.layout.micro_batch,
                     mask_documents=job.data.mask_documents,
                     device=world.device,
@@ -170,8 +172,10 @@ class Training:
         Takes the clock's decision where rank 0 has one, and learns whether any rank was asked to stop.
         """
         proposal = self._propose_decay()
+        place = self.world.place
+        counts = place.pp == place.cp == place.tp == 0  # of ranks that were given the same rows
         targets, proposed, *stops = self.world.sum(
-            [float(batch.num_targets), float(proposal is not None), *self._stop_flags()]
+            [counts * float(batch.num_targets), float(proposal is not None), *self._stop_flags()]
         )
         if proposed:
             self.decisions.decide("decay", self.step, lambda: proposal, self.world, self.log)

@@ -39,7 +39,7 @@ def test_products_equal_the_fused_kernel(
     monkeypatch.setattr(attend_module, "ROWS", 8)
     inputs = sample(num_tokens, kv_heads)
     documents_BT = torch.stack([torch.arange(num_tokens) // 5, torch.arange(num_tokens) // 11])
-    mask = document_mask(documents_BT) if documents else None
+    mask = document_mask(documents_BT, torch.arange(documents_BT.shape[1])) if documents else None
     expected = F.scaled_dot_product_attention(
         *inputs, attn_mask=mask, is_causal=mask is None, enable_gqa=kv_heads != 4
     )

@@ -1,0 +1,77 @@
+"""Data parallelism: FSDP2 over dp_shard x cp, replicated over dp_replicate; experts over ranks of their own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from colossus.layout import Layout
+from colossus.models import Decoder
+from colossus.models.experts import Experts
+from colossus.parallel.mesh import Meshes
+
+
+def shard(model: Decoder, layout: Layout, meshes: Meshes, compute_dtype: torch.dtype) -> None:
+    """Shards layer by layer. Gradients are summed over ranks, not averaged: the loss is divided by the targets
+    of the global batch already."""
+    # The model casts what it computes itself: what blocks are given beside activations stays exact.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if compute_dtype.itemsize < 4:
+        policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+    def shard_over(
+        module: nn.Module, mesh: DeviceMesh, *, dims: dict[nn.Parameter, int] | None = None
+    ) -> None:
+        chosen = None if dims is None else lambda parameter: Shard(dims[parameter])
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=layout.reshard,
+            shard_placement_fn=chosen,
+        )
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
+
+    apart = meshes.expert is not None and (layout.ep > 1 or layout.tp > 1)
+    for layer in model.layers:
+        for experts in [m for m in layer.modules() if apart and isinstance(m, Experts)]:
+            assert meshes.expert is not None
+            size = meshes.expert["efsdp"].size()
+            dims = {p: _dim(p, size) for p in experts.parameters()}
+            shard_over(experts, _mesh(meshes.expert, "efsdp"), dims=dims)
+        shard_over(layer, _mesh(meshes.dense, "fsdp"))
+    shard_over(model, _mesh(meshes.dense, "fsdp"))
+
+
+def _mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:
+    return mesh["dp_replicate", axis] if mesh["dp_replicate"].size() > 1 else mesh[axis]
+
+
+def _dim(parameter: torch.Tensor, num_ranks: int) -> int:
+    """The first dimension that ranks can share equally; else the first, of which some have less."""
+    here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return next((dim for dim, size in enumerate(here.shape[:2]) if size % num_ranks == 0), 0)
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of gathered weights. A forward pass without a backward pass leaves those of the root gathered,
+    cast to the type of the products: to save them would lose the digits that only the shards hold."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextlib.contextmanager
+def accumulate(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """One backward pass of several: gradients cross ranks in the last one alone."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    yield

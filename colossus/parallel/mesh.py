@@ -1,0 +1,116 @@
+"""Which ranks belong together: one group an axis, and no group of others.
+
+Ranks count through (dp_replicate, pp, dp_shard, cp, tp), tp fastest: a replica is one block of ranks, which a
+pool of equal machines holds, and the ranks of tp are neighbours in a node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from colossus.layout import Layout
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands on each axis, by counting alone."""
+
+    dp_replicate: int
+    pp: int
+    dp_shard: int
+    cp: int
+    tp: int
+
+    @classmethod
+    def of(cls, layout: Layout, rank: int) -> Place:
+        rank, tp = divmod(rank, layout.tp)
+        rank, cp = divmod(rank, layout.cp)
+        rank, dp_shard = divmod(rank, layout.dp_shard)
+        dp_replicate, pp = divmod(rank, layout.pp)
+        return cls(dp_replicate, pp, dp_shard, cp, tp)
+
+    def dp(self, layout: Layout) -> int:
+        """Of the ranks that see different samples, which this is."""
+        return self.dp_replicate * layout.dp_shard + self.dp_shard
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The meshes and groups of one rank's stage of the pipeline.
+
+    dense: (dp_replicate, fsdp, tp), where fsdp = dp_shard x cp; of all parameters but experts'.
+    expert: (dp_replicate, efsdp, ep, etp), of experts' parameters; None where the model has none.
+    sequence: the ranks among which one sequence's tokens are spread: cp x tp.
+    ends: the first and the last stage, which share tied embeddings; None on other ranks.
+    """
+
+    place: Place
+    dense: DeviceMesh
+    expert: DeviceMesh | None
+    pp: Group
+    cp: Group
+    tp: Group
+    sequence: Group
+    ends: Group | None
+    ranks_of_pp: list[int] = field(default_factory=list)
+
+    @classmethod
+    def build(cls, layout: Layout, device: str, *, experts: bool, rank: int) -> Meshes:
+        """Meets the ranks of this one's own groups; every rank of the job calls it."""
+        place = Place.of(layout, rank)
+        world = torch.arange(layout.num_ranks, dtype=torch.int32).view(
+            layout.dp_replicate, layout.pp, layout.dp_shard, layout.cp, layout.tp
+        )
+        stage = world[:, place.pp]
+        groups = _Groups(rank)
+        dense = groups.mesh(device, stage.flatten(1, 2), ("dp_replicate", "fsdp", "tp"))
+        expert = None
+        if experts:
+            cut = stage.reshape(layout.dp_replicate, -1, layout.ep, layout.etp)
+            expert = groups.mesh(device, cut, ("dp_replicate", "efsdp", "ep", "etp"))
+        replica = world[place.dp_replicate]
+        pipe = replica[:, place.dp_shard, place.cp, place.tp].tolist()
+        is_end = layout.pp > 1 and place.pp in (0, layout.pp - 1)
+        return cls(
+            place,
+            dense,
+            expert,
+            pp=groups.of(pipe),
+            cp=groups.of(replica[place.pp, place.dp_shard, :, place.tp].tolist()),
+            tp=dense.get_group("tp"),
+            sequence=groups.of(replica[place.pp, place.dp_shard].flatten().tolist()),
+            ends=groups.of([pipe[0], pipe[-1]]) if is_end else None,
+            ranks_of_pp=pipe,
+        )
+
+
+class _Groups:
+    """Groups by their ranks, each made once; those of the whole world are the default one."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._made: dict[tuple[int, ...], Group] = {}
+
+    def of(self, ranks: list[int]) -> Group:
+        key = tuple(ranks)
+        if key not in self._made:
+            if len(key) == dist.get_world_size():
+                self._made[key] = dist.group.WORLD  # type: ignore[assignment]
+            else:
+                # Meets the ranks of this group alone. All make their groups in the same order of axes.
+                self._made[key] = dist.new_group(list(key), use_local_synchronization=True)
+        return self._made[key]
+
+    def mesh(self, device: str, ranks: torch.Tensor, names: tuple[str, ...]) -> DeviceMesh:
+        where = [int(i) for i in (ranks == self._rank).nonzero()[0]]
+        groups = []
+        for axis in range(ranks.ndim):
+            index = [slice(None) if a == axis else i for a, i in enumerate(where)]
+            groups.append(self.of(ranks[tuple(index)].tolist()))
+        return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=names)

@@ -1,0 +1,204 @@
+"""Pipeline parallelism: stages of the model on different ranks, by PyTorch's schedules.
+
+Every rank of a pipeline is given the same rows; only activations, and their gradients, go from stage to stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+from torch.distributed.tensor import DTensor
+
+from colossus.job import Job
+from colossus.layout import ONE_STAGE, V_SHAPED, ZERO_BUBBLE, Layout
+from colossus.models import Decoder
+from colossus.parallel.collectives import Group, all_reduce
+from colossus.parallel.world import World
+from colossus.perf.stages import stages
+
+CLASSES = {
+    "gpipe": "GPipe",
+    "1f1b": "1F1B",
+    "interleaved_1f1b": "Interleaved1F1B",
+    "interleaved_zero_bubble": "InterleavedZeroBubble",
+    "zbv_zero_bubble": "ZBVZeroBubble",
+    "dualpipe_v": "DualPipeV",
+}
+
+
+def cut(job: Job, world: World) -> list[Decoder]:
+    """The stages of the model that this rank has, in the order of the forward pass."""
+    layout = job.layout
+    if layout.pp == 1:
+        return [Decoder(job.model)]
+    assert world.meshes is not None
+    layers = stages(job.model, layout.num_stages, job.data.seq_len)
+    return [Decoder(job.model, layers[index]) for index in own_stages(layout, world.meshes.place.pp)]
+
+
+def own_stages(layout: Layout, rank: int) -> list[int]:
+    """Which stages rank `rank` of a pipeline has."""
+    if layout.schedule in ONE_STAGE:
+        return [rank]
+    if layout.schedule in V_SHAPED:
+        return [rank, layout.num_stages - 1 - rank]
+    return [rank + turn * layout.pp for turn in range(layout.stages_per_rank)]
+
+
+class Pipeline(nn.Module):
+    """This rank's stages, and the schedule around them."""
+
+    def __init__(self, parts: list[Decoder], job: Job, world: World) -> None:
+        super().__init__()
+        assert world.meshes is not None
+        self.parts = nn.ModuleList(parts)
+        self._layout, self._device = job.layout, world.device
+        self._group, self._ends = world.meshes.pp, world.meshes.ends
+        self._indices = own_stages(job.layout, world.meshes.place.pp)
+        self._tied = job.model.tie_embeddings
+        self._schedules: dict[tuple[int, ...], Any] = {}
+        self._z_loss, self._num_targets = 0.0, 1
+        for part in parts:
+            part.register_forward_pre_hook(partial(_as_decoder_takes, self), with_kwargs=True)
+            part.register_forward_hook(_loss_alone)
+            assert part.whole is not None
+            part.whole.keep_gradients = job.layout.schedule in ZERO_BUBBLE
+
+    @property
+    def decoders(self) -> list[Decoder]:
+        return list(self.parts)  # type: ignore[arg-type]
+
+    @property
+    def copies(self) -> list[torch.Tensor]:
+        """Parameters of this rank that the first stage has, too."""
+        if not self._tied:
+            return []
+        return [part.embedding.weight for part in self.decoders if part.is_last and not part.is_first]  # type: ignore[union-attr]
+
+    def forward_backward(
+        self,
+        micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
+        token_share: Callable[[torch.Tensor], torch.Tensor],
+        num_targets: int,
+        z_loss: float,
+    ) -> torch.Tensor:
+        """The summed loss of this rank's tokens, 0 where it has not the last stage; gradients are left."""
+        tokens_BT, targets_BT = (torch.cat([part[i] for part in micro_batches]) for i in (0, 1))  # type: ignore[misc]
+        rows = {"tokens_BT": tokens_BT, "targets_BT": targets_BT, "token_share": token_share(targets_BT)}
+        if micro_batches[0][2] is not None:
+            rows["documents_BT"] = torch.cat([part[2] for part in micro_batches])  # type: ignore[misc]
+        self._z_loss, self._num_targets = z_loss, num_targets
+        schedule = self._schedule(len(micro_batches), micro_batches[0][0].shape)
+        losses: list[torch.Tensor] = []
+        begin = (tokens_BT,) if 0 in self._indices else ()
+        end = {"target": targets_BT, "losses": losses} if self.decoders[-1].is_last else {}
+        schedule.step(*begin, **end, **rows)
+        for part in self.decoders:  # the first call of a schedule may try a pass
+            part.loads = part.loads[-len(micro_batches) :]
+        self._sum_tied_gradients()
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        return sum((loss.detach().double().sum() for loss in losses), total) * num_targets
+
+    @torch.no_grad()
+    def forward(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Without gradients: (summed loss of this rank's tokens, 0 where it has not the last stage; number of
+        targets)."""
+        x_BTD: torch.Tensor | None = None
+        loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        ranks = dist.get_process_group_ranks(self._group)
+        for stage in range(self._layout.num_stages):
+            owner = self._owner(stage)
+            if owner == dist.get_group_rank(self._group, dist.get_rank()):
+                part = self.decoders[self._indices.index(stage)]
+                first = tokens_BT if x_BTD is None else x_BTD
+                if stage and self._owner(stage - 1) != owner:
+                    first = torch.empty(self._activation(part, tokens_BT.shape), device=self._device)
+                    first = first.to(part.compute_dtype)
+                    dist.recv(first, ranks[self._owner(stage - 1)], self._group)
+                x_BTD = part(first, tokens_BT=tokens_BT, targets_BT=targets_BT)
+                if part.is_last:
+                    loss += x_BTD.double().sum()
+                elif self._owner(stage + 1) != owner:
+                    dist.send(x_BTD.contiguous(), ranks[self._owner(stage + 1)], self._group)
+        return loss, (targets_BT >= 0).sum()
+
+    def _owner(self, stage: int) -> int:
+        """The rank in the pipeline that has a stage."""
+        return next(r for r in range(self._layout.pp) if stage in own_stages(self._layout, r))
+
+    def _activation(self, part: Decoder, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Of what goes from stage to stage, for rows of such a shape."""
+        assert part.whole is not None
+        padded, _, _ = part.whole.pad(torch.empty(*shape, device="meta"), None, None)
+        length = padded.shape[1] // (self._layout.cp * self._layout.tp)
+        return shape[0], length, part.arch.hidden_size
+
+    def _schedule(self, num_micro_batches: int, shape: Sequence[int]) -> Any:
+        key = (num_micro_batches, *shape)
+        if key not in self._schedules:
+            made = [
+                self._stage(part, index, shape)
+                for part, index in zip(self.decoders, self._indices, strict=True)
+            ]
+            kind = get_schedule_class(CLASSES[self._layout.schedule])
+            first: Any = made[0] if issubclass(kind, PipelineScheduleSingle) else made
+            self._schedules[key] = kind(
+                first, num_micro_batches, loss_fn=self._share_of_loss, scale_grads=False
+            )
+        return self._schedules[key]
+
+    def _stage(self, part: Decoder, index: int, shape: Sequence[int]) -> PipelineStage:
+        x = torch.empty(self._activation(part, shape), dtype=part.compute_dtype, device="meta")
+        x.requires_grad_()
+        tokens = torch.empty(*shape, dtype=torch.int64, device="meta")
+        loss = torch.empty(1, dtype=torch.promote_types(part.compute_dtype, torch.float32), device="meta")
+        return PipelineStage(
+            part,
+            index,
+            self._layout.num_stages,
+            self._device,
+            input_args=(tokens if part.is_first else x,),
+            output_args=(loss.requires_grad_() if part.is_last else x,),
+            group=self._group,
+        )
+
+    def _share_of_loss(self, loss: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        return loss.sum() / self._num_targets
+
+    def _sum_tied_gradients(self) -> None:
+        """The embedding of the first stage and the output matrix of the last are one parameter."""
+        if not self._tied:
+            return
+        ends = [part.embedding.weight for part in self.decoders if part.is_first or part.is_last]  # type: ignore[union-attr]
+        grads = [_local_gradient(weight) for weight in ends]
+        if len(grads) == 2:
+            grads[0].add_(grads[1])
+            grads[1].copy_(grads[0])
+        elif grads:
+            assert self._ends is not None
+            grads[0].copy_(all_reduce(grads[0], Group(self._ends)))
+
+
+def _local_gradient(weight: torch.Tensor) -> torch.Tensor:
+    grad = weight.grad
+    assert grad is not None
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def _as_decoder_takes(
+    pipeline: Pipeline, part: Decoder, args: tuple[torch.Tensor], kwargs: dict[str, Any]
+) -> tuple[tuple[()], dict[str, Any]]:
+    """A stage is called with what the one before it gave, and everything else by name."""
+    first = {} if part.is_first else {"x_BTD": args[0]}
+    return (), {"z_loss": pipeline._z_loss} | kwargs | first
+
+
+def _loss_alone(part: Decoder, args: Any, output: Any) -> torch.Tensor:
+    return output[0].reshape(1) if part.is_last else output

@@ -1,0 +1,51 @@
+"""The forward and backward passes of one step, whatever the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from colossus.architecture import IGNORED
+from colossus.models import Decoder
+from colossus.parallel.data import accumulate
+from colossus.parallel.pipeline import Pipeline
+
+MicroBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def forward_backward(
+    model: Decoder | Pipeline,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    num_targets: int,
+    num_tokens: int,
+    z_loss: float = 0.0,
+) -> torch.Tensor:
+    """The summed loss of this rank's tokens, in float64; leaves gradients of (the global batch's loss divided
+    by its targets).
+
+    micro_batches: (tokens_BT, targets_BT, documents_BT or None) of this rank's rows. num_targets, num_tokens:
+        of the global batch, by which loss and balance terms are divided once, so that accumulation, padding and
+        the number of ranks leave loss and gradient alone.
+    """
+
+    def token_share(targets_BT: torch.Tensor) -> torch.Tensor:
+        """Of each row, as `Decoder.forward` takes it, in float64: rows without targets are padding."""
+        return (targets_BT != IGNORED).any(1).double() / num_tokens
+
+    if isinstance(model, Pipeline):
+        return model.forward_backward(micro_batches, token_share, num_targets, z_loss)
+    total = torch.zeros((), dtype=torch.float64, device=micro_batches[0][0].device)
+    for index, (tokens_BT, targets_BT, documents_BT) in enumerate(micro_batches):
+        with accumulate(model, last=index == len(micro_batches) - 1):
+            share = token_share(targets_BT)
+            loss, _ = model(tokens_BT, targets_BT, documents_BT, z_loss=z_loss, token_share=share)
+            (loss / num_targets).backward()
+        total += loss.detach()
+    return total
+
+
+def decoders(model: torch.nn.Module) -> list[Decoder]:
+    """The decoders that `model` is: one, or the stages of a pipeline that this rank has."""
+    return model.decoders if isinstance(model, Pipeline) else [model]  # type: ignore[list-item]

@@ -1,0 +1,71 @@
+"""Which layers each stage of a pipeline has, so that the dearest stage costs as little as can be."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from colossus.architecture import Architecture
+from colossus.perf.parts import layer_kinds, parts
+
+
+@lru_cache(maxsize=64)
+def stages(arch: Architecture, num_stages: int, seq_len: int) -> tuple[range, ...]:
+    """Layers of each stage, at least one, by the FLOPs of a forward pass; the head is the last stage's.
+
+    The dearest stage is as cheap as it can be; among such cuts early stages take as much as that allows.
+    """
+    costs, head = layer_costs(arch, seq_len)
+    assert 1 <= num_stages <= len(costs), f"{num_stages} stages of {len(costs)} layers"
+    low, high = max(*costs, costs[-1] + head), sum(costs) + head
+    bounds = {
+        sum(costs[a:b]) + (head if b == len(costs) else 0) for a in range(len(costs)) for b in _ends(a, costs)
+    }
+    fitting = sorted(bound for bound in bounds if low <= bound <= high)
+    lo, hi = 0, len(fitting) - 1
+    while lo < hi:
+        middle = (lo + hi) // 2
+        if _cut(costs, head, num_stages, fitting[middle]) is None:
+            lo = middle + 1
+        else:
+            hi = middle
+    cut = _cut(costs, head, num_stages, fitting[lo])
+    assert cut is not None
+    return cut
+
+
+def layer_costs(arch: Architecture, seq_len: int) -> tuple[list[float], float]:
+    """Executed FLOPs a token, forward: of each layer, and of the output with its loss."""
+    by_kind: dict[object, float] = {}
+    head = 0.0
+    for part in parts(arch, seq_len):
+        if part.kind is not None:
+            by_kind[part.kind] = by_kind.get(part.kind, 0.0) + part.executed
+        else:
+            head += part.executed
+    costs = [0.0] * arch.num_layers
+    for kind, layers in layer_kinds(arch).items():
+        for layer in layers:
+            costs[layer] = by_kind[kind]
+    return costs, head
+
+
+def _ends(begin: int, costs: list[float]) -> range:
+    return range(begin + 1, len(costs) + 1)
+
+
+def _cut(costs: list[float], head: float, num_stages: int, bound: float) -> tuple[range, ...] | None:
+    """Stages of at most `bound`, each as long as it can be while the later ones have a layer each."""
+    found, begin, num_layers = [], 0, len(costs)
+    for stage in range(num_stages):
+        later = num_stages - stage - 1
+        end, cost = begin, 0.0
+        while end < num_layers - later and cost + costs[end] <= bound:
+            cost += costs[end]
+            end += 1
+        if end == begin:
+            return None
+        if not later and (end < num_layers or cost + head > bound):
+            return None
+        found.append(range(begin, end))
+        begin = end
+    return tuple(found)

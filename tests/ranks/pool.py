@@ -1,0 +1,105 @@
+"""A pool of processes that stays: a fresh one costs seconds and 290 MB in imports alone.
+
+Each call makes a group of the first so many processes. One that hangs or fails kills the pool; the next call
+starts another.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+SECONDS = 120.0  # until all ranks of a call have answered
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.distributed.pipelining",
+        "torch.distributed.tensor.parallel",
+        "colossus.api",
+        "colossus.trainer.state",
+        "tests.ranks.cases",
+    ]
+)
+
+
+class Pool:
+    """Runs functions in ranks whose environment is torchrun's."""
+
+    def __init__(self) -> None:
+        self._members: list[tuple[Any, Connection]] = []
+        atexit.register(self.close)
+
+    def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What `function(*arguments)` returned in each of `size` ranks.
+
+        Raises:
+            AssertionError: with the traceback of the first rank that failed, or the ranks that did not answer.
+        """
+        while len(self._members) < size:
+            here, there = _processes.Pipe()
+            process = _processes.Process(target=_serve, args=(there,), daemon=True)
+            process.start()
+            there.close()
+            self._members.append((process, here))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
+        pipes = [pipe for _, pipe in self._members[:size]]
+        for rank, pipe in enumerate(pipes):
+            pipe.send((shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, function, arguments))
+        try:
+            return self._answers(pipes)
+        except BaseException:
+            self.close()
+            raise
+
+    def _answers(self, pipes: list[Connection]) -> list[Any]:
+        end = time.monotonic() + SECONDS
+        answers: dict[int, Any] = {}
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+        while waiting:
+            ready = wait(list(waiting), max(0.0, end - time.monotonic()))
+            assert ready, f"ranks {sorted(waiting.values())} did not answer in {SECONDS:g} s"
+            for pipe in ready:
+                rank = waiting.pop(pipe)  # type: ignore[index]
+                try:
+                    answers[rank], failure = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    failure = "its process has ended"
+                assert failure is None, f"rank {rank} failed:\n{failure}"
+        return [answers[rank] for rank in range(len(pipes))]
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for process, pipe in self._members:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._members = []
+
+
+def _serve(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            environment, function, arguments = pipe.recv()
+        except EOFError:
+            return
+        os.environ |= environment
+        try:
+            answer = (function(*arguments), None)
+        except BaseException:
+            answer = (None, traceback.format_exc())
+        pipe.send(answer)
