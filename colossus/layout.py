@@ -313,6 +313,12 @@ RULES: tuple[Rule, ...] = (
         lambda row: "compiled layers give wrong gradients under it (layout.compile=false allows it)",
     ),
     Rule(
+        "zero-bubble-keeps-weights",
+        "reshard",
+        lambda row: _not(_is(row, "schedule", *ZERO_BUBBLE) & (row["pp"] > 1) & (row["reshard"] == 1)),
+        lambda row: f"layout.schedule={row['schedule']} needs the weights that the forward pass gathered",
+    ),
+    Rule(
         "async-tp-hardware",
         "async_tp",
         lambda row: _implies(row["async_tp"] == 1, row["has_symmetric_memory"] == 1),
@@ -354,6 +360,7 @@ def layout_row(layout: Layout) -> dict[str, Any]:
         "cp_method": layout.cp_method or "gather",
         "micro_batch": layout.micro_batch or 1,
         "compile": int(layout.compile or False),
+        "reshard": int(layout.reshard or False),
         "async_tp": int(layout.async_tp or False),
     }
 

@@ -26,14 +26,14 @@ def shard(model: Decoder, layout: Layout, meshes: Meshes, compute_dtype: torch.d
         policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
     def shard_over(
-        module: nn.Module, mesh: DeviceMesh, *, dims: dict[nn.Parameter, int] | None = None
+        module: nn.Module, mesh: DeviceMesh, *, dims: dict[nn.Parameter, int] | None = None, keep: bool = False
     ) -> None:
         chosen = None if dims is None else lambda parameter: Shard(dims[parameter])
         fully_shard(
             module,
             mesh=mesh,
             mp_policy=policy,
-            reshard_after_forward=layout.reshard,
+            reshard_after_forward=layout.reshard and not keep,
             shard_placement_fn=chosen,
         )
         assert isinstance(module, FSDPModule)
@@ -48,7 +48,7 @@ def shard(model: Decoder, layout: Layout, meshes: Meshes, compute_dtype: torch.d
             dims = {p: _dim(p, size) for p in experts.parameters()}
             shard_over(experts, _mesh(meshes.expert, "efsdp"), dims=dims)
         shard_over(layer, _mesh(meshes.dense, "fsdp"))
-    shard_over(model, _mesh(meshes.dense, "fsdp"))
+    shard_over(model, _mesh(meshes.dense, "fsdp"), keep=True)  # its backward pass follows at once
 
 
 def _mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:

@@ -33,7 +33,6 @@ DEFAULTS: dict[str, Any] = {
     "cp_method": "gather",
     "micro_batch": 1,
     "recompute": "none",
-    "reshard": True,
     "async_tp": False,
     "compile": False,
     "pools": [],
@@ -64,6 +63,7 @@ class Case:
 
     def job(self, one_rank: bool = False) -> Job:
         values = DEFAULTS | ({"micro_batch": self.batch} if one_rank else dict(self.layout))
+        values.setdefault("reshard", values["pp"] == 1)
         return Job(
             model=self.arch,
             data=Data(seq_len=self.seq_len),

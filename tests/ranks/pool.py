@@ -102,4 +102,13 @@ def _serve(pipe: Connection) -> None:
             answer = (function(*arguments), None)
         except BaseException:
             answer = (None, traceback.format_exc())
+        _forget_meshes()
         pipe.send(answer)
+
+
+def _forget_meshes() -> None:
+    """DTensor remembers placements by the ranks of a mesh; the groups of the next call have other names."""
+    from torch.distributed.tensor import debug
+
+    for name in ("_clear_sharding_prop_cache", "_clear_fast_path_sharding_prop_cache"):
+        getattr(debug, name, lambda: None)()
