@@ -12,7 +12,8 @@ from colossus.architecture import Architecture
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 or better.
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 or better; the weight is read in x's type, as where
+    ranks gather it.
 
     mean_over_ranks: of means over parts of the width, where ranks share it (see `parallel.tensor`).
     """
@@ -31,11 +32,11 @@ class RMSNorm(nn.Module):
         if self.mean_over_ranks is not None:
             mean = self.mean_over_ranks(mean)
         scale = torch.rsqrt(mean + self.eps)
-        return (exact * scale * self.weight).to(x.dtype)
+        return (exact * scale * self.weight.to(x.dtype)).to(x.dtype)
 
 
 class LayerNorm(nn.Module):
-    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias, computed in fp32 or better."""
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias, computed as `RMSNorm` is."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class LayerNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., width] -> the same shape and type."""
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        weight, bias = self.weight.to(exact.dtype), self.bias.to(exact.dtype)
+        weight, bias = (w.to(x.dtype).to(exact.dtype) for w in (self.weight, self.bias))
         return F.layer_norm(exact, weight.shape, weight, bias, self.eps).to(x.dtype)
 
 

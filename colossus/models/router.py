@@ -25,7 +25,7 @@ class Routes(NamedTuple):
 
 
 class Router(nn.Module):
-    """Scores of all experts for each token, in fp32 or better.
+    """Scores of all experts for each token, in fp32 or better, of weights that are read in the tokens' type.
 
     selection_bias: added to scores where experts are chosen; moved between steps (see `Balance`), and no
     gradient. shares: of the last step's visits, an expert; what the loss over the batch multiplies.
@@ -60,8 +60,8 @@ class Router(nn.Module):
         The load is [X + 1]: visits of each expert, and the sum over tokens of the entropy of their scores.
         """
         exact = torch.promote_types(x_BTD.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(exact)
-        logits_BTX = F.linear(x_BTD.to(exact), self.weight.to(exact), bias)
+        bias = None if self.bias is None else self.bias.to(x_BTD.dtype).to(exact)
+        logits_BTX = F.linear(x_BTD.to(exact), self.weight.to(x_BTD.dtype).to(exact), bias)
         cap = self.settings.soft_cap
         if cap is not None:
             logits_BTX = cap * torch.tanh(logits_BTX / cap)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch.distributed.tensor import DTensor
 
-from colossus.models.box import box, local
+from colossus.models.box import box, local, whole
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at zero, all values to [0.7, 1.2]
 ITERATIONS = 5
@@ -53,9 +53,11 @@ class Muon:
             if _holds_matrices(parameter):
                 self._apply(lr, local(parameter), orthogonalised(nesterov, self._matmul_type))
                 continue
-            by_shape.setdefault(tuple(parameter.shape), []).append((parameter, _whole(nesterov, parameter)))
+            by_shape.setdefault(tuple(parameter.shape), []).append((parameter, whole(nesterov, parameter)))
         for pairs in by_shape.values():
-            updates = orthogonalised(torch.stack([update for _, update in pairs]), self._matmul_type)
+            matrices = torch.stack([update for _, update in pairs])
+            flat_NOI = matrices.flatten(0, -3)  # stacks of experts too
+            updates = orthogonalised(flat_NOI, self._matmul_type).view_as(matrices)
             for (parameter, _), update in zip(pairs, updates, strict=True):
                 self._apply(lr, local(parameter), _part(update, parameter), max(parameter.shape[-2:]))
 
@@ -86,19 +88,7 @@ def _holds_matrices(tensor: torch.Tensor) -> bool:
     return box(tensor)[1][1:] == tuple(tensor.shape[1:])
 
 
-def _whole(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The whole matrix of which `part` is this rank's part: gathered where `like` is sharded."""
-    if not isinstance(like, DTensor):
-        return part
-    shape, stride = like.shape, like.stride()
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, shape=shape, stride=stride
-    ).full_tensor()
-
-
-def _part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _part(matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This rank's part of a matrix that all ranks hold."""
-    if not isinstance(like, DTensor):
-        return whole
     offset, shape = box(like)
-    return whole[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
+    return matrix[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]

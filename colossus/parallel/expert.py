@@ -89,7 +89,10 @@ class RowExchange:
         experts = experts.repeat_interleave(counts_RX.flatten(), output_size=len(rows))
         experts, self.order = experts.sort(stable=True)
         ends_X = counts_RX.sum(0).cumsum(0).to(torch.int32)
-        return rows.index_select(0, self.order), ends_X, experts
+        rows = rows.index_select(0, self.order)
+        for varies in (rows, experts):
+            torch._dynamo.maybe_mark_dynamic(varies, 0)  # or each number of rows would be compiled
+        return rows, ends_X, experts
 
     @torch.compiler.disable(recursive=True)
     def bring_back(self, y_RD: torch.Tensor) -> torch.Tensor:
