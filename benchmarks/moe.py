@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ from colossus.data.prepare import prepare_data
 from colossus.data.sources import TrainingData
 from colossus.job import Job, load_job
 from colossus.measure.machine import this_machine
+from colossus.models import Decoder
 from colossus.models.experts import MoE
 from colossus.parallel.world import World
 from colossus.perf.receipts import Figure, print_figures, write_receipt
@@ -207,7 +209,7 @@ def trial_job(method: dict[str, object], seed: int, steps: int, quick: bool) -> 
 class Counting(Balance):
     """Keeps the visits of every step: of each layer in turn, [X]."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Decoder) -> None:
         super().__init__(model)
         self.visits_SLX: list[torch.Tensor] = []
 
@@ -228,7 +230,7 @@ def train(job: Job, name: str) -> tuple[float, float, float]:
     world, schedule = World(0, 1, torch.device("cpu")), BatchSchedule(job.run.batch_schedule)
     data = TrainingData.open(job, schedule)
     state, steps = TrainState.build(job, world), job.run.steps or 0
-    state.balance = counting = Counting(state.model)
+    state.balance = counting = Counting(cast(Decoder, state.model))
     losses, loads = [], []
     with Batches(data.train, data.order, schedule, micro_batch=job.layout.micro_batch) as batches:
         for number in range(steps):

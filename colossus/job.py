@@ -97,7 +97,8 @@ class Optimizer(Section):
 
 
 class Precision(Section):
-    """The type of the matrix products. Weights are kept in fp32, but under fp64, by which layouts are compared."""
+    """The type of the matrix products. Weights are kept in fp32; under fp64, by which layouts are compared,
+    in fp64."""
 
     type: Literal["fp32", "bf16", "fp64"] = derived()
 

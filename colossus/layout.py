@@ -26,6 +26,16 @@ SCHEDULES: tuple[str, ...] = get_args(Schedule)
 ONE_STAGE = ("gpipe", "1f1b")  # a rank has one stage of the model
 V_SHAPED = ("zbv_zero_bubble", "dualpipe_v")  # a rank has two: the first ranks also have the last stages
 ZERO_BUBBLE = ("interleaved_zero_bubble", *V_SHAPED)  # the weights' gradients are computed apart
+SIMPLEST: Mapping[str, Any] = {
+    **dict.fromkeys((*AXES, "ep", "etp", "stages_per_rank", "micro_batch"), 1),
+    "schedule": "1f1b",
+    "cp_method": "gather",
+    "recompute": "none",
+    "reshard": True,
+    "async_tp": False,
+    "compile": False,
+    "pools": (),
+}
 
 
 class Pool(Section):
@@ -47,7 +57,6 @@ class Layout(Section):
     tokens; over what remains of these experts are sharded. etp: ranks of tp that share each expert.
     """
 
-    preset: Literal["auto"] | None = None
     dp_replicate: int = derived(ge=1, le=10**7)
     dp_shard: int = derived(ge=1, le=10**7)
     tp: int = derived(ge=1, le=10**7)
@@ -65,6 +74,11 @@ class Layout(Section):
     async_tp: bool = derived()
     compile: bool = derived()
     pools: list[Pool] = derived()
+
+    def filled(self) -> Layout:
+        """With the simplest in place of what is open."""
+        open_ = {name: value for name, value in SIMPLEST.items() if getattr(self, name) is None}
+        return self.model_copy(update=open_)
 
     @property
     def num_ranks(self) -> int:
@@ -223,7 +237,7 @@ RULES: tuple[Rule, ...] = (
             _is(row, "cp_method", "ulysses"), row["num_kv_heads"] % (row["tp"] * row["cp"]) == 0
         ),
         lambda row: (
-            f"tp x cp = {row['tp'] * row['cp']} must divide the {row['num_kv_heads']} heads of keys and values"
+            f"tp x cp = {row['tp'] * row['cp']} must divide the {row['num_kv_heads']} heads of keys, values"
         ),
     ),
     Rule(
@@ -353,16 +367,9 @@ def _common(widths: Iterable[int]) -> int:
 
 def layout_row(layout: Layout) -> dict[str, Any]:
     """Of a layout whose open fields count as the simplest."""
-    row: dict[str, Any] = {axis: getattr(layout, axis) or 1 for axis in (*AXES, "ep", "etp")}
-    return row | {
-        "stages_per_rank": layout.stages_per_rank or 1,
-        "schedule": layout.schedule or "1f1b",
-        "cp_method": layout.cp_method or "gather",
-        "micro_batch": layout.micro_batch or 1,
-        "compile": int(layout.compile or False),
-        "reshard": int(layout.reshard or False),
-        "async_tp": int(layout.async_tp or False),
-    }
+    filled = layout.filled()
+    row = {name: getattr(filled, name) for name in SIMPLEST if name not in ("recompute", "pools")}
+    return {name: int(value) if isinstance(value, bool) else value for name, value in row.items()}
 
 
 def violations(

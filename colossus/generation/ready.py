@@ -28,6 +28,7 @@ def make_ready(model: Decoder, dtype: torch.dtype) -> None:
     model.compute_dtype = dtype
     owners: list[Linear | Embedding] = [module for module in model.modules() if isinstance(module, Linear)]
     if model.head is None:
+        assert model.embedding is not None
         owners.append(model.embedding)
     for owner in owners:
         owner.weight.data = owner.weight.data.to(dtype)

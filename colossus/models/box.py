@@ -56,7 +56,9 @@ def whole(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         if placement.is_replicate() or mesh.size(axis) == 1:
             continue
         dim: int = getattr(placement, "dim")  # noqa: B009
-        later = [getattr(p, "dim", None) == dim and mesh.size(a) for a, p in enumerate(like.placements) if a > axis]
+        later = [
+            getattr(p, "dim", None) == dim and mesh.size(a) for a, p in enumerate(like.placements) if a > axis
+        ]
         sizes[dim] = like.shape[dim] // math.prod(size for size in later if size)
         each = -(-sizes[dim] // mesh.size(axis))
         padded = part.new_zeros([each if d == dim else n for d, n in enumerate(part.shape)])

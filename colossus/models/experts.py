@@ -42,7 +42,7 @@ class Exchange(Protocol):
     """Where ranks share the experts: brings rows to the ranks of their experts, and results back."""
 
     def send(self, rows_MD: torch.Tensor, order: Order) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows sorted by expert -> (rows of this rank's experts, sorted; where each one's end; its number)."""
+        """Rows sorted by expert -> (of this rank's experts, sorted; where each one's end; whose each is)."""
         ...
 
     def bring_back(self, y_RD: torch.Tensor) -> torch.Tensor:

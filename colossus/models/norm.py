@@ -12,8 +12,8 @@ from colossus.architecture import Architecture
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 or better; the weight is read in x's type, as where
-    ranks gather it.
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 or better; the weight is read in x's type, in
+    which ranks gather it.
 
     mean_over_ranks: of means over parts of the width, where ranks share it (see `parallel.tensor`).
     """

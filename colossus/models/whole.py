@@ -14,13 +14,15 @@ Maybe = torch.Tensor | None
 
 
 class Whole(Protocol):
-    """How a rank's part and the whole batch, which every rank is given, belong together; see `parallel.whole`.
+    """How a rank's part and the whole batch, which all ranks are given, belong together: `parallel.whole`.
 
     vocab: where ranks share the output matrix. keep_gradients: see `models.loss.cross_entropy`.
     """
 
-    vocab: VocabShare | None
     keep_gradients: bool
+
+    @property
+    def vocab(self) -> VocabShare | None: ...
 
     def pad(
         self, tokens_BT: torch.Tensor, targets_BT: Maybe, documents_BT: Maybe

@@ -28,8 +28,8 @@ def build(job: Job, world: World) -> Decoder | Pipeline:
 
 
 def apply(model: Decoder, job: Job, world: World) -> Decoder:
-    """Precision, tensor, expert and context parallelism, recomputation, compilation, sharding; then memory and
-    initial values for the local shard alone (DESIGN section 6)."""
+    """Precision, tensor, expert and context parallelism, recomputation, compilation, sharding; then memory
+    and initial values for the local shard alone (DESIGN section 6)."""
     layout, meshes = job.layout, world.meshes
     apply_precision(model, job.precision.type)
     if meshes is not None:
@@ -44,7 +44,7 @@ def apply(model: Decoder, job: Job, world: World) -> Decoder:
     if layout.compile:
         compile_layers(model)
     if meshes is not None:
-        shard(model, layout, meshes, torch_type(job.precision.type))
+        shard(model, world, torch_type(job.precision.type))
     model.to_empty(device=world.device)
     initialise(model, job.model, job.run.seed)
     return model

@@ -1,7 +1,7 @@
 """Context parallelism: ranks share the tokens of each sequence.
 
-gather: a rank has two blocks of each sequence, one from its head and one from its tail, so that all ranks have
-as many scores to compute (Llama 3, arXiv 2407.21783, section 3.3.2); keys and values are gathered.
+gather: a rank has two blocks of each sequence, one from its head and one from its tail, so that all ranks
+have as many scores to compute (Llama 3, arXiv 2407.21783, section 3.3.2); keys and values are gathered.
 ulysses: a rank has one block, and for the scores all tokens of a part of the heads (Jacobs et al. 2023,
 arXiv 2309.14509).
 """

@@ -1,4 +1,4 @@
-"""Data parallelism: FSDP2 over dp_shard x cp, replicated over dp_replicate; experts over ranks of their own."""
+"""Data parallelism: FSDP2 over dp_shard x cp, replicated over dp_replicate; experts over their own ranks."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from colossus.layout import Layout
 from colossus.models import Decoder
 from colossus.models.experts import Experts
-from colossus.parallel.mesh import Meshes
+from colossus.parallel.world import World
 
 
-def shard(model: Decoder, layout: Layout, meshes: Meshes, compute_dtype: torch.dtype) -> None:
-    """Shards layer by layer. Gradients are summed over ranks, not averaged: the loss is divided by the targets
-    of the global batch already."""
+def shard(model: Decoder, world: World, compute_dtype: torch.dtype) -> None:
+    """Shards layer by layer. Gradients are summed over ranks, not averaged: the loss is divided by the
+    targets of the global batch already."""
+    layout, meshes = world.layout, world.meshes
+    assert meshes is not None
     # The model casts what it computes itself: what blocks are given beside activations stays exact.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if compute_dtype.itemsize < 4:
         policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
     def shard_over(
-        module: nn.Module, mesh: DeviceMesh, *, dims: dict[nn.Parameter, int] | None = None, keep: bool = False
+        module: nn.Module,
+        mesh: DeviceMesh,
+        *,
+        dims: dict[nn.Parameter, int] | None = None,
+        keep: bool = False,
     ) -> None:
         chosen = None if dims is None else lambda parameter: Shard(dims[parameter])
         fully_shard(

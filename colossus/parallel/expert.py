@@ -75,7 +75,7 @@ class RowExchange:
     def __init__(self, group: Group) -> None:
         self.group = group
 
-    @torch.compiler.disable(recursive=True)  # how many rows go where is known at run time alone
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # how many rows go where is known at run time alone
     def send(self, rows_MD: torch.Tensor, order: Order) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ranks = self.group.size
         counts_X = order.ends_X.diff(prepend=order.ends_X.new_zeros(1)).long()
@@ -94,7 +94,7 @@ class RowExchange:
             torch._dynamo.maybe_mark_dynamic(varies, 0)  # or each number of rows would be compiled
         return rows, ends_X, experts
 
-    @torch.compiler.disable(recursive=True)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def bring_back(self, y_RD: torch.Tensor) -> torch.Tensor:
         back = torch.empty_like(self.order).scatter(
             0, self.order, torch.arange(len(self.order), device=y_RD.device)

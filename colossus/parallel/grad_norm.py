@@ -6,26 +6,14 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
-
-from colossus.parallel.pipeline import Pipeline
-from colossus.parallel.world import World
 
 Place = tuple[DeviceMesh, tuple[Placement, ...]] | None  # None: the whole tensor is here
 
 
-def clip(model: nn.Module, max_norm: float, world: World) -> torch.Tensor:
-    """Of this rank's part of a model, by the norm of the whole: see `clip_parts`. Parameters that two stages
-    of a pipeline hold count once."""
-    copies = model.copies if isinstance(model, Pipeline) else []
-    pipeline = world.meshes.pp if world.meshes is not None else None
-    return clip_parts(model.parameters(), max_norm, pipeline, copies)
-
-
 @torch.no_grad()
-def clip_parts(
+def clip(
     parameters: Iterable[torch.Tensor],
     max_norm: float,
     pipeline: dist.ProcessGroup | None = None,

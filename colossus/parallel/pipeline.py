@@ -1,6 +1,6 @@
 """Pipeline parallelism: stages of the model on different ranks, by PyTorch's schedules.
 
-Every rank of a pipeline is given the same rows; only activations, and their gradients, go from stage to stage.
+Every rank of a pipeline is given the same rows; activations and their gradients go from stage to stage.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Parameters cut over the ranks of a mesh by the names of their axes, and read by modules as local tensors.
 
-A parameter is a DTensor at rest: what saves, counts or updates it sees the logical tensor. The module that owns
-it computes with this rank's part, and says how the ranks' gradients of it belong together.
+A parameter is a DTensor at rest: what saves, counts or updates it sees the logical tensor. The module that
+owns it computes with this rank's part, and says how the ranks' gradients of it belong together.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def place(
     reads: dict[str, Any] = module.__dict__.setdefault("_local_reads", {})
     reads[name] = (gradients, divisor)
     kind = getattr(type(module), "_reads_whole", type(module))
-    module.__class__ = _reading(kind, tuple(sorted(reads)))
+    module.__class__ = _reading(kind, tuple(sorted(reads)))  # type: ignore[arg-type]
 
 
 @cache

@@ -9,13 +9,15 @@ import torch
 from colossus.architecture import IGNORED
 from colossus.models import Decoder
 from colossus.parallel.data import accumulate
+from colossus.parallel.grad_norm import clip
 from colossus.parallel.pipeline import Pipeline
+from colossus.parallel.world import World
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def forward_backward(
-    model: Decoder | Pipeline,
+    model: torch.nn.Module,
     micro_batches: Sequence[MicroBatch],
     *,
     num_targets: int,
@@ -25,9 +27,10 @@ def forward_backward(
     """The summed loss of this rank's tokens, in float64; leaves gradients of (the global batch's loss divided
     by its targets).
 
+    model: a Decoder, or this rank's `Pipeline`.
     micro_batches: (tokens_BT, targets_BT, documents_BT or None) of this rank's rows. num_targets, num_tokens:
-        of the global batch, by which loss and balance terms are divided once, so that accumulation, padding and
-        the number of ranks leave loss and gradient alone.
+        of the global batch, by which loss and balance terms are divided once, so that accumulation, padding
+        and the number of ranks leave loss and gradient alone.
     """
 
     def token_share(targets_BT: torch.Tensor) -> torch.Tensor:
@@ -49,3 +52,13 @@ def forward_backward(
 def decoders(model: torch.nn.Module) -> list[Decoder]:
     """The decoders that `model` is: one, or the stages of a pipeline that this rank has."""
     return model.decoders if isinstance(model, Pipeline) else [model]  # type: ignore[list-item]
+
+
+def clip_gradients(model: torch.nn.Module, max_norm: float, world: World) -> torch.Tensor:
+    """Of this rank's part of a model, by the norm of the whole model's gradients, which is returned.
+
+    Parameters that two stages of a pipeline hold count once.
+    """
+    if not isinstance(model, Pipeline) or world.meshes is None:
+        return clip(model.parameters(), max_norm)
+    return clip(model.parameters(), max_norm, world.meshes.pp, model.copies)

@@ -14,7 +14,7 @@ from colossus.models import Decoder
 KEPT = ("mm", "addmm", "_scaled_dot_product", "grouped_product", "_c10d_functional")  # outputs of operators
 
 
-def recompute_layers(model: Decoder, recompute: Recompute, num_layers: int | None) -> None:
+def recompute_layers(model: Decoder, recompute: Recompute = "full", num_layers: int | None = None) -> None:
     """full: keeps each layer's input alone. selective: also what products and collectives gave, so that the
     rest, which is quick to compute, is computed again. Of the first `num_layers` of `model`; None: of all."""
     if recompute == "none":

@@ -1,8 +1,8 @@
 """Tensor parallelism with sequence parallelism (Korthikanti et al. 2022, arXiv 2205.05198) over a vocabulary
 that is shared too.
 
-Between the products a rank has its part of each sequence's tokens. Attention and MLP gather the tokens, compute
-this rank's heads or columns, and sum what ranks add to each token where it belongs.
+Between the products a rank has its part of each sequence's tokens. Attention and MLP gather the tokens,
+compute this rank's heads or columns, and sum what ranks add to each token where it belongs.
 """
 
 from __future__ import annotations

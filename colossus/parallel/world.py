@@ -60,6 +60,7 @@ class World:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
         try:
+            layout = layout.filled()
             meshes = Meshes.build(layout, device, experts=experts, rank=dist.get_rank())
             yield cls(dist.get_rank(), dist.get_world_size(), place, meshes, layout)
         finally:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from colossus.architecture import Architecture
 from colossus.models import Decoder
 from colossus.models.router import Router
 
@@ -29,9 +27,13 @@ class ExpertLoads:
 
 
 class Balance:
-    """Takes the loads of a model's forward passes, and moves the routers' buffers once a step."""
+    """Takes the loads of a model's forward passes, and moves the routers' buffers once a step.
 
-    def __init__(self, arch: Architecture, models: Sequence[Decoder]) -> None:
+    models: one, or the stages of a pipeline that this rank has.
+    """
+
+    def __init__(self, *models: Decoder) -> None:
+        arch = models[0].arch
         self._models, self._settings = models, arch.experts
         self._layers = [layer for layer in range(arch.num_layers) if arch.has_experts(layer)]
         self._routers: dict[int, Router] = {}

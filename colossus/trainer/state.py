@@ -36,7 +36,7 @@ class TrainState:
     balance: Balance = field(init=False)
 
     def __post_init__(self) -> None:
-        self.balance = Balance(self.arch, decoders(self.model))
+        self.balance = Balance(*decoders(self.model))
 
     @classmethod
     def build(cls, job: Job, world: World) -> TrainState:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from colossus.data.loader import Batch, micro_batches
 from colossus.job import Job
-from colossus.parallel.grad_norm import clip
-from colossus.parallel.program import forward_backward
+from colossus.parallel.program import clip_gradients, forward_backward
 from colossus.parallel.world import World
 from colossus.trainer.balance import ExpertLoads
 from colossus.trainer.state import TrainState
@@ -52,7 +51,7 @@ def train_step(
         num_tokens=batch.num_tokens_global,
         z_loss=job.optimizer.z_loss,
     )
-    grad_norm = float(clip(state.model, job.optimizer.grad_clip, world))
+    grad_norm = float(clip_gradients(state.model, job.optimizer.grad_clip, world))
     total, *loads = world.sum([float(loss_sum) * (world.place.tp == 0), *state.balance.take()])
     skipped = not (grad_norm < float("inf"))
     if not skipped:

@@ -50,22 +50,22 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def save_and_load(folder: Path) -> None:
     """Runs in each of several ranks."""
     with World.join(Layout(dp_replicate=1, dp_shard=2), "cpu") as world:
-        mesh = world.mesh
-        assert mesh is not None
+        assert world.meshes is not None
+        mesh = world.meshes.dense
         model = build()
-        fully_shard(model, mesh=mesh["dp_shard"])
+        fully_shard(model, mesh=mesh["fsdp"])
         saved = state(model, train(model, STEPS))
         with Saver(folder, world) as saver:
             saver.save(STEPS, saved, {"rank": world.rank})
         dist.barrier()
 
         fresh = build()
-        fully_shard(fresh, mesh=mesh["dp_shard"])
+        fully_shard(fresh, mesh=mesh["fsdp"])
         zeros = {key: torch.zeros(t.shape, dtype=t.dtype) for key, t in saved.items()}
         layouts = [state(fresh, train(fresh, 1)), zeros]
         for placement in (Shard(0), Replicate()):
             layouts.append(
-                {k: distribute_tensor(t, mesh["dp_shard"], [placement]) for k, t in zeros.items() if t.ndim}
+                {k: distribute_tensor(t, mesh["fsdp"], [placement]) for k, t in zeros.items() if t.ndim}
             )
         for tensors in layouts:
             checkpoint = newest_whole(folder, world)

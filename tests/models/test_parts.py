@@ -144,10 +144,12 @@ def test_rms_norm_is_that_of_transformers() -> None:
 
 
 def test_rms_norm_of_bf16_is_computed_in_fp32_and_rounded_once() -> None:
-    """Squares of 300 would lose their digits in bf16; weights stay in fp32."""
+    """Squares of 300 would lose their digits in bf16; weights are those that ranks would gather."""
     ours, x = norm(64, 1e-5), (300 * random(5, 64)).bfloat16()
     found = ours(x)
-    exact = norm(64, 1e-5, torch.float64)(x.double())
+    reference = norm(64, 1e-5, torch.float64)
+    reference.weight.data = ours.weight.data.bfloat16().double()
+    exact = reference(x.double())
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-12)
 

@@ -14,8 +14,9 @@ from colossus.layout import Layout
 from colossus.models import Decoder, build, initialise
 from colossus.optim.muon import Muon
 from colossus.optim.optimizer import Optimizer
-from colossus.parallel.apply import recompute_layers, shard
+from colossus.parallel.data import shard
 from colossus.parallel.grad_norm import clip
+from colossus.parallel.recompute import recompute_layers
 from colossus.parallel.world import World
 from tests.models.reference import architecture, random_tokens
 from tests.parallel.real_ranks import in_ranks
@@ -215,7 +216,7 @@ def trained(world: World) -> dict[str, np.ndarray]:
     with torch.device("meta"):
         model = Decoder(arch(**UNEVEN)).double()
     model.compute_dtype = torch.float64
-    if world.mesh is not None:
+    if world.meshes is not None:
         shard(model, world, torch.float32)  # casts nothing
     model.to_empty(device="cpu")
     initialise(model, model.arch, seed=1)

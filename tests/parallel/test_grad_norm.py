@@ -89,9 +89,11 @@ def test_parameters_without_a_gradient_count_for_nothing() -> None:
 def sharded(layout: dict[str, int], placements: list[tuple[Placement, ...]]) -> tuple[float, list]:
     """The norm, and the clipped gradients whole, of one rank; no placements: that tensor is not sharded."""
     with World.join(Layout(**layout), "cpu") as world:
-        assert world.mesh is not None
+        assert world.meshes is not None
         grads = [
-            distribute_tensor(grad, world.mesh, list(where)) if where else grad
+            distribute_tensor(grad, world.meshes.dense["dp_replicate", "fsdp"], list(where))
+            if where
+            else grad
             for grad, where in zip(gradients(), placements, strict=True)
         ]
         found = parameters(grads)

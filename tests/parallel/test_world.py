@@ -26,7 +26,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_alone_there_is_no_process_group() -> None:
     value = {"any": object()}
     with World.join(Layout(), "cpu") as world:
-        assert (world.rank, world.size, world.device, world.mesh) == (0, 1, torch.device("cpu"), None)
+        assert (world.rank, world.size, world.device, world.meshes) == (0, 1, torch.device("cpu"), None)
         assert not dist.is_initialized()
         assert world.broadcast(value) is value
         found = world.sum([3, 0.1])
@@ -56,9 +56,9 @@ def talk(layout: dict[str, int]) -> dict[str, Any]:
     """What one rank of two hears before something goes wrong."""
     answer: dict[str, Any] = {}
     with contextlib.suppress(KeyError), World.join(Layout(**layout), "cpu") as world:
-        assert world.mesh is not None
+        assert world.meshes is not None
         answer["rank"] = (world.rank, world.size, world.device.type)
-        answer["mesh"] = {axis: world.mesh[axis].size() for axis in ("dp_replicate", "dp_shard")}
+        answer["mesh"] = {axis: world.meshes.dense[axis].size() for axis in ("dp_replicate", "fsdp")}
         answer["sums"] = world.sum([2.0**53 - 2, 0.25 * (1 + world.rank), -1.0])
         answer["any"] = [world.any(flag) for flag in (False, world.rank == 1, True)]
         answer["said"] = world.broadcast({"by": world.rank, "steps": [1, 2]})
@@ -73,7 +73,7 @@ def test_two_ranks_hear_the_same(layout: dict[str, int]) -> None:
     assert [answer.pop("rank") for answer in answers] == [(0, 2, "cpu"), (1, 2, "cpu")]
     assert answers == 2 * [
         {
-            "mesh": layout,
+            "mesh": {"dp_replicate": layout["dp_replicate"], "fsdp": layout["dp_shard"]},
             "sums": [2.0**54 - 4, 0.75, -2.0],
             "any": [False, True, True],
             "said": {"by": 0, "steps": [1, 2]},

@@ -15,7 +15,7 @@ from colossus.measure.counter import flop_counter, kernel_of
 from colossus.models import Decoder, build
 from colossus.models.attend import attend
 from colossus.models.sight import document_mask
-from colossus.parallel.apply import recompute_layers
+from colossus.parallel.recompute import recompute_layers
 from colossus.perf.flops import (
     attention_forward_flops,
     executed_flops_per_token,

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from colossus.architecture import Architecture
-from colossus.job import Job, Optimizer, Precision, RunSection, Data
+from colossus.job import Data, Job, Optimizer, Precision, RunSection
 from colossus.layout import Layout
 from colossus.models.box import box, local
-from colossus.parallel.grad_norm import clip
-from colossus.parallel.program import forward_backward
+from colossus.parallel.program import clip_gradients, forward_backward
 from colossus.parallel.world import World
 from colossus.trainer.state import TrainState
 from tests.perf.tiny import tiny
@@ -36,6 +35,17 @@ DEFAULTS: dict[str, Any] = {
     "async_tp": False,
     "compile": False,
     "pools": [],
+}
+RATES: dict[str, Any] = {
+    "lr": 3e-3,
+    "matrix_lr": 3e-3,
+    "weight_decay": 0.1,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "eps": 1e-8,
+    "momentum": 0.95,
+    "grad_clip": 1.0,
+    "z_loss": 1e-4,
 }
 
 
@@ -67,10 +77,7 @@ class Case:
         return Job(
             model=self.arch,
             data=Data(seq_len=self.seq_len),
-            optimizer=Optimizer(
-                name=self.optimizer, lr=3e-3, matrix_lr=3e-3, weight_decay=0.1, beta1=0.9, beta2=0.95,
-                eps=1e-8, momentum=0.95, grad_clip=1.0, z_loss=1e-4,
-            ),  # fmt: skip
+            optimizer=Optimizer(name=self.optimizer, **RATES),
             layout=Layout(**values),
             precision=Precision(type=self.type),
             run=RunSection(seed=7, global_batch=self.batch),
@@ -92,8 +99,8 @@ class Case:
 
 @dataclass
 class Result:
-    """losses, grad_norms: of each step. gradients: of the first, weights: after the last; by name the boxes that
-    this rank holds: (offset, sizes, values)."""
+    """losses, grad_norms: of each step. gradients: of the first, weights: after the last; by name the boxes
+    that this rank holds: (offset, sizes, values)."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -132,7 +139,7 @@ def _step(case: Case, job: Job, world: World, state: TrainState, step: int, resu
     )
     if step == 0:
         result.gradients = _boxes(state, lambda parameter: parameter.grad)
-    norm = clip(state.model, job.optimizer.grad_clip, world)
+    norm = clip_gradients(state.model, job.optimizer.grad_clip, world)
     total, *loads = world.sum([float(loss) * (world.place.tp == 0), *state.balance.take()])
     state.optimizer.step(1.0)
     state.optimizer.zero_grad()

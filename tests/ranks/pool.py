@@ -44,7 +44,7 @@ class Pool:
         """What `function(*arguments)` returned in each of `size` ranks.
 
         Raises:
-            AssertionError: with the traceback of the first rank that failed, or the ranks that did not answer.
+            AssertionError: with the traceback of the first rank that failed, or which did not answer.
         """
         while len(self._members) < size:
             here, there = _processes.Pipe()

@@ -19,7 +19,8 @@ from colossus.job import Job
 from colossus.layout import Layout
 from colossus.models import Decoder, initialise
 from colossus.models.experts import MoE
-from colossus.parallel.apply import recompute_layers, shard
+from colossus.parallel.data import shard
+from colossus.parallel.recompute import recompute_layers
 from colossus.parallel.world import World
 from colossus.trainer.balance import Balance
 from colossus.trainer.state import TrainState
@@ -65,7 +66,7 @@ def exact_state(job: Job, world: World, recompute: bool = False) -> TrainState:
     model.compute_dtype = torch.float64
     if recompute:
         recompute_layers(model)
-    if world.mesh is not None:
+    if world.meshes is not None:
         shard(model, world, torch.float32)  # casts nothing
     model.to_empty(device="cpu")
     initialise(model, job.model, seed=1)
