@@ -36,9 +36,9 @@ class Context(Protocol):
 
 class Sight(NamedTuple):
     """positions: of the tokens, [T] or, where rows stand at different ones, [B, T]; rotations: of those,
-    [2, T, E] or [2, B, T, E]. mask, windowed_mask: [..., T, S], true where a token may look, in layers without and with
-    a window; None: at all tokens up to itself. temperature: of its scores, [T] or [B, T]. context: None where
-    this rank has all tokens."""
+    [2, T, E] or [2, B, T, E]. mask, windowed_mask: [..., T, S], true where a token may look, in layers
+    without and with a window; None: at all tokens up to itself. temperature: of its scores, [T] or [B, T].
+    context: None where this rank has all tokens."""
 
     positions: torch.Tensor
     rotations: torch.Tensor | None
