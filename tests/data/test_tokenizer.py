@@ -55,6 +55,16 @@ def quick() -> JsonTokenizer:
     return tokenizer
 
 
+def test_settings_of_somebodys_batches_are_left_out() -> None:
+    """A published file may cut or pad what it encodes."""
+    theirs = tokenizers.Tokenizer.from_str(TRAINED._text)
+    theirs.enable_truncation(4)
+    theirs.enable_padding(length=64)
+    ours = JsonTokenizer(theirs.to_str(), TRAINED.bos_id, TRAINED.eos_id)
+    for text in (TEXTS[0], "a"):
+        assert list(ours.encode(text)) == list(TRAINED.encode(text)) == by_library(TRAINED, text)
+
+
 def test_training_is_deterministic() -> None:
     """Also in another process, whose hashes are seeded differently."""
     program = (

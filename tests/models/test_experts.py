@@ -116,16 +116,19 @@ def test_gradients_of_the_grouped_product(ends: list[int]) -> None:
     torch.testing.assert_close(y_MO, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("sizes", [(16, 32), (5, 7), (6, 32)])
 @pytest.mark.parametrize("ends", [[20, 20, 64], [0, 0, 64], [8, 40, 64]])
-def test_fp32_is_near_float64(ends: list[int]) -> None:
-    """PyTorch's own kernel, which float64 does not take; empty groups have gradients of zero."""
+def test_fp32_is_near_float64(ends: list[int], sizes: tuple[int, int]) -> None:
+    """PyTorch's own kernel, which takes no float64, and no rows but of whole 16 bytes; empty groups have
+    gradients of zero."""
+    num_in, num_out = sizes
     ends_X = torch.tensor(ends, dtype=torch.int32)
     results = []
     for dtype in (torch.float32, torch.float64):
-        x_MI = random(64, 16).to(dtype).requires_grad_()
-        w_XOI = random(3, 32, 16, seed=1).to(dtype).requires_grad_()
+        x_MI = random(64, num_in).to(dtype).requires_grad_()
+        w_XOI = random(3, num_out, num_in, seed=1).to(dtype).requires_grad_()
         y_MO = grouped_product(x_MI, w_XOI, ends_X)
-        grads = torch.autograd.grad(y_MO, (x_MI, w_XOI), random(64, 32, seed=2).to(dtype))
+        grads = torch.autograd.grad(y_MO, (x_MI, w_XOI), random(64, num_out, seed=2).to(dtype))
         results.append([y_MO, *grads])
     for ours, exact in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
