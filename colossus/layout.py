@@ -80,6 +80,16 @@ class Layout(Section):
         open_ = {name: value for name, value in SIMPLEST.items() if getattr(self, name) is None}
         return self.model_copy(update=open_)
 
+    def of_replica(self, replica: int) -> Layout:
+        """As the pool of one of the replicas has it."""
+        ends = 0
+        for pool in self.pools or ():
+            ends += pool.replicas
+            if replica < ends:
+                own = {"micro_batch": pool.micro_batch, "recompute": pool.recompute}
+                return self.model_copy(update={name: v for name, v in own.items() if v is not None})
+        return self
+
     @property
     def num_ranks(self) -> int:
         """Ranks of the whole job; an axis that is not derived yet counts as 1."""
@@ -341,6 +351,9 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+OF_POOLS = ("global_batch", "micro_batch")  # fields that pools have for themselves
+
+
 def model_row(arch: Architecture) -> dict[str, int]:
     """What the rules ask about a model; what it has not is 0."""
     experts, expert_ffn = arch.experts, arch.expert_size
@@ -389,18 +402,32 @@ def violations(
         "node_size": node_size,
         "has_symmetric_memory": int(has_symmetric_memory),
     }
-    return [rule.message(row) for rule in RULES if not rule.holds(row)] + _pool_violations(layout)
-
-
-def _pool_violations(layout: Layout) -> list[str]:
     if not layout.pools:
-        return []
-    replicas = sum(pool.replicas for pool in layout.pools)
-    if replicas != (layout.dp_replicate or 1):
-        return [
-            f"layout.pools: have {replicas} replicas together; layout.dp_replicate={layout.dp_replicate or 1}"
-        ]
-    return []
+        return [rule.message(row) for rule in RULES if not rule.holds(row)]
+    common = [rule.message(row) for rule in RULES if rule.field not in OF_POOLS and not rule.holds(row)]
+    return common + _pool_violations(layout, row)
+
+
+def _pool_violations(layout: Layout, row: Row) -> list[str]:
+    """Pools are judged one by one: a replica with its share is a layout of its own."""
+    pools, replicas = layout.pools, row["dp_replicate"]
+    if sum(pool.replicas for pool in pools) != replicas:
+        together = sum(pool.replicas for pool in pools)
+        return [f"layout.pools: have {together} replicas together; layout.dp_replicate={replicas}"]
+    given = [pool.share is not None for pool in pools]
+    if any(given) and not all(given):
+        return ["layout.pools: share is given for some and not for others; for all, or for none"]
+    total = sum(pool.replicas * (pool.share or 0) for pool in pools)
+    if all(given) and total != row["global_batch"]:
+        return [f"layout.pools: take {total} sequences together; run.global_batch={row['global_batch']}"]
+    found = []
+    for number, pool in enumerate(pools):
+        share = pool.share or row["global_batch"] // replicas
+        own = {**row, "dp_replicate": 1, "global_batch": share}
+        own["micro_batch"] = pool.micro_batch or row["micro_batch"]
+        broken = (rule.message(own) for rule in RULES if rule.field in OF_POOLS and not rule.holds(own))
+        found += [f"layout.pools[{number}]: {message}" for message in broken]
+    return found
 
 
 def check(layout: Layout, arch: Architecture, **of: Any) -> None:

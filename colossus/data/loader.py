@@ -45,6 +45,8 @@ class Batches:
     Every rank gets equally many rows, a multiple of `micro_batch`, so that all take as many passes;
     where the global batch does not divide, the last rows are padding without targets.
 
+    shares: of replicas that take unequal parts of a batch, the part of each; the ranks are theirs in turn.
+
     Raises (from `next`): what reading raised.
     """
 
@@ -58,11 +60,12 @@ class Batches:
         rank: int = 0,
         size: int = 1,
         micro_batch: int = 1,
+        shares: Sequence[int] = (1,),
         mask_documents: bool = False,
         device: Any = "cpu",
     ) -> None:
         self._sources, self._order, self._schedule = list(sources), order, schedule
-        self._rank, self._size, self._micro_batch = rank, size, micro_batch
+        self._rank, self._size, self._micro_batch, self._shares = rank, size, micro_batch, list(shares)
         self._mask_documents, self._device = mask_documents, device
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=self._depth(start_step))
         self._stop = threading.Event()
@@ -98,9 +101,8 @@ class Batches:
         """This rank's rows of `step` as numpy arrays, read now."""
         first, count = self._schedule.first_sample(step), self._schedule.batch(step)
         seq_len = self._order.phase(first).seq_len
-        share = -(-count // self._size)
+        mine, share = rank_rows(count, self._rank, self._size, self._shares)
         rows = -(-share // self._micro_batch) * self._micro_batch
-        mine = range(min(count, self._rank * share), min(count, (self._rank + 1) * share))
         tokens_BT = np.zeros((rows, seq_len), np.int64)
         targets_BT = np.full((rows, seq_len), IGNORED, np.int64)
         documents_BT = np.zeros((rows, seq_len), np.int64) if self._mask_documents else None
@@ -149,6 +151,18 @@ class Batches:
         seq_len = self._order.phase(self._schedule.first_sample(step)).seq_len
         one = 24 * seq_len * -(-self._schedule.batch(step) // self._size)
         return max(2, min(AHEAD_STEPS, AHEAD_BYTES // one))
+
+
+def rank_rows(count: int, rank: int, size: int, shares: Sequence[int] = (1,)) -> tuple[range, int]:
+    """Which of a batch's `count` rows are rank `rank`'s, and how many it takes with padding.
+
+    size: of all ranks. shares: see `Batches`.
+    """
+    replica, place = divmod(rank, size // len(shares))
+    ends = [count * sum(shares[:n]) // sum(shares) for n in range(len(shares) + 1)]
+    first, last = ends[replica], ends[replica + 1]
+    share = max(1, -(-(last - first) // (size // len(shares))))
+    return range(min(last, first + place * share), min(last, first + (place + 1) * share)), share
 
 
 def micro_batches(batch: Batch, micro_batch: int) -> list[tuple[Any, Any, Any]]:

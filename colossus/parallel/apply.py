@@ -30,7 +30,7 @@ def build(job: Job, world: World) -> Decoder | Pipeline:
 def apply(model: Decoder, job: Job, world: World) -> Decoder:
     """Precision, tensor, expert and context parallelism, recomputation, compilation, sharding; then memory
     and initial values for the local shard alone (DESIGN section 6)."""
-    layout, meshes = job.layout, world.meshes
+    layout, meshes = job.layout.of_replica(world.place.dp_replicate), world.meshes
     apply_precision(model, job.precision.type)
     if meshes is not None:
         cp, tp = Group(meshes.cp), Group(meshes.tp)

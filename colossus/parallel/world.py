@@ -25,6 +25,7 @@ LETTING_GO_SECONDS = 0.1
 class World:
     """This process among the ranks of its job. A world of one has no process group and no mesh.
 
+    layout: as this rank's replica has it.
     data: this one among the ranks that share rows of a batch, as who reads or evaluates them sees it.
     """
 
@@ -62,6 +63,7 @@ class World:
         try:
             layout = layout.filled()
             meshes = Meshes.build(layout, device, experts=experts, rank=dist.get_rank())
+            layout = layout.of_replica(meshes.place.dp_replicate)
             yield cls(dist.get_rank(), dist.get_world_size(), place, meshes, layout)
         finally:
             dist.destroy_process_group()

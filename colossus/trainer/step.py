@@ -46,7 +46,7 @@ def train_step(
     state.model.train()
     loss_sum = forward_backward(
         state.model,
-        micro_batches(batch, job.layout.micro_batch),
+        micro_batches(batch, job.layout.of_replica(world.place.dp_replicate).micro_batch),
         num_targets=num_targets,
         num_tokens=batch.num_tokens_global,
         z_loss=job.optimizer.z_loss,

@@ -25,6 +25,7 @@ from colossus.parallel.world import World
 from colossus.trainer.decisions import CLOCK_FOLLOWS, Decision, Decisions
 from colossus.trainer.folder import locked
 from colossus.trainer.horizon import Deadline, Horizon
+from colossus.trainer.shares import decide_shares
 from colossus.trainer.state import TrainState
 
 STOP_REASONS = ("SIGINT", "SIGTERM", "asked")
@@ -95,6 +96,7 @@ class Training:
                 state.restore(checkpoint)
             elif job.model.init_from is not None:
                 state.begin_with(open_weights(job.model.init_from))
+            shares = decide_shares(job, state, decisions, step, world, log)
             every = job.checkpoint
             saver = stack.enter_context(Saver(folder, world, keep=every.keep, keep_every=every.keep_every))
             batches = stack.enter_context(
@@ -105,7 +107,8 @@ class Training:
                     start_step=step,
                     rank=world.data.rank,
                     size=world.data.size,
-                    micro_batch=job.layout.micro_batch,
+                    micro_batch=job.layout.of_replica(world.place.dp_replicate).micro_batch,
+                    shares=shares,
                     mask_documents=job.data.mask_documents,
                     device=world.device,
                 )
