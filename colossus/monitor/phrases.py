@@ -30,6 +30,8 @@ def decision(name: str, value: Any) -> str:
         return f"samples of {value[0]['seq_len']:,} tokens" + (
             f", in {len(value)} phases" if len(value) > 1 else ""
         )
+    if name == "shares":
+        return f"of {sum(value):,} samples the replicas take {', '.join(f'{share:,}' for share in value)}"
     if name in ("validation_documents", "final_documents"):
         which = "each" if name == "validation_documents" else "the last"
         return f"{which} validation takes {held_out(value)}"

@@ -52,6 +52,12 @@ def own_stages(layout: Layout, rank: int) -> list[int]:
     return [rank + turn * layout.pp for turn in range(layout.stages_per_rank)]
 
 
+class _Stage(PipelineStage):
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """Before PyTorch 2.13 a rank that has neighbouring stages greets itself, which gloo cannot."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+
 class Pipeline(nn.Module):
     """This rank's stages, and the schedule around them."""
 
@@ -159,7 +165,7 @@ class Pipeline(nn.Module):
         x.requires_grad_()
         tokens = torch.empty(*shape, dtype=torch.int64, device="meta")
         loss = torch.empty(1, dtype=torch.promote_types(part.compute_dtype, torch.float32), device="meta")
-        return PipelineStage(
+        return _Stage(
             part,
             index,
             self._layout.num_stages,

@@ -70,6 +70,22 @@ def test_hooks_reach_the_ranks_and_events_come_back(small_job: Make, tmp_path: P
     assert run.events("start")[0]["num_ranks"] == 2
 
 
+@pytest.mark.parametrize("shares", [(1, 3), (None, None)], ids=["given", "measured"])
+def test_unequal_replicas_train_as_one_rank_does(
+    small_job: Make, shares: tuple[int | None, int | None]
+) -> None:
+    """The second computes more at once, and recomputes; in float64."""
+    small = [{"replicas": 1}, {"replicas": 1, "micro_batch": 2, "recompute": "full"}]
+    pools = [pool | ({"share": share} if share else {}) for pool, share in zip(small, shares, strict=True)]
+    exact = ("precision.type=fp64", "run.steps=4", "run.global_batch=4", "layout.micro_batch=1")
+    alone = api.train(small_job("alone", *exact))
+    job = small_job("run", "layout.dp_replicate=2", "layout.dp_shard=1", *exact)
+    run = api.train(job.put({"layout.pools": pools}, "argument"))
+    assert run.loss == pytest.approx(alone.loss, rel=1e-12)
+    decided = [event["value"] for event in run.events("decision") if event["name"] == "shares"]
+    assert decided == [] if shares[0] else sum(decided[0]) == 4
+
+
 @pytest.mark.parametrize(
     ("how", "kind", "message"),
     [
