@@ -70,6 +70,7 @@ class Layout(Section):
     micro_batch: int = derived(ge=1, le=10**7)  # sequences that a rank computes at once
     recompute: Recompute = derived()
     recompute_layers: int | None = Field(default=None, ge=0, le=10**5)  # of a rank; None: all
+    activation_gib: float | None = Field(default=None, gt=0, le=10**6)  # what follows: recompute_layers
     reshard: bool = derived()  # whether gathered weights are let go of between forward and backward pass
     async_tp: bool = derived()
     compile: bool = derived()

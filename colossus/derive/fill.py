@@ -20,6 +20,7 @@ from colossus.derive.machine import (
     state_bytes,
 )
 from colossus.derive.origin import TUNING, follow_model
+from colossus.derive.recompute import derive_recompute
 from colossus.errors import UserError
 from colossus.hardware.machine import Machine
 from colossus.job import Job
@@ -55,6 +56,7 @@ def derive(job: Job, machine: Machine) -> Job:
     job = _derive_steps(job, plan)
     job = _derive_optimizer(job, plan)
     job = _derive_layout(job, machine)
+    job = derive_recompute(job, longest_sample(job))
     job = _derive_rest(job)
     _check(job)
     return job
