@@ -12,7 +12,7 @@ from colossus.parallel.data import shard
 from colossus.parallel.expert import apply_expert_parallel
 from colossus.parallel.pipeline import Pipeline, cut
 from colossus.parallel.recompute import recompute_layers
-from colossus.parallel.tensor import apply_tensor_parallel
+from colossus.parallel.tensor import apply_tensor_parallel, overlap_products
 from colossus.parallel.whole import RankShare
 from colossus.parallel.world import World
 from colossus.precision import apply_precision, torch_type
@@ -36,6 +36,8 @@ def apply(model: Decoder, job: Job, world: World) -> Decoder:
         cp, tp = Group(meshes.cp), Group(meshes.tp)
         if tp.size > 1:
             apply_tensor_parallel(model, meshes.dense["tp"], tp)
+            if layout.async_tp:
+                overlap_products(tp)
         if meshes.expert is not None:
             apply_expert_parallel(model, meshes)
         if cp.size > 1 or tp.size > 1 or layout.pp > 1:

@@ -58,6 +58,15 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, group: Group) -> Non
         model.norm.register_forward_hook(partial(_gather_output, group))
 
 
+def overlap_products(group: Group) -> None:
+    """Lets the compiler cut the collectives of tp into parts that overlap with the products beside them, on
+    GPUs that reach each other's memory (PyTorch's asynchronous tensor parallelism)."""
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    torch._inductor.config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(group.name)
+
+
 def _gather_tokens(group: Group, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (gather(args[0], group, SEQUENCE), *args[1:])
 
