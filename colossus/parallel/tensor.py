@@ -64,7 +64,7 @@ def overlap_products(group: Group) -> None:
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
     torch._inductor.config._micro_pipeline_tp = True
-    enable_symm_mem_for_group(group.name)
+    enable_symm_mem_for_group(group.name)  # type: ignore[arg-type]
 
 
 def _gather_tokens(group: Group, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
