@@ -12,14 +12,14 @@ from colossus.perf.parts import layer_kinds, parts
 def stages(arch: Architecture, num_stages: int, seq_len: int) -> tuple[range, ...]:
     """Layers of each stage, at least one, by the FLOPs of a forward pass; the head is the last stage's.
 
-    The dearest stage is as cheap as it can be; among such cuts early stages take as much as that allows.
+    The dearest stage is as cheap as it can be; among such cuts late stages take as much as that allows: the
+    earlier a stage, the more micro batches wait in it.
     """
     costs, head = layer_costs(arch, seq_len)
     assert 1 <= num_stages <= len(costs), f"{num_stages} stages of {len(costs)} layers"
     low, high = max(*costs, costs[-1] + head), sum(costs) + head
-    bounds = {
-        sum(costs[a:b]) + (head if b == len(costs) else 0) for a in range(len(costs)) for b in _ends(a, costs)
-    }
+    ends = range(1, len(costs) + 1)
+    bounds = {sum(costs[a:b]) + (head if b == len(costs) else 0) for b in ends for a in range(b)}
     fitting = sorted(bound for bound in bounds if low <= bound <= high)
     lo, hi = 0, len(fitting) - 1
     while lo < hi:
@@ -49,23 +49,17 @@ def layer_costs(arch: Architecture, seq_len: int) -> tuple[list[float], float]:
     return costs, head
 
 
-def _ends(begin: int, costs: list[float]) -> range:
-    return range(begin + 1, len(costs) + 1)
-
-
 def _cut(costs: list[float], head: float, num_stages: int, bound: float) -> tuple[range, ...] | None:
-    """Stages of at most `bound`, each as long as it can be while the later ones have a layer each."""
-    found, begin, num_layers = [], 0, len(costs)
-    for stage in range(num_stages):
-        later = num_stages - stage - 1
-        end, cost = begin, 0.0
-        while end < num_layers - later and cost + costs[end] <= bound:
-            cost += costs[end]
-            end += 1
-        if end == begin:
-            return None
-        if not later and (end < num_layers or cost + head > bound):
+    """Stages of at most `bound`; from the last to the first as long as leaves earlier ones a layer each."""
+    found: list[range] = []
+    end, cost = len(costs), head
+    for stage in reversed(range(num_stages)):
+        begin = end
+        while begin > stage and cost + costs[begin - 1] <= bound:
+            begin -= 1
+            cost += costs[begin]
+        if begin == end or (stage == 0 and begin > 0):
             return None
         found.append(range(begin, end))
-        begin = end
-    return tuple(found)
+        end, cost = begin, 0.0
+    return tuple(reversed(found))
