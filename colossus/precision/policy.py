@@ -13,7 +13,8 @@ from torch import nn
 
 from colossus.errors import UserError
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # that a machine may be quick in
+EXACT = {"fp64": torch.float64}
 
 
 def torch_type(name: str) -> torch.dtype:
@@ -22,9 +23,9 @@ def torch_type(name: str) -> torch.dtype:
     Raises:
         UserError: it is none of "fp32", "bf16" and "fp64".
     """
-    if name not in TYPES:
+    if name not in TYPES | EXACT:
         raise UserError.field("precision.type", name, f"must be one of {', '.join(TYPES)}", TYPES)
-    return TYPES[name]
+    return (TYPES | EXACT)[name]
 
 
 def apply_precision(model: nn.Module, name: str) -> nn.Module:

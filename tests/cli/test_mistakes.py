@@ -15,7 +15,10 @@ MISTAKES = [
     (["train", "data.hidden_size=5"], "did you mean 'model.hidden_size'?"),
     (["train", "model=lama3.2-1b"], "did you mean 'llama3.2-1b'?"),
     (["train", "run=fast"], "no presets of 'run' exist"),
-    (["train", "precision.type=bf61"], "precision.type=bf61: must be 'fp32' or 'bf16'; did you mean 'bf16'?"),
+    (
+        ["train", "precision.type=bf61"],
+        "precision.type=bf61: must be 'fp32', 'bf16' or 'fp64'; did you mean 'bf16'?",
+    ),
     (["train", "run.minuts=" + 300 * "5"], "did you mean 'run.minutes'?"),
     (["train", "run.steps=-3"], "run.steps=-3: must be greater than or equal to 1"),
     (["train", "run.steps=many"], "run.steps=many: must be a whole number"),
