@@ -25,14 +25,13 @@ LETTING_GO_SECONDS = 0.1
 class World:
     """This process among the ranks of its job. A world of one has no process group and no mesh.
 
-    data: this one among the ranks that share rows of a batch, as who reads or evaluates them sees it.
     """
 
     rank: int
     size: int
     device: torch.device
     meshes: Meshes | None = None
-    layout: Layout = field(default_factory=Layout)
+    layout: Layout = field(default_factory=lambda: Layout().filled())
 
     @classmethod
     @contextlib.contextmanager
@@ -75,9 +74,19 @@ class World:
 
     @property
     def data(self) -> DataRank:
+        """This one among the ranks that share rows of a batch, as who reads or evaluates them sees it. Ranks
+        of cp and pp add up to what comes of the rows; those of tp have the same."""
+        return self._data_rank(counts=self.place.tp == 0)
+
+    @property
+    def rows(self) -> DataRank:
+        """The same where each rank has all that comes of its rows, not a part of it."""
+        return self._data_rank(counts=self.place.pp == self.place.cp == self.place.tp == 0)
+
+    def _data_rank(self, counts: bool) -> DataRank:
         if self.meshes is None:
-            return DataRank(self, 0, 1)
-        return DataRank(self, self.place.dp(self.layout), self.layout.dp)
+            return DataRank(self, 0, 1, counts)
+        return DataRank(self, self.place.dp(self.layout), self.layout.dp, counts)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -102,13 +111,16 @@ class World:
 
 @dataclass(frozen=True)
 class DataRank:
-    """A rank among those that see different rows. Ranks of one pipeline, of cp and of tp see the same."""
+    """A rank among those that see different rows. Ranks of one pipeline, of cp and of tp see the same.
+
+    counts: whether what this rank has is no copy of what another has.
+    """
 
     world: World
     rank: int
     size: int
+    counts: bool
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over all ranks; ranks of tp, which compute the same, count once."""
-        counts = self.world.place.tp == 0
-        return self.world.sum([value if counts else 0.0 for value in values])
+        """Each value summed over the ranks that count."""
+        return self.world.sum([value if self.counts else 0.0 for value in values])
