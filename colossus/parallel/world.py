@@ -23,9 +23,7 @@ LETTING_GO_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks of its job. A world of one has no process group and no mesh.
-
-    """
+    """This process among the ranks of its job. A world of one has no process group and no mesh."""
 
     rank: int
     size: int
