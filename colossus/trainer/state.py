@@ -105,10 +105,20 @@ class TrainState:
 
 def check_model(checkpoint: Checkpoint, arch: Architecture) -> None:
     """Raises `UserError` where a checkpoint is of another model, and says in what they differ."""
-    kept = checkpoint.meta["architecture"]
-    there, here = Architecture.model_validate(kept).model_dump(), arch.model_dump()
-    names = [name for name in kept if name in here and name not in ("preset", "init_from")]
-    if differing := [f"{n}: {there[n]!r}, {here[n]!r}" for n in names if there[n] != here[n]]:
+    there, here = (
+        checkpoint.meta["architecture"],
+        arch.model_dump(mode="json", exclude={"preset", "init_from"}),
+    )
+    if differing := [
+        f"{n}: {there[n]!r}, {here[n]!r}" for n in here if n in there and _is_other(there[n], here[n])
+    ]:
         raise UserError(
             f"{checkpoint.path}: of another model; differing in model (there, here): {'; '.join(differing)}"
         )
+
+
+def _is_other(there: Any, here: Any) -> bool:
+    """Of a table, what is not there yet had the default then."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        return any(name in there and _is_other(there[name], value) for name, value in here.items())
+    return bool(there != here)
