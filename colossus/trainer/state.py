@@ -106,7 +106,7 @@ class TrainState:
 def check_model(checkpoint: Checkpoint, arch: Architecture) -> None:
     """Raises `UserError` where a checkpoint is of another model, and says in what they differ."""
     there, here = (
-        checkpoint.meta["architecture"],
+        checkpoint.meta.get("architecture", {}),
         arch.model_dump(mode="json", exclude={"preset", "init_from"}),
     )
     if differing := [

@@ -120,3 +120,20 @@ def test_heads_that_were_asked_for_choose_a_width_that_goes_with_them() -> None:
 def test_a_run_is_saved_often_enough_for_its_length() -> None:
     assert derived("run.minutes=5").checkpoint.minutes == 1
     assert derived("run.steps=5").checkpoint.minutes == 10
+
+
+@pytest.mark.parametrize(
+    ("layout", "micro_batch"),
+    [
+        (["pp=2"], 6),
+        (["pp=4", "dp_shard=2"], 1),
+        (["pp=2", "schedule=interleaved_1f1b"], 3),
+        (["pp=2", "schedule=gpipe"], 6),
+        (["pp=4", "schedule=interleaved_1f1b", "stages_per_rank=3"], 1),
+        (["tp=2"], 12),
+    ],
+)
+def test_a_pipeline_has_work_for_its_stages(layout: list[str], micro_batch: int) -> None:
+    words = ["run.steps=10", "run.global_batch=12", "model.num_layers=12", "model.hidden_size=64"]
+    job = derived(*words, "model.num_kv_heads=2", "model.num_heads=2", *(f"layout.{word}" for word in layout))
+    assert job.layout.micro_batch == micro_batch
