@@ -75,7 +75,7 @@ def test_minutes_give_what_this_machine_reaches_in_them() -> None:
     [
         (["model=llama3.1-405b", "run.steps=1"], "model=llama3.1-405b: 406B parameters need"),
         (["run.threads=4096"], "run.threads=4096: more than this machine's cores; at most 2"),
-        (["layout.tp=2"], "layout.tp=2: tensor parallelism is not available yet"),
+        (["layout.tp=2"], "layout.tp=2: must divide the"),
         (["data.weights=[1,2]"], "data.weights=[1.0, 2.0]: 2 numbers for 1 corpora"),
         (["model.max_seq_len=64", "data.seq_len=128", "run.steps=1"], "data.seq_len=128: longer than"),
         (["model.num_heads=4", "model.num_kv_heads=3", "model.hidden_size=64", "run.steps=1"], "must divide"),
