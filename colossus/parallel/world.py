@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from colossus.errors import UserError
 from colossus.layout import Layout
+from colossus.parallel.meeting import meet
 from colossus.parallel.mesh import Meshes, Place
 
 TIMEOUT = timedelta(minutes=10)
@@ -40,6 +41,7 @@ class World:
 
         Raises:
             UserError: so many processes were not started as the layout has ranks.
+            MachineError: not all of them came.
         """
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != layout.num_ranks:
@@ -55,7 +57,8 @@ class World:
             yield cls(0, 1, place)
             return
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, size = meet("world")
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
         try:
             layout = layout.filled()
             meshes = Meshes.build(layout, device, experts=experts, rank=dist.get_rank())
