@@ -1,6 +1,7 @@
 """Whether a run that was killed and goes on is bitwise the run that never stopped: the whole matrix.
 
-{1, 2 ranks} x {eager, compiled} x {AdamW, Muon} x the types in which this machine is quick. For each, one run
+{1 rank, 2 by FSDP2, tensor parallelism, pipeline} x {eager, compiled} x {AdamW, Muon} x the types in which this
+machine is quick. For each, one run
 is killed in its first step, in a save, in an evaluation, where an epoch ends and in the decay, goes on each
 time, and is compared with an undisturbed one: the loss of every step that any attempt took, and at the end
 every tensor. Another, of given minutes, is killed before and at the clock's decision, and compared with a
@@ -38,9 +39,9 @@ SETTINGS = [
     "data.seq_len=32",
     "data.validation_fraction=0.2",
     "model.hidden_size=32",
-    "model.num_layers=1",
+    "model.num_layers=2",
     "model.num_heads=2",
-    "model.num_kv_heads=1",
+    "model.num_kv_heads=2",
     "model.head_dim=16",
     "model.intermediate_size=64",
     "run.global_batch=48",
@@ -50,6 +51,12 @@ SETTINGS = [
 BY_STEPS = ["run.steps=16", "run.validate_every=4", "checkpoint.steps=4"]
 BY_MINUTES = ["run.validate_every=50", "checkpoint.steps=10"]
 MINUTES = {False: 0.06, True: 0.7}  # compiled or not: each attempt compiles, which counts
+LAYOUTS = {
+    "1 rank": ["layout.dp_shard=1"],
+    "2 ranks": ["layout.dp_shard=2"],
+    "2 ranks of tp": ["layout.tp=2"],
+    "2 ranks of pp": ["layout.pp=2"],
+}
 PLACES = {
     "in its first step": Kill("step", 0),
     "in a save": Kill("save", 4),
@@ -130,28 +137,26 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.getLogger().setLevel(logging.ERROR)
     kept_machine()
-    matrix = list(itertools.product((1, 2), (False, True), ("adamw", "muon"), quick_types()))
+    matrix = list(itertools.product(LAYOUTS, (False, True), ("adamw", "muon"), quick_types()))
     if arguments.quick:
-        matrix = [(1, False, "muon", "fp32")]
+        matrix = [("1 rank", False, "muon", "fp32")]
     figures = []
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix=".resume-") as name:
         root = Path(name).resolve()
         write_corpus(root / "corpus")
-        for index, (ranks, compiled, optimizer, kind) in enumerate(matrix):
+        for index, (layout, compiled, optimizer, kind) in enumerate(matrix):
             folder = root / str(index)
             folder.mkdir()
             (folder / "corpus").symlink_to(root / "corpus")
             settings = [
-                f"layout.dp_shard={ranks}",
+                *LAYOUTS[layout],
                 f"layout.compile={str(compiled).lower()}",
                 f"optimizer.name={optimizer}",
                 f"precision.type={kind}",
             ]
             began = time.monotonic()
             found = try_setting(folder, settings)
-            title = (
-                f"{ranks} rank{'s' * (ranks > 1)}, {'compiled' if compiled else 'eager'}, {optimizer}, {kind}"
-            )
+            title = f"{layout}, {'compiled' if compiled else 'eager'}, {optimizer}, {kind}"
             seconds = time.monotonic() - began
             print(f"{title:<40} {'; '.join(found[:5]) or 'bitwise equal'} ({seconds:.0f} s)", flush=True)
             compared = sum(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,16 +107,18 @@ class Checkpoint:
         self._fill(entry, out, offset)
         return out
 
-    def load_into(self, tensors: Mapping[Key, torch.Tensor]) -> None:
+    def load_into(self, tensors: Mapping[Key, torch.Tensor] | Iterable[tuple[Key, torch.Tensor]]) -> None:
         """Fills tensors in place: plain ones whole, DTensors of any layout with this rank's part.
 
-        Floating-point types are converted to the tensor's own; other types must be equal.
+        Several may be asked for by one key. Floating-point types are converted to the tensor's own; other
+        types must be equal.
 
         Raises:
             UserError: the checkpoint has no such tensor, or one of another shape or type; nothing is filled.
             DamagedCheckpoint: as `read`; some tensors may be filled by then.
         """
-        shards = [shard_of(key, tensor) for key, tensor in tensors.items()]
+        pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+        shards = [shard_of(key, tensor) for key, tensor in pairs]
         tasks = []
         for shard in shards:
             entry = self._entry(shard.key)

@@ -116,6 +116,10 @@ class Saver:
         self._preparing = threading.Thread(target=self._snapshot.reserve, args=(shards,), daemon=True)
         self._preparing.start()
 
+    def copy_bytes(self, tensors: Mapping[Key, torch.Tensor]) -> int:
+        """Memory that a copy of what this rank writes of these takes."""
+        return sum(shard.num_bytes for shard in self._own_shards(tensors))
+
     def save(
         self,
         step: int,
@@ -129,7 +133,8 @@ class Saver:
 
         Args:
             step: the last step whose update is in `tensors`.
-            tensors: by (name, kind), of any layout; a plain tensor is equal on all ranks of the world.
+            tensors: by (name, kind), of any layout; a plain tensor is equal on all ranks of the world, while
+                of DTensors each rank gives those whose meshes it is in.
             meta: plain JSON; rank 0's is kept.
             asynchronous: False writes straight from `tensors`, without a copy in memory, and returns when
                 the checkpoint is whole.

@@ -60,7 +60,7 @@ def writes(key: Key, tensor: torch.Tensor, rank: int, world_size: int) -> bool:
     """Whether this rank is the one of several equal holders that writes its part of `tensor`.
 
     The holders take turns by the tensor's name, so that each writes about as much. A plain tensor is held,
-    equal, by every rank of the world.
+    equal, by every rank of the world; a DTensor by the ranks of its mesh.
     """
     turn = zlib.crc32("/".join(key).encode())
     if not isinstance(tensor, DTensor):

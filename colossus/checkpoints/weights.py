@@ -14,7 +14,7 @@ from colossus.checkpoints.load import Checkpoint
 from colossus.checkpoints.shards import shard_of
 from colossus.errors import UserError
 from colossus.models.hf.tensors import Readable
-from colossus.models.init import logical_name
+from colossus.models.init import kept_buffers, logical_name
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,8 @@ class Weights:
         Raises:
             UserError: a tensor is missing, or of another shape. MachineError: what is there is damaged.
         """
-        kept = model.state_dict().keys()
         parameters = {logical_name(name): p for name, p in model.named_parameters()}
-        buffers = {logical_name(name): b for name, b in model.named_buffers() if name in kept}
+        buffers = kept_buffers(model)
         if isinstance(self.source, Checkpoint):
             there = set(self.source.names("buffer"))
             found = {(name, "buffer"): b for name, b in buffers.items() if (name, "buffer") in there}

@@ -7,6 +7,7 @@ from typing import Any
 
 from colossus.architecture import num_active, num_parameters
 from colossus.job import Job
+from colossus.layout import AXES, Layout
 from colossus.section import Section
 from colossus.words import clock, count, plural, short
 
@@ -101,12 +102,22 @@ def _machine(job: Job) -> list[str]:
     return _known(
         (job.fleet.device, str),
         (job.precision.type, str),
-        (layout.num_ranks if layout.num_ranks > 1 else None, lambda n: plural(n, "rank")),
+        (layout.num_ranks if layout.num_ranks > 1 else None, lambda n: plural(n, "rank") + _spread(layout)),
         (job.run.threads, lambda n: plural(n, "thread")),
         (layout.micro_batch, lambda n: f"{plural(n, 'sample')} at once"),
         (layout.compile, lambda c: "compiled" if c else "not compiled"),
         (layout.recompute if layout.recompute != "none" else None, lambda _: "activations recomputed"),
     )
+
+
+def _spread(layout: Layout) -> str:
+    """What the axes of a layout are, where it has more than dp_shard."""
+    axes = {axis: getattr(layout, axis) or 1 for axis in (*AXES, "ep", "etp")}
+    if axes["dp_shard"] == layout.num_ranks and axes["ep"] == 1:
+        return ""
+    product = " x ".join(f"{axis} {axes[axis]}" for axis in AXES if axes[axis] > 1)
+    parts = [product, *(f"{axis} {axes[axis]}" for axis in ("ep", "etp") if axes[axis] > 1)]
+    return f" ({', '.join(parts)})" + (f" by {layout.schedule}" if axes["pp"] > 1 else "")
 
 
 def _asked(job: Job) -> list[str]:

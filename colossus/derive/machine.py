@@ -114,13 +114,25 @@ def memory_bytes(job: Job, machine: Machine) -> int:
 
 
 def micro_batch(job: Job, share: int, machine: Machine) -> int:
-    """The largest divisor of a rank's share of a batch whose activations fit into a quarter of the memory."""
+    """The largest divisor of a rank's share of a batch whose activations fit into a quarter of the memory,
+    and which leaves a pipeline as many micro batches as it has stages, or else as its schedule needs."""
     arch, longest = job.model, longest_sample(job)
     # What waits for the backward pass, in fp32 also where the type is narrower: it is the larger.
     kernel = kernel_of(arch, longest, job.fleet.device or "cpu")
     memory = memory_bytes(job, machine) / job.layout.num_ranks
     fits = max(1, int(memory / 4 / (saved_bytes_per_token(arch, longest, kernel=kernel) * longest)))
-    return max(n for n in range(1, min(share, fits) + 1) if share % n == 0)
+    divisors = [n for n in range(1, min(share, fits) + 1) if share % n == 0]
+    if job.layout.pp == 1:
+        return max(divisors)
+    legal = [n for n in divisors if _is_scheduled(job, n)]
+    return max([n for n in legal if share // n >= job.layout.num_stages] or legal or [1])
+
+
+def _is_scheduled(job: Job, micro_batch: int) -> bool:
+    """Whether a pipeline's schedule takes the micro batches that this gives."""
+    smallest = min(batch for _, batch in job.run.batch_schedule)
+    row = layout.layout_row(job.layout) | {"micro_batch": micro_batch, "global_batch": smallest}
+    return all(rule.holds(row) for rule in layout.RULES if rule.name in ("pp-micro-batches", "pp-rounds"))
 
 
 def longest_sample(job: Job) -> int:

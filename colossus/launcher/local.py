@@ -47,9 +47,11 @@ def first_rank_prepares(prepare: Callable[[], Prepared]) -> Iterator[Prepared]:
         yield prepare()
         return
     from torch.distributed import DistError
-    from torch.distributed.rendezvous import rendezvous
 
-    store, rank, size = next(rendezvous("env://", timeout=PREPARING))
+    from colossus.parallel.meeting import meet
+
+    store, rank, size = meet("preparing")
+    store.set_timeout(PREPARING)
     if rank != 0:
         prepared = pickle.loads(store.get("colossus/prepared"))
         store.set(f"colossus/told-{rank}", "")

@@ -42,6 +42,13 @@ def logical_name(name: str) -> str:
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
+def kept_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that a model is saved with, by their logical names."""
+    kept = {logical_name(name) for name in model.state_dict()}
+    named = ((logical_name(name), buffer) for name, buffer in model.named_buffers())
+    return {name: buffer for name, buffer in named if name in kept}
+
+
 def initialise_parameter(tensor: torch.Tensor, parameter: Parameter, seed: int) -> None:
     """Fills one parameter, or this rank's shard of it."""
     here = local(tensor)

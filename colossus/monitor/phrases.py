@@ -108,6 +108,10 @@ def _data(event: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _note(event: dict[str, Any]) -> str:
+    return f"step {event['step']:,}: {event['text']}"
+
+
 def _end(event: dict[str, Any]) -> str:
     after = f"after {plural(event['step'], 'step')}"
     if event["reason"] == "finished":
@@ -123,5 +127,6 @@ _PHRASES = {
     "eval": _eval,
     "checkpoint": _checkpoint,
     "decision": _decision,
+    "note": _note,
     "end": _end,
 }

@@ -9,6 +9,8 @@ that rate x decay stays (see `scaling`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -96,14 +98,16 @@ class Optimizer:
 
     def state(self) -> dict[tuple[str, str], torch.Tensor]:
         """The tensors themselves, by (parameter, "exp_avg" | "exp_avg_sq" | "momentum")."""
-        state: dict[tuple[str, str], torch.Tensor] = {}
+        return dict(self.named_state())
+
+    def named_state(self) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
+        """The same one by one: two stages of a pipeline on one rank may have a parameter of one name."""
         for name, parameter in zip(self._adamw_names, self._adamw_parameters, strict=True):
             for kind in ("exp_avg", "exp_avg_sq"):
-                state[name, kind] = self._adamw.state[parameter][kind]
+                yield (name, kind), self._adamw.state[parameter][kind]
         if self._muon is not None:
             for name, momentum in zip(self._muon_names, self._muon.momentum, strict=True):
-                state[name, "momentum"] = momentum
-        return state
+                yield (name, "momentum"), momentum
 
 
 def build(model: nn.Module, arch: Architecture, settings: Settings, matmul_type: torch.dtype) -> Optimizer:

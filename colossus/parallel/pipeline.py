@@ -65,6 +65,7 @@ class Pipeline(nn.Module):
         super().__init__()
         assert world.meshes is not None
         self.parts = nn.ModuleList(parts)
+        self.arch = job.model
         self._layout, self._device = job.layout, world.device
         self._group, self._ends = world.meshes.pp, world.meshes.ends
         self._indices = own_stages(job.layout, world.meshes.place.pp)

@@ -36,6 +36,11 @@ def place(
     module.__class__ = _reading(kind, tuple(sorted(reads)))  # type: ignore[arg-type]
 
 
+def replicated(tensor: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+    """A tensor that all ranks of a mesh hold equal; shares its memory."""
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 @cache
 def _reading(kind: type, names: tuple[str, ...]) -> type:
     """A subclass whose attributes `names` are the local parts of the parameters."""

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from colossus.errors import UserError
 from colossus.layout import Layout
+from colossus.parallel.meeting import meet
 from colossus.parallel.mesh import Meshes, Place
 
 TIMEOUT = timedelta(minutes=10)
@@ -26,14 +27,13 @@ class World:
     """This process among the ranks of its job. A world of one has no process group and no mesh.
 
     layout: as this rank's replica has it.
-    data: this one among the ranks that share rows of a batch, as who reads or evaluates them sees it.
     """
 
     rank: int
     size: int
     device: torch.device
     meshes: Meshes | None = None
-    layout: Layout = field(default_factory=Layout)
+    layout: Layout = field(default_factory=lambda: Layout().filled())
 
     @classmethod
     @contextlib.contextmanager
@@ -44,6 +44,7 @@ class World:
 
         Raises:
             UserError: so many processes were not started as the layout has ranks.
+            MachineError: not all of them came.
         """
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != layout.num_ranks:
@@ -59,7 +60,8 @@ class World:
             yield cls(0, 1, place)
             return
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, size = meet("world")
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
         try:
             layout = layout.filled()
             meshes = Meshes.build(layout, device, experts=experts, rank=dist.get_rank())
@@ -77,9 +79,19 @@ class World:
 
     @property
     def data(self) -> DataRank:
+        """This one among the ranks that share rows of a batch, as who reads or evaluates them sees it. Ranks
+        of cp and pp add up to what comes of the rows; those of tp have the same."""
+        return self._data_rank(counts=self.place.tp == 0)
+
+    @property
+    def rows(self) -> DataRank:
+        """The same where each rank has all that comes of its rows, not a part of it."""
+        return self._data_rank(counts=self.place.pp == self.place.cp == self.place.tp == 0)
+
+    def _data_rank(self, counts: bool) -> DataRank:
         if self.meshes is None:
-            return DataRank(self, 0, 1)
-        return DataRank(self, self.place.dp(self.layout), self.layout.dp)
+            return DataRank(self, 0, 1, counts)
+        return DataRank(self, self.place.dp(self.layout), self.layout.dp, counts)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -104,13 +116,16 @@ class World:
 
 @dataclass(frozen=True)
 class DataRank:
-    """A rank among those that see different rows. Ranks of one pipeline, of cp and of tp see the same."""
+    """A rank among those that see different rows. Ranks of one pipeline, of cp and of tp see the same.
+
+    counts: whether what this rank has is no copy of what another has.
+    """
 
     world: World
     rank: int
     size: int
+    counts: bool
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over all ranks; ranks of tp, which compute the same, count once."""
-        counts = self.world.place.tp == 0
-        return self.world.sum([value if counts else 0.0 for value in values])
+        """Each value summed over the ranks that count."""
+        return self.world.sum([value if self.counts else 0.0 for value in values])

@@ -17,11 +17,13 @@ from colossus.architecture import Architecture, num_parameters
 from colossus.errors import MachineError, UserError
 from colossus.events import EventLog
 from colossus.job import Job, load_job, save_job
+from colossus.layout import AXES
 from colossus.section import Section
 from colossus.trainer.decisions import Decision
 
 # Between the attempts of a run: never what it learns.
 MAY_CHANGE = ("layout.", "checkpoint.", "run.threads", "run.hooks", "fleet.device")
+FOLLOWS_LAYOUT = ("layout.micro_batch", "layout.stages_per_rank", "layout.reshard")
 BEGUN = {"lock", "tokenizer", "events.jsonl", "job.toml.part"}  # what a kill while a run is made may leave
 
 
@@ -88,7 +90,7 @@ def _with_changes(folder: Path, asked: Job, refused: str) -> Job:
     if fixed:
         differing = "; ".join(f"{n}: {kept.get(n)!r}, {changed[n]!r}" for n in fixed)
         raise UserError(f"{refused}; differing (there, asked): {differing}")
-    spread = ["layout.micro_batch"] if changed.keys() & {"layout.dp_shard", "layout.dp_replicate"} else []
+    spread = [*FOLLOWS_LAYOUT] if changed.keys() & {f"layout.{axis}" for axis in (*AXES, "schedule")} else []
     if "fleet.device" in changed:
         spread = ["layout.micro_batch", "layout.dp_shard"]
     kept = kept.without(*(name for name in spread if kept.origins.get(name) == "derived"))

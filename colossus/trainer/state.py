@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from colossus import optim
 from colossus.architecture import Architecture
+from colossus.checkpoints.format import Key
 from colossus.checkpoints.load import Checkpoint
 from colossus.checkpoints.weights import Weights
+from colossus.errors import UserError
 from colossus.job import Job
-from colossus.models.init import logical_name
+from colossus.models.init import kept_buffers, logical_name
 from colossus.optim import Optimizer
 from colossus.parallel.apply import build
 from colossus.parallel.data import reshard
+from colossus.parallel.pipeline import Pipeline
+from colossus.parallel.placements import replicated
 from colossus.parallel.program import decoders
 from colossus.parallel.world import World
 from colossus.precision import torch_type
 from colossus.trainer.balance import Balance
 
-LogicalTensors = dict[tuple[str, str], torch.Tensor]
+LogicalTensors = dict[Key, torch.Tensor]
 
 
 @dataclass
 class TrainState:
-    """Model, optimizer and the number of updates taken; `step` is also the next step's number."""
+    """Model, optimizer and the number of updates taken; `step` is also the next step's number.
+
+    mesh: of the ranks that have the same part of the model, or shards of it; None: this one has all.
+    """
 
     arch: Architecture
     model: nn.Module
     optimizer: Optimizer
     step: int = 0
+    mesh: DeviceMesh | None = None
     balance: Balance = field(init=False)
 
     def __post_init__(self) -> None:
@@ -43,26 +53,31 @@ class TrainState:
         """Builds on the meta device, shards, and initialises this rank's part: nothing is allocated twice."""
         model = build(job, world)
         optimizer = optim.build(model, job.model, job.optimizer, torch_type(job.precision.type))
-        return cls(job.model, model, optimizer)
+        mesh = None if world.meshes is None else world.meshes.dense
+        return cls(job.model, model, optimizer, mesh=mesh)
 
     def tensors(self) -> LogicalTensors:
-        """(name, kind) -> tensor, for checkpoints: weights in fp32, buffers, optimizer state."""
-        reshard(self.model)
-        weights = {(logical_name(n), "weight"): p.detach() for n, p in self.model.named_parameters()}
-        named_buffers = ((logical_name(name), b) for name, b in self.model.named_buffers())
-        buffers = {(n, "buffer"): b for n, b in named_buffers if n in self.model.state_dict()}
-        return weights | buffers | self.optimizer.state()
+        """(name, kind) -> tensor, for checkpoints: what this rank's stages have of weights in fp32, buffers
+        and optimizer state; but for what an earlier stage of another rank has too."""
+        copied = self._copied()
+        return {key: tensor for key, tensor in self._held() if key[0] not in copied}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Takes weights, optimizer state and step from a checkpoint of any layout."""
-        checkpoint.load_into(self.tensors())
+        """Takes weights, optimizer state and step from a checkpoint of any layout.
+
+        Raises:
+            UserError: it is of another model, on every rank. MachineError: it is damaged.
+        """
+        check_model(checkpoint, self.arch)
+        checkpoint.load_into(self._held())
         self.optimizer.num_steps = checkpoint.meta["optimizer_steps"]
         self.step = checkpoint.meta["step"]
 
     def begin_with(self, weights: Weights) -> None:
         """Takes the weights of another model, and no more: step 0 of a new schedule."""
         reshard(self.model)
-        weights.load_into(self.model)
+        for part in decoders(self.model):
+            weights.load_into(part)
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says beside its tensors."""
@@ -71,3 +86,39 @@ class TrainState:
             "optimizer_steps": self.optimizer.num_steps,
             "architecture": self.arch.model_dump(exclude={"init_from"}),
         }
+
+    def _held(self) -> Iterator[tuple[Key, torch.Tensor]]:
+        """All that this rank has a part of. Its first and its last stage may have a parameter of one name."""
+        reshard(self.model)
+        for name, parameter in self.model.named_parameters():
+            yield (logical_name(name), "weight"), parameter.detach()
+        for name, buffer in kept_buffers(self.model).items():
+            yield (name, "buffer"), buffer if self.mesh is None else replicated(buffer, self.mesh)
+        yield from self.optimizer.named_state()
+
+    def _copied(self) -> set[str]:
+        if not isinstance(self.model, Pipeline) or any(part.is_first for part in self.model.decoders):
+            return set()
+        copies = {id(parameter) for parameter in self.model.copies}
+        return {logical_name(n) for n, p in self.model.named_parameters() if id(p) in copies}
+
+
+def check_model(checkpoint: Checkpoint, arch: Architecture) -> None:
+    """Raises `UserError` where a checkpoint is of another model, and says in what they differ."""
+    there, here = (
+        checkpoint.meta.get("architecture", {}),
+        arch.model_dump(mode="json", exclude={"preset", "init_from"}),
+    )
+    if differing := [
+        f"{n}: {there[n]!r}, {here[n]!r}" for n in here if n in there and _is_other(there[n], here[n])
+    ]:
+        raise UserError(
+            f"{checkpoint.path}: of another model; differing in model (there, here): {'; '.join(differing)}"
+        )
+
+
+def _is_other(there: Any, here: Any) -> bool:
+    """Of a table, what is not there yet had the default then."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        return any(name in there and _is_other(there[name], value) for name, value in here.items())
+    return bool(there != here)

@@ -175,8 +175,7 @@ class Training:
         Takes the clock's decision where rank 0 has one, and learns whether any rank was asked to stop.
         """
         proposal = self._propose_decay()
-        place = self.world.place
-        counts = place.pp == place.cp == place.tp == 0  # of ranks that were given the same rows
+        counts = self.world.rows.counts  # of ranks that were given the same rows
         targets, proposed, *stops = self.world.sum(
             [counts * float(batch.num_targets), float(proposal is not None), *self._stop_flags()]
         )

@@ -76,6 +76,7 @@ def test_minutes_give_what_this_machine_reaches_in_them() -> None:
         (["model=llama3.1-405b", "run.steps=1"], "model=llama3.1-405b: 406B parameters need"),
         (["run.threads=4096"], "run.threads=4096: more than this machine's cores; at most 2"),
         (["layout.tp=16"], "layout.tp=16: must stay inside a node of 8 devices; 8"),
+        (["layout.tp=2"], "layout.tp=2: must divide the"),
         (["data.weights=[1,2]"], "data.weights=[1.0, 2.0]: 2 numbers for 1 corpora"),
         (["model.max_seq_len=64", "data.seq_len=128", "run.steps=1"], "data.seq_len=128: longer than"),
         (["model.num_heads=4", "model.num_kv_heads=3", "model.hidden_size=64", "run.steps=1"], "must divide"),
@@ -120,3 +121,20 @@ def test_heads_that_were_asked_for_choose_a_width_that_goes_with_them() -> None:
 def test_a_run_is_saved_often_enough_for_its_length() -> None:
     assert derived("run.minutes=5").checkpoint.minutes == 1
     assert derived("run.steps=5").checkpoint.minutes == 10
+
+
+@pytest.mark.parametrize(
+    ("layout", "micro_batch"),
+    [
+        (["pp=2"], 6),
+        (["pp=4", "dp_shard=2"], 1),
+        (["pp=2", "schedule=interleaved_1f1b"], 3),
+        (["pp=2", "schedule=gpipe"], 6),
+        (["pp=4", "schedule=interleaved_1f1b", "stages_per_rank=3"], 1),
+        (["tp=2"], 12),
+    ],
+)
+def test_a_pipeline_has_work_for_its_stages(layout: list[str], micro_batch: int) -> None:
+    words = ["run.steps=10", "run.global_batch=12", "model.num_layers=12", "model.hidden_size=64"]
+    job = derived(*words, "model.num_kv_heads=2", "model.num_heads=2", *(f"layout.{word}" for word in layout))
+    assert job.layout.micro_batch == micro_batch

@@ -23,6 +23,7 @@ from colossus import api
 from colossus.checkpoints.load import newest_whole
 from colossus.job import Job
 from colossus.measure.machine import _table, this_machine
+from colossus.parallel.program import decoders
 from colossus.trainer.hooks import Hook
 from colossus.trainer.run import Run
 from colossus.trainer.training import Training
@@ -63,7 +64,8 @@ class Kill(Hook):
             if here == self.where and training.step >= self.step:
                 self._now(training)
 
-        training.state.model.register_forward_pre_hook(forward)
+        for model in decoders(training.state.model):
+            model.register_forward_pre_hook(forward)
 
     def before_step(self, training: Training) -> None:
         if self.where == "before" and training.step == self.step:

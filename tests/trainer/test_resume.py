@@ -29,6 +29,8 @@ SETTINGS = {
         f"precision.type={FAST}",
         "run.validate_every=4",
     ],
+    "adamw, tp": ["optimizer.name=adamw", "model.num_kv_heads=2", "layout.tp=2"],
+    "muon, pp": ["optimizer.name=muon", "layout.pp=2", "run.validate_every=4"],
 }
 PLACES = {
     "adamw": [Kill("step", 0), Kill("save", 4), Kill("evaluation", 5), Kill("step", 9)],  # 6 to 12: the decay
@@ -36,6 +38,8 @@ PLACES = {
     "muon in the quick type": [Kill("save", 8), Kill("evaluation", 12)],
     "adamw on two ranks": [Kill("save", 8, rank=1)],
     "muon on two ranks": [Kill("evaluation", 8, rank=1)],
+    "adamw, tp": [Kill("step", 9, rank=1)],
+    "muon, pp": [Kill("save", 8, rank=1)],
 }
 Make = Callable[..., Job]
 

@@ -25,7 +25,7 @@ class EvaluateHook(Hook):
     """Every `every_steps` updates, and at the end, writes an event `eval` for each corpus and each task.
 
     corpus: what `data.corpus` can name, one or several. tasks: of lm-eval, the standard harness (the extra
-        `eval`); such that have the model write text need a single rank.
+        `eval`); such that have the model write text need a single rank, all of them a model without stages.
     documents, megabytes: of each corpus; the choice is the same every time. seq_len: tokens of a window.
     include_path, shots, limit: see `colossus.evaluation.tasks`.
 
@@ -72,6 +72,12 @@ class EvaluateHook(Hook):
         on_first_rank(training.world, lambda: self._read(training))
         self._texts = training.world.broadcast(self._texts)
         if self._names:
+            if training.world.layout.pp > 1:
+                raise UserError(
+                    f"tasks={','.join(self._names)}: need logits, which layout.pp={training.world.layout.pp} "
+                    f"leaves on its last stage; evaluate a checkpoint: colossus eval PATH --tasks "
+                    f"{self._names[0]}"
+                )
             on_first_rank(training.world, self._load)
             if self._tasks is None:
                 self._load()
@@ -111,7 +117,7 @@ class EvaluateHook(Hook):
         result = evaluate(
             training.state.model,
             Validation(texts, self._window),
-            world=training.world,
+            world=training.world.data,
             before_batch=training.check_stop,
         )
         training.event("eval", corpus=texts.corpus, whole=texts.whole, **asdict(result))
@@ -125,7 +131,7 @@ class EvaluateHook(Hook):
             generate,
             limit=self.limit,
             seq_len=self._window if self.seq_len is not None else None,
-            world=training.world,
+            world=training.world.rows,
             errors=False,
             before_batch=training.check_stop,
         )

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
+
+from colossus.architecture import num_parameters
 from colossus.generation import generate
+from colossus.generation.load import load_model
+from colossus.measure.machine import free_memory_bytes
 from colossus.models import Decoder
+from colossus.precision import torch_type
 from colossus.trainer.hooks import Hook
 from colossus.trainer.training import Training
+from colossus.words import size
 
 LENGTH = 120  # tokens
+COPIES = 3  # of the weights in fp32 that there must be memory for: read, cast, laid out for few rows
 
 
 class Sample(Hook):
-    """One greedy-ish continuation of `run.prompt`, by rank 0 where it holds the whole model."""
+    """One greedy-ish continuation of `run.prompt`, by rank 0: of several ranks none holds the whole model, so
+    it loads what was just saved."""
 
     def on_finish(self, training: Training) -> None:
-        if training.stop_reason is not None or training.world.size > 1:
+        if training.stop_reason is not None or training.world.rank != 0:
+            return
+        model = self._whole(training)
+        if model is None:
             return
         prompt = training.job.run.prompt
         (text,) = generate(
-            cast(Decoder, training.state.model),
+            model,
             training.data.tokenizer,
             [prompt],
             max_tokens=LENGTH,
@@ -29,3 +41,22 @@ class Sample(Hook):
             seed=training.job.run.seed,
         )
         training.event("sample", prompt=prompt, text=text)
+
+    def _whole(self, training: Training) -> Decoder | None:
+        world = training.world
+        if world.size == 1:
+            return cast(Decoder, training.state.model)
+        needed, free = 4 * COPIES * num_parameters(training.state.arch), _free_bytes(world.device)
+        if needed > free:
+            training.event(
+                "note",
+                text=f"no sample of what it writes: the whole model needs {size(needed)} on one rank, and "
+                f"{size(free)} is free; colossus generate {training.folder} writes one",
+            )
+            return None
+        kind = min(torch_type(training.job.precision.type), torch.float32, key=lambda dtype: dtype.itemsize)
+        return load_model(training.folder, kind, world.device)[0]
+
+
+def _free_bytes(device: torch.device) -> int:
+    return free_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]

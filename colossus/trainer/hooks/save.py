@@ -20,11 +20,10 @@ class Save(Hook):
         self._last_time = time.monotonic()
         self._last_step = training.step if training.step else -1
         tensors = training.state.tensors()
-        copy_bytes = sum(t.numel() * t.element_size() for t in tensors.values()) // training.world.size
+        copy_bytes = training.saver.copy_bytes(tensors)
         # All ranks must take the same way; on one machine they share its memory.
-        self._asynchronous = not training.world.any(
-            2 * copy_bytes * training.world.size > free_memory_bytes()
-        )
+        (all_bytes,) = training.world.sum([copy_bytes])
+        self._asynchronous = not training.world.any(2 * all_bytes > free_memory_bytes())
         if self._asynchronous:
             training.saver.prepare(tensors)
         training.costs["save"] = copy_bytes / WRITE_BYTES_PER_SECOND

@@ -80,7 +80,7 @@ class Validate(Hook):
             training.state.model,
             self._validation,
             num_documents=num_documents,
-            world=training.world,
+            world=training.world.data,
             before_batch=training.check_stop,
         )
 
