@@ -49,6 +49,8 @@ class Meshes:
     dense: (dp_replicate, fsdp, tp), where fsdp = dp_shard x cp; of all parameters but experts'.
     expert: (dp_replicate, efsdp, ep, etp), of experts' parameters; None where the model has none.
     sequence: the ranks among which one sequence's tokens are spread: cp x tp.
+    sums: one for each axis above 1, the longest first; who sums over all of them sums over the world. For
+        figures alone, so that they wait for no gradient.
     ends: the first and the last stage, which share tied embeddings; None on other ranks.
     """
 
@@ -59,6 +61,7 @@ class Meshes:
     cp: Group
     tp: Group
     sequence: Group
+    sums: tuple[Group, ...]
     ends: Group | None
     ranks_of_pp: list[int] = field(default_factory=list)
 
@@ -87,6 +90,8 @@ class Meshes:
             cp=groups.of(replica[place.pp, place.dp_shard, :, place.tp].tolist()),
             tp=dense.get_group("tp"),
             sequence=groups.of(replica[place.pp, place.dp_shard].flatten().tolist()),
+            sums=groups.of_axes(world),
+            # At last: groups are named by how many a rank has, and only some ranks have this one.
             ends=groups.of([pipe[0], pipe[-1]]) if is_end else None,
             ranks_of_pp=pipe,
         )
@@ -105,17 +110,30 @@ class _Groups:
             if len(key) == dist.get_world_size():
                 self._made[key] = dist.group.WORLD  # type: ignore[assignment]
             else:
-                # Meets the ranks of this group alone. All make their groups in the same order of axes.
-                self._made[key] = dist.new_group(list(key), use_local_synchronization=True)
+                self._made[key] = _meet(ranks)
         return self._made[key]
 
     def mesh(self, device: str, ranks: torch.Tensor, names: tuple[str, ...]) -> DeviceMesh:
-        where = [int(i) for i in (ranks == self._rank).nonzero()[0]]
-        groups = []
-        for axis in range(ranks.ndim):
-            index = [slice(None) if a == axis else i for a, i in enumerate(where)]
-            groups.append(self.of(ranks[tuple(index)].tolist()))
+        groups = [self.of(axis) for axis in self._axes(ranks)]
         return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=names)
+
+    def of_axes(self, ranks: torch.Tensor) -> tuple[Group, ...]:
+        """Groups of their own, which nothing else uses; none of an axis of one rank."""
+        axes = sorted(self._axes(ranks), key=len, reverse=True)
+        return tuple(_meet(axis) for axis in axes if len(axis) > 1)
+
+    def _axes(self, ranks: torch.Tensor) -> list[list[int]]:
+        """The ranks that differ from this one in one axis alone, for each axis."""
+        where = [int(i) for i in (ranks == self._rank).nonzero()[0]]
+        indices = (
+            [slice(None) if a == axis else i for a, i in enumerate(where)] for axis in range(ranks.ndim)
+        )
+        return [ranks[tuple(index)].tolist() for index in indices]
+
+
+def _meet(ranks: list[int]) -> Group:
+    """Waits for the ranks of this group alone. All make their groups in the same order of axes."""
+    return dist.new_group(ranks, use_local_synchronization=True)
 
 
 @contextlib.contextmanager
