@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from colossus.layout import Layout
 
 Group = dist.ProcessGroup
+LONGEST_RING = 64  # ranks of several axes that sum figures together: gloo passes a sum from one to the next
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Meshes:
     dense: (dp_replicate, fsdp, tp), where fsdp = dp_shard x cp; of all parameters but experts'.
     expert: (dp_replicate, efsdp, ep, etp), of experts' parameters; None where the model has none.
     sequence: the ranks among which one sequence's tokens are spread: cp x tp.
-    sums: one for each axis above 1, the longest first; who sums over all of them sums over the world. For
-        figures alone, so that they wait for no gradient.
+    sums: to sum over each of them is to sum over the world; the longest first. For figures alone, so that
+        these wait for no gradient.
     ends: the first and the last stage, which share tied embeddings; None on other ranks.
     """
 
@@ -90,7 +91,7 @@ class Meshes:
             cp=groups.of(replica[place.pp, place.dp_shard, :, place.tp].tolist()),
             tp=dense.get_group("tp"),
             sequence=groups.of(replica[place.pp, place.dp_shard].flatten().tolist()),
-            sums=groups.of_axes(world),
+            sums=groups.for_sums(world),
             # At last: groups are named by how many a rank has, and only some ranks have this one.
             ends=groups.of([pipe[0], pipe[-1]]) if is_end else None,
             ranks_of_pp=pipe,
@@ -117,10 +118,17 @@ class _Groups:
         groups = [self.of(axis) for axis in self._axes(ranks)]
         return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=names)
 
-    def of_axes(self, ranks: torch.Tensor) -> tuple[Group, ...]:
-        """Groups of their own, which nothing else uses; none of an axis of one rank."""
-        axes = sorted(self._axes(ranks), key=len, reverse=True)
-        return tuple(_meet(axis) for axis in axes if len(axis) > 1)
+    def for_sums(self, world: torch.Tensor) -> tuple[Group, ...]:
+        """Groups of their own, which nothing else uses: of neighbouring axes while they have few ranks."""
+        sizes: list[int] = []
+        for size in reversed(world.shape):
+            if sizes and sizes[0] * size <= LONGEST_RING:
+                sizes[0] *= size
+            else:
+                sizes.insert(0, size)
+        axes = sorted(self._axes(world.reshape(sizes)), key=len, reverse=True)
+        backend = None if dist.get_backend() == "fake" else "gloo"  # on a GPU, too: figures are numbers here
+        return tuple(_meet(axis, backend) for axis in axes if len(axis) > 1)
 
     def _axes(self, ranks: torch.Tensor) -> list[list[int]]:
         """The ranks that differ from this one in one axis alone, for each axis."""
@@ -131,9 +139,9 @@ class _Groups:
         return [ranks[tuple(index)].tolist() for index in indices]
 
 
-def _meet(ranks: list[int]) -> Group:
+def _meet(ranks: list[int], backend: str | None = None) -> Group:
     """Waits for the ranks of this group alone. All make their groups in the same order of axes."""
-    return dist.new_group(ranks, use_local_synchronization=True)
+    return dist.new_group(ranks, backend=backend, use_local_synchronization=True)
 
 
 @contextlib.contextmanager

@@ -111,8 +111,8 @@ class World:
 class Sum:
     """A sum over the ranks that has begun.
 
-    Axis by axis: gloo passes sums around a ring, so that one over 131,072 ranks takes 262,142 messages in
-    turn, and one over axes of 128, 16, 8 and 8 takes 312. The longest axis is summed meanwhile.
+    Gloo passes a sum around a ring of ranks: one of 131,072 takes 262,142 messages in turn, and rings of 128,
+    16, 8 and 8 ranks one after another 312. The longest is summed meanwhile.
     """
 
     def __init__(

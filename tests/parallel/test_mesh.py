@@ -22,6 +22,7 @@ from colossus.layout import AXES, Layout
 from colossus.parallel.apply import build
 from colossus.parallel.mesh import Meshes, Place, shared_slices
 from colossus.parallel.world import World
+from tests.parallel.meeting import groups_of, meet
 from tests.parallel.real_ranks import in_ranks
 from tests.perf.tiny import tiny
 
@@ -99,18 +100,6 @@ def expected_groups(layout: Layout, rank: int) -> dict[str, list[int]]:
     }
 
 
-def groups_of(meshes: Meshes) -> dict[str, Any]:
-    assert meshes.expert is not None
-    return {
-        **{axis: meshes.dense.get_group(axis) for axis in ("dp_replicate", "fsdp", "tp")},
-        **{axis: meshes.expert.get_group(axis) for axis in ("efsdp", "ep", "etp")},
-        "replicas of experts": meshes.expert.get_group("dp_replicate"),
-        "cp": meshes.cp,
-        "pp": meshes.pp,
-        "sequence": meshes.sequence,
-    }
-
-
 @settings(max_examples=60, deadline=None)
 @given(layouts(), st.data())
 def test_each_group_has_the_ranks_that_differ_in_its_axes_alone(layout: Layout, data: st.DataObject) -> None:
@@ -131,10 +120,8 @@ def test_each_group_has_the_ranks_that_differ_in_its_axes_alone(layout: Layout, 
         assert (ranks_of(meshes.ends) if meshes.ends else None) == (
             ends if layout.pp > 1 and rank in ends else None
         )
-        sums = [ranks_of(group) for group in meshes.sums]
-        axes = [sharing(places, rank, *(a for a in ORDER if a != axis)) for axis in ORDER]
-        assert sorted(sums) == sorted(axis for axis in axes if len(axis) > 1)
-        assert [len(ranks) for ranks in sums] == sorted(map(len, sums), reverse=True)
+        everyone = list(range(layout.num_ranks))
+        assert [ranks_of(group) for group in meshes.sums] == ([everyone] if len(everyone) > 1 else [])
         names = {group.group_name for group in groups_of(meshes).values()}
         assert not names & {group.group_name for group in meshes.sums}
 
@@ -152,6 +139,29 @@ def test_groups_of_experts_have_different_tokens_of_one_replica(layout: Layout) 
         assert regrouped == sharing(places, rank, "dp_replicate", "pp", *of_tp)
         if layout.etp > 1:
             assert groups["etp"] == groups["tp"]
+
+
+@pytest.mark.parametrize(
+    ("axes", "sizes"),
+    [
+        ({"dp_replicate": 2, "pp": 2, "dp_shard": 8, "cp": 2, "tp": 4}, [64, 4]),
+        ({"dp_replicate": 3, "dp_shard": 65}, [65, 3]),
+        ({"dp_shard": 70}, [70]),
+    ],
+)
+def test_sums_over_each_group_in_turn_are_sums_over_all_ranks(axes: dict[str, int], sizes: list[int]) -> None:
+    layout = Layout(**axes).filled()
+    groups = []
+    for rank in range(layout.num_ranks):
+        with fake_world(layout.num_ranks, rank):
+            meshes = Meshes.build(layout, "cpu", experts=False, rank=rank)
+            groups.append([ranks_of(group) for group in meshes.sums])
+    assert all([len(group) for group in found] == sizes for found in groups)
+    values = [7**rank for rank in range(layout.num_ranks)]  # of which no two sums are alike
+    total = sum(values)
+    for turn in range(len(sizes)):
+        values = [sum(values[r] for r in found[turn]) for found in groups]
+    assert values == [total] * layout.num_ranks
 
 
 def job_of(layout: Layout, preset: str, **sizes: int) -> Job:
@@ -195,38 +205,19 @@ def test_one_of_200_000_ranks_makes_few_meshes(
 
 def test_slices_are_shared_within_and_nothing_is_changed_after() -> None:
     before = (DeviceMesh.__getitem__, DeviceMesh._concatenate)
+    layout = Layout(dp_replicate=2, dp_shard=4, tp=2).filled()
     with fake_world(16, 5), contextlib.suppress(KeyError):
-        mesh = Meshes.build(
-            Layout(dp_replicate=2, dp_shard=4, tp=2).filled(), "cpu", experts=False, rank=5
-        ).dense
-        apart = mesh["dp_replicate", "fsdp"]
+        dense = Meshes.build(layout, "cpu", experts=False, rank=5).dense
+        apart = dense["dp_replicate", "fsdp"]
         with shared_slices():
-            shared = mesh["dp_replicate", "fsdp"]
-            assert shared is mesh["dp_replicate", "fsdp"] is not apart
+            shared = dense["dp_replicate", "fsdp"]
+            assert shared is dense["dp_replicate", "fsdp"] is not apart
             assert shared == apart and shared["fsdp"] is shared[("fsdp",)]
-            joined = DeviceMesh._concatenate([shared, mesh["tp"]])
-            assert joined is DeviceMesh._concatenate([shared, mesh["tp"]])
-            assert joined == mesh and joined.mesh_dim_names == mesh.mesh_dim_names
+            joined = DeviceMesh._concatenate([shared, dense["tp"]])
+            assert joined is DeviceMesh._concatenate([shared, dense["tp"]])
+            assert joined == dense and joined.mesh_dim_names == dense.mesh_dim_names
             raise KeyError
     assert (DeviceMesh.__getitem__, DeviceMesh._concatenate) == before
-
-
-def meet(axes: dict[str, int]) -> dict[str, Any]:
-    """What a real rank hears from its groups."""
-    layout = Layout(**axes).filled()
-    with World.join(layout, "cpu", experts=True) as world:
-        assert world.meshes is not None
-        heard: dict[str, Any] = {"rank": world.rank}
-        for name, group in groups_of(world.meshes).items():
-            said: list[Any] = [None] * group.size()
-            dist.all_gather_object(said, world.rank, group=group)
-            heard[name] = said
-        if world.meshes.ends is not None:
-            dist.all_reduce(torch.ones(1), group=world.meshes.ends)
-        first, second = world.begin_sum([world.rank, 0.5]), world.begin_sum([2.0**53 - 2])
-        heard["sums"] = [first.wait(), second.wait(), world.sum([1.0])]
-        heard["data"] = world.data.sum([1.0])
-    return heard
 
 
 @pytest.mark.parametrize(
@@ -241,7 +232,7 @@ def test_real_ranks_meet_in_their_groups(axes: dict[str, int]) -> None:
     """The names of groups agree between ranks that make different ones, and sums are those of all ranks."""
     layout = Layout(**axes).filled()
     for rank, heard in enumerate(in_ranks(8, meet, axes)):
-        assert heard.pop("rank") == rank
+        assert heard.pop("rank") == rank and heard.pop("rings") == len(axes.keys() - {"ep", "etp"})
         assert heard.pop("sums") == [[28.0, 4.0], [2.0**56 - 16], [8.0]]
         assert heard.pop("data") == [8.0 / layout.tp]
         assert heard == expected_groups(layout, rank)
