@@ -186,9 +186,17 @@ AT_SCALE = [
 
 @pytest.mark.parametrize(("axes", "preset", "sizes"), AT_SCALE)
 def test_one_of_200_000_ranks_makes_few_meshes(
-    axes: dict[str, int], preset: str, sizes: dict[str, int]
+    axes: dict[str, int], preset: str, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not one for every parameter, each with a list of all ranks: that took 44 s and 12 GB."""
+    """Not two for every parameter, each with a list of all ranks: that took 44 s and 12 GB."""
+    made = []
+    make = DeviceMesh.__init__
+
+    def count(mesh: DeviceMesh, *arguments: Any, **named: Any) -> None:
+        made.append(None)
+        make(mesh, *arguments, **named)
+
+    monkeypatch.setattr(DeviceMesh, "__init__", count)
     layout = Layout(**axes, recompute="full", micro_batch=1).filled()
     assert layout.num_ranks == 200_000
     start = time.perf_counter()
@@ -199,7 +207,7 @@ def test_one_of_200_000_ranks_makes_few_meshes(
         seconds = time.perf_counter() - start
         parameters = list(model.parameters())
         assert all(isinstance(p, DTensor) and p.is_meta for p in parameters)
-        assert len({id(p.device_mesh) for p in parameters}) <= 3 < len(parameters)  # type: ignore[attr-defined]
+        assert len(made) <= 15
     assert seconds < 15
 
 
