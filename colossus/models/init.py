@@ -70,8 +70,9 @@ def stream_keys(seed: int, name: str) -> tuple[int, int]:
 def fill_normal(
     local: torch.Tensor, shape: Sequence[int], offsets: Sequence[int], std: float, keys: tuple[int, int]
 ) -> None:
-    """Fills the block `local` of a tensor of `shape`, which begins at `offsets`, with normal values."""
-    if local.numel() == 0:
+    """Fills the block `local` of a tensor of `shape`, which begins at `offsets`, with normal values. On the
+    meta device there are none."""
+    if local.numel() == 0 or local.is_meta:
         return
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     rows = torch.zeros((1,), dtype=torch.int64, device=local.device)

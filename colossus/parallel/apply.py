@@ -10,6 +10,7 @@ from colossus.parallel.binaries import choose_cache, drop_torn_binaries
 from colossus.parallel.collectives import Group
 from colossus.parallel.data import shard
 from colossus.parallel.expert import apply_expert_parallel
+from colossus.parallel.mesh import shared_slices
 from colossus.parallel.pipeline import Pipeline, cut
 from colossus.parallel.recompute import recompute_layers
 from colossus.parallel.tensor import apply_tensor_parallel, overlap_products
@@ -22,8 +23,9 @@ def build(job: Job, world: World) -> Decoder | Pipeline:
     """This rank's part of the model that `job` describes: nothing is allocated twice, or for other ranks."""
     with torch.device("meta"):
         parts = cut(job, world)
-    for part in parts:
-        apply(part, job, world)
+    with shared_slices():
+        for part in parts:
+            apply(part, job, world)
     return parts[0] if job.layout.pp == 1 else Pipeline(parts, job, world)
 
 

@@ -52,11 +52,12 @@ def train_step(
         z_loss=job.optimizer.z_loss,
     )
     grad_norm = float(clip_gradients(state.model, job.optimizer.grad_clip, world))
-    total, *loads = world.sum([float(loss_sum) * (world.place.tp == 0), *state.balance.take()])
+    figures = world.begin_sum([float(loss_sum) * (world.place.tp == 0), *state.balance.take()])
     skipped = not (grad_norm < float("inf"))
     if not skipped:
         state.optimizer.step(lr_factor)
     state.optimizer.zero_grad()
+    total, *loads = figures.wait()
     experts = state.balance.update(loads, move=not skipped)
     state.step += 1
     return StepResult(
