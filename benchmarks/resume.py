@@ -1,8 +1,8 @@
 """Whether a run that was killed and goes on is bitwise the run that never stopped: the whole matrix.
 
-{1 rank, 2 by FSDP2, tensor parallelism, pipeline} x {eager, compiled} x {AdamW, Muon} x the types in which
-this machine is quick. For each, one run is killed in its first step, in a save, in an evaluation, where an
-epoch ends and in the decay, goes on each time, and is compared with an undisturbed one: the loss of every
+{1 rank, 2 by FSDP2, by tensor parallelism, as a pipeline} x {eager, compiled} x {AdamW, Muon} x the types in
+which this machine is quick. For each, one run is killed in its first step, in a save, in an evaluation, where
+an epoch ends and in the decay, goes on each time, and is compared with an undisturbed one: the loss of every
 step that any attempt took, and at the end every tensor. Another, of given minutes, is killed before and at
 the clock's decision, and compared with a run that follows its decisions.
 

@@ -104,3 +104,12 @@ def assert_near(left: Checkpoint, right: Checkpoint, layout: Any) -> None:
         for key, (found, expected) in pairs.items():
             size = max(float(expected.norm()), 1e-6 * float(total), 1e-300)
             assert float((found - expected).norm()) / size < 1e-9, (layout, key)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_every_rank(pool: Pool, tmp_path: Path) -> None:
+    plain = Case((), "deepseek-v3")
+    pool.run(1, go_on, dataclasses.replace(plain, layout=(("micro_batch", 8),)), None, tmp_path / "one", 1)
+    other = Case((("pp", 2),), "deepseek-v3", (("num_layers", 6),))
+    said = r"rank [01] failed:(.|\n)*UserError: .*step-00000001: of another model; .*num_layers: 5, 6"
+    with pytest.raises(AssertionError, match=said):
+        pool.run(2, go_on, other, tmp_path / "one", tmp_path / "two", 1)
