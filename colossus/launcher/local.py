@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from colossus.errors import MachineError, UserError
 from colossus.events import Listener, Tail
 from colossus.job import Job
+from colossus.layout import Layout
 
 if TYPE_CHECKING:
     from colossus.trainer.hooks import Hook
 
 Prepared = TypeVar("Prepared")
+MEETING = timedelta(seconds=60)  # that ranks may come one after another; a second more for each of them
+MOST_MEETING = timedelta(minutes=10)
 PREPARING = timedelta(days=1)  # that building the data may take
 TELLING = timedelta(seconds=10)  # that the others have to hear why there is none
 STOP_SECONDS = 0.2  # between two looks at the ranks, and at the event log
@@ -41,18 +44,25 @@ def first_rank_prepares(prepare: Callable[[], Prepared]) -> Iterator[Prepared]:
     """What `prepare` returns; where torchrun started several processes, the first one alone calls it.
 
     The place where they meet for that stays open until this is left: a process group that is made within
-    meets there too.
+    meets there too. What the first rank raises is raised on all, and told by the first.
+
+    Raises:
+        MachineError: not all came, or the first rank ended.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield prepare()
         return
     from torch.distributed import DistError
-    from torch.distributed.rendezvous import rendezvous
 
-    store, rank, size = next(rendezvous("env://", timeout=PREPARING))
+    store, rank, size = _meet()
     if rank != 0:
-        prepared = pickle.loads(store.get("colossus/prepared"))
-        store.set(f"colossus/told-{rank}", "")
+        try:
+            prepared = pickle.loads(store.get("colossus/prepared"))
+            store.set(f"colossus/told-{rank}", "")
+        except DistError:
+            prepared = MachineError("rank 0 has ended before it was ready")
+        if isinstance(prepared, (UserError, MachineError)):
+            prepared.told = True
     else:
         try:
             prepared = prepare()
@@ -65,6 +75,37 @@ def first_rank_prepares(prepare: Callable[[], Prepared]) -> Iterator[Prepared]:
                 store.wait([f"colossus/told-{other}" for other in range(1, size)], TELLING)
         raise prepared
     yield prepared
+
+
+def _meet() -> tuple[Any, int, int]:
+    """The place where the ranks meet that torchrun started, this one's number, and how many they are."""
+    from torch.distributed import DistNetworkError, DistStoreError
+    from torch.distributed.rendezvous import rendezvous
+
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    patience = min(MEETING + timedelta(seconds=size), MOST_MEETING)
+    waited = f"{patience.total_seconds():g} s"
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=patience))
+    except DistStoreError as error:
+        missing = MachineError(f"not all of the {size} ranks (WORLD_SIZE) have come within {waited}")
+        missing.told = rank != 0
+        raise missing from error
+    except DistNetworkError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise MachineError(f"rank {rank} could not reach rank 0 at {place} within {waited}") from error
+    store.set_timeout(PREPARING)
+    return store, rank, size
+
+
+def check_started(layout: Layout) -> None:
+    """Raises `UserError` where torchrun started another number of processes than `layout` has ranks."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" in os.environ and started != layout.num_ranks:
+        raise UserError(
+            f"layout: needs {layout.num_ranks} ranks (dp_replicate x dp_shard x pp x cp x tp), but {started} "
+            f"were started; start {layout.num_ranks}, or set layout.dp_shard={started}"
+        )
 
 
 def launch(job: Job, folder: Path, hooks: Sequence[Hook] = (), listeners: Iterable[Listener] = ()) -> None:

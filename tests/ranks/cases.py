@@ -240,12 +240,13 @@ def reference(case: Case) -> Result:
 
 
 def noise(case: Case) -> dict[str, float]:
-    """What one rank deviates from itself by where it takes the batch in parts; for gradients, too, from fp64:
+    """What one rank deviates from itself by where it takes the batch in parts; by gradients from fp64, too:
     ranks of tp and cp round each their part of a sum."""
     routes = reference(case).routes
     found = [deviations(case, [_one_rank(case.one_rank, n, routes)]) for n in SPLITS if n < case.batch]
     exact = _one_rank(replace(case.one_rank, type="fp64"), case.batch, routes)
-    found.append({"gradients": deviations(case, [exact])["gradients"]})
+    by_type = deviations(case, [exact])
+    found.append({name: by_type[name] for name in ("grad_norm", "gradients")})
     return {name: max(of_one.get(name, 0.0) for of_one in found) for name in found[0]}
 
 
