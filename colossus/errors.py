@@ -10,7 +10,12 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """What the user gave is wrong. The command line ends with exit code 2."""
+    """What the user gave is wrong. The command line ends with exit code 2.
+
+    told: by another rank, on behalf of all.
+    """
+
+    told = False
 
     @classmethod
     def field(cls, field: str, value: object, allowed: str, options: Iterable[str] = ()) -> UserError:
@@ -21,7 +26,12 @@ class UserError(ValueError):
 
 
 class MachineError(RuntimeError):
-    """The machine or its storage failed; what is saved is whole. Exit code 3, running again goes on."""
+    """The machine or its storage failed; what is saved is whole. Exit code 3, running again goes on.
+
+    told: see `UserError`.
+    """
+
+    told = False
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:

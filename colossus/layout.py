@@ -23,6 +23,8 @@ Schedule = Literal[
 ]
 Recompute = Literal["none", "selective", "full"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
+RECOMPUTES: tuple[str, ...] = get_args(Recompute)
+SELECTIVE = RECOMPUTES.index("selective")
 ONE_STAGE = ("gpipe", "1f1b")  # a rank has one stage of the model
 V_SHAPED = ("zbv_zero_bubble", "dualpipe_v")  # a rank has two: the first ranks also have the last stages
 ZERO_BUBBLE = ("interleaved_zero_bubble", *V_SHAPED)  # the weights' gradients are computed apart
@@ -344,6 +346,17 @@ RULES: tuple[Rule, ...] = (
         lambda row: f"layout.schedule={row['schedule']} needs the weights that the forward pass gathered",
     ),
     Rule(
+        "no-selective-zero-bubble",
+        "schedule",
+        lambda row: _not(
+            _is(row, "schedule", *ZERO_BUBBLE) & (row["pp"] > 1) & (row["recompute"] == SELECTIVE)
+        ),
+        lambda row: (
+            "has two backward passes, and selective recomputation allows one "
+            "(layout.recompute=none or full allows it)"
+        ),
+    ),
+    Rule(
         "async-tp-hardware",
         "async_tp",
         lambda row: _implies(row["async_tp"] == 1, row["has_symmetric_memory"] == 1),
@@ -382,7 +395,8 @@ def _common(widths: Iterable[int]) -> int:
 def layout_row(layout: Layout) -> dict[str, Any]:
     """Of a layout whose open fields count as the simplest."""
     filled = layout.filled()
-    row = {name: getattr(filled, name) for name in SIMPLEST if name not in ("recompute", "pools")}
+    row = {name: getattr(filled, name) for name in SIMPLEST if name != "pools"}
+    row["recompute"] = RECOMPUTES.index(row["recompute"])
     return {name: int(value) if isinstance(value, bool) else value for name, value in row.items()}
 
 

@@ -20,6 +20,7 @@ ROWS = st.fixed_dictionaries(
         **dict.fromkeys((*AXES, "ep", "etp", "stages_per_rank", "micro_batch"), SIZES),
         "schedule": st.sampled_from(SCHEDULES),
         "cp_method": st.sampled_from(("gather", "ulysses")),
+        "recompute": st.sampled_from((0, 1, 2)),
         "compile": FLAG,
         "reshard": FLAG,
         "async_tp": FLAG,
@@ -121,9 +122,12 @@ def test_experts_are_spread_over_ranks_that_have_different_tokens() -> None:
 
 
 def test_schedules_that_split_the_backward_pass_are_not_compiled_and_keep_weights() -> None:
-    layout = Layout(pp=2, stages_per_rank=2, schedule="dualpipe_v", compile=True, reshard=True)
+    layout = Layout(
+        pp=2, stages_per_rank=2, schedule="dualpipe_v", compile=True, reshard=True, recompute="selective"
+    )
     text = said(layout, architecture(vocab_size=64, num_layers=4))
     assert "layout.schedule=dualpipe_v: compiled layers give wrong gradients" in text
+    assert "layout.schedule=dualpipe_v: has two backward passes, and selective recomputation allows" in text
     assert "layout.reshard=1: layout.schedule=dualpipe_v needs the weights" in text
 
 

@@ -42,10 +42,9 @@ def _run(words: list[str]) -> int:
     try:
         code = app()(args=words, prog_name="colossus", standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except UserError as error:
-        return _say(str(error), USER_ERROR)
-    except MachineError as error:
-        return _say(str(error), MACHINE_ERROR)
+    except (UserError, MachineError) as error:
+        code = USER_ERROR if isinstance(error, UserError) else MACHINE_ERROR
+        return code if error.told else _say(str(error), code)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

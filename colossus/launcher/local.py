@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from colossus.errors import MachineError, UserError
 from colossus.events import Listener, Tail
 from colossus.job import Job
+from colossus.layout import Layout
 
 if TYPE_CHECKING:
     from colossus.trainer.hooks import Hook
@@ -41,7 +42,10 @@ def first_rank_prepares(prepare: Callable[[], Prepared]) -> Iterator[Prepared]:
     """What `prepare` returns; where torchrun started several processes, the first one alone calls it.
 
     The place where they meet for that stays open until this is left: a process group that is made within
-    meets there too.
+    meets there too. What the first rank raises is raised on all, and told by the first.
+
+    Raises:
+        MachineError: not all came, or the first rank ended.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield prepare()
@@ -53,8 +57,13 @@ def first_rank_prepares(prepare: Callable[[], Prepared]) -> Iterator[Prepared]:
     store, rank, size = meet("preparing")
     store.set_timeout(PREPARING)
     if rank != 0:
-        prepared = pickle.loads(store.get("colossus/prepared"))
-        store.set(f"colossus/told-{rank}", "")
+        try:
+            prepared = pickle.loads(store.get("colossus/prepared"))
+            store.set(f"colossus/told-{rank}", "")
+        except DistError:
+            prepared = MachineError("rank 0 has ended before it was ready")
+        if isinstance(prepared, (UserError, MachineError)):
+            prepared.told = True
     else:
         try:
             prepared = prepare()
@@ -67,6 +76,16 @@ def first_rank_prepares(prepare: Callable[[], Prepared]) -> Iterator[Prepared]:
                 store.wait([f"colossus/told-{other}" for other in range(1, size)], TELLING)
         raise prepared
     yield prepared
+
+
+def check_started(layout: Layout) -> None:
+    """Raises `UserError` where torchrun started another number of processes than `layout` has ranks."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" in os.environ and started != layout.num_ranks:
+        raise UserError(
+            f"layout: needs {layout.num_ranks} ranks (dp_replicate x dp_shard x pp x cp x tp), but {started} "
+            f"were started; start {layout.num_ranks}, or set layout.dp_shard={started}"
+        )
 
 
 def launch(job: Job, folder: Path, hooks: Sequence[Hook] = (), listeners: Iterable[Listener] = ()) -> None:

@@ -64,7 +64,9 @@ def _wait(store: Store, rank: int, size: int, patience: float) -> None:
         left = patience - (time.monotonic() - began)
         if left <= 0:
             who = f"{_missing(store, size)} of {size}" if rank == 0 else f"some of {size} ranks"
-            raise MachineError(f"{who} did not come in {patience:.0f} s; is each process started?")
+            missing = MachineError(f"{who} did not come in {patience:.0f} s; is each process started?")
+            missing.told = rank != 0  # who names them
+            raise missing
         with contextlib.suppress(DistStoreError):  # of time
             store.wait(["all"], timedelta(seconds=min(left, SAY_SECONDS)))
             return

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
+    create_selective_checkpoint_contexts,
+)
 
 from colossus.layout import Recompute
 from colossus.models import Decoder
@@ -19,10 +27,38 @@ def recompute_layers(model: Decoder, recompute: Recompute = "full", num_layers: 
     rest, which is quick to compute, is computed again. Of the first `num_layers` of `model`; None: of all."""
     if recompute == "none":
         return
-    contexts = partial(create_selective_checkpoint_contexts, _keeps_products)
-    more: dict[str, Any] = {"context_fn": contexts} if recompute == "selective" else {}
     for name, layer in list(model.layers.named_children())[:num_layers]:
+        contexts = partial(_contexts, layer)
+        more: dict[str, Any] = {"context_fn": contexts} if recompute == "selective" else {}
         model.layers._modules[name] = checkpoint_wrapper(layer, **more)
+
+
+def _contexts(layer: nn.Module) -> tuple[Any, Any]:
+    """In which a layer is computed, and computed again: PyTorch counts operators, and the second time there
+    must be no more of them. Experts that FSDP shards apart within a layer bring some of their own."""
+    first, again = create_selective_checkpoint_contexts(_keeps_products)
+    apart = [module for module in layer.modules() if isinstance(module, FSDPModule)]
+    if not apart:
+        return first, again
+    marks = torch.ops.profiler  # one more in the backward pass, where the first to run stands for the root
+    SAC_IGNORED_OPS.add(marks._record_function_enter_new.default)
+    SAC_IGNORED_OPS.add(marks._record_function_exit._RecordFunction)
+    return first, _Gathered(apart, again)
+
+
+class _Gathered:
+    """`context`, entered when the weights of `modules` are there already."""
+
+    def __init__(self, modules: Sequence[FSDPModule], context: Any) -> None:
+        self._modules, self._context = modules, context
+
+    def __enter__(self) -> None:
+        for module in self._modules:
+            module.unshard()
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
 
 
 def _keeps_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

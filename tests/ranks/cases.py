@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from colossus.architecture import Architecture
 from colossus.job import Data, Job, Optimizer, Precision, RunSection
 from colossus.layout import Layout
 from colossus.models.box import box, local
+from colossus.models.init import logical_name
 from colossus.parallel.program import clip_gradients, forward_backward
 from colossus.parallel.world import World
 from colossus.trainer.state import TrainState
 from tests.perf.tiny import tiny
+from tests.ranks.pool import Pool
+from tests.ranks.routes import Routes
 
 STEPS = 3
+TINY = 1e-6
+# Final weights decide in fp64 alone: AdamW makes of rounding what it makes of a gradient.
+ALLOWED = {
+    "fp64": dict.fromkeys(("loss", "grad_norm", "gradients", "weights", "loads"), 1e-9),
+    "fp32": dict.fromkeys(("loss", "grad_norm", "gradients", "loads"), 1e-5),
+}
+SPLITS = (1, 2, 4)  # rows at once, of one rank whose noise is asked for
 IGNORED = -100
 DEFAULTS: dict[str, Any] = {
     "dp_replicate": 1,
@@ -53,11 +65,13 @@ RATES: dict[str, Any] = {
 class Case:
     """A layout and what is trained in it.
 
-    preset: whose parts a tiny model has; changed: what else is of its own. packed: with documents that end
-    within samples. padding: the last rows of the global batch are no samples.
+    preset: whose parts a tiny model has; changed: what else is of its own, `experts.` before what is in that
+    table. batch: samples of a step; where
+    ranks and micro batches do not divide it, rows without targets follow. packed: with documents that end
+    within samples.
     """
 
-    layout: tuple[tuple[str, Any], ...]
+    layout: tuple[tuple[str, Any], ...] = ()
     preset: str = "llama3.1-8b"
     changed: tuple[tuple[str, Any], ...] = ()
     type: str = "fp64"
@@ -67,12 +81,45 @@ class Case:
     packed: bool = False
     steps: int = STEPS
 
+    @classmethod
+    def of(cls, changed: dict[str, Any] | None = None, **values: Any) -> Case:
+        """Values are of the case, or of its layout; `changed` of its model."""
+        own = {f.name for f in fields(cls)}
+        layout = tuple((name, value) for name, value in values.items() if name not in own)
+        rest = {name: value for name, value in values.items() if name in own}
+        return cls(layout, changed=tuple((changed or {}).items()), **rest)
+
+    def __str__(self) -> str:
+        default = Case()
+        said = [f"{name}={value}" for name, value in self.layout if value != DEFAULTS.get(name)]
+        said += [
+            getattr(self, n)
+            for n in ("preset", "type", "optimizer")
+            if getattr(self, n) != getattr(default, n)
+        ]
+        said += [f"{name}={value}" for name, value in self.changed]
+        said += [
+            f"{n}={getattr(self, n)}" for n in ("batch", "seq_len") if getattr(self, n) != getattr(default, n)
+        ]
+        return " ".join([*said, *["packed"] * self.packed])
+
+    @property
+    def one_rank(self) -> Case:
+        """The same, whatever the layout."""
+        return replace(self, layout=())
+
     @property
     def arch(self) -> Architecture:
-        return tiny(self.preset, vocab_size=64, intermediate_size=48, **dict(self.changed))
+        arch = tiny(self.preset, vocab_size=64, intermediate_size=48)
+        values = arch.model_dump(exclude_unset=True)
+        for name, value in self.changed:
+            table, _, key = name.rpartition(".")
+            (values[table] if table else values)[key] = value
+        return Architecture.model_validate(values)
 
-    def job(self, one_rank: bool = False) -> Job:
-        values = DEFAULTS | ({"micro_batch": self.batch} if one_rank else dict(self.layout))
+    def job(self) -> Job:
+        """Without a layout: of one rank that takes the batch at once."""
+        values = DEFAULTS | {"micro_batch": 1 if self.layout else self.batch} | dict(self.layout)
         values.setdefault("reshard", values["pp"] == 1)
         return Job(
             model=self.arch,
@@ -99,40 +146,42 @@ class Case:
 
 @dataclass
 class Result:
-    """losses, grad_norms: of each step. gradients: of the first, weights: after the last; by name the boxes
-    that this rank holds: (offset, sizes, values)."""
+    """losses, grad_norms: of each step; loads: what routers counted in it, over all ranks. gradients: of the
+    first, weights: after the last; by name the boxes that this rank holds: (offset, sizes, values)."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     gradients: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
-    loads: list[Any] = field(default_factory=list)
+    loads: list[list[float]] = field(default_factory=list)
+    routes: Routes = field(default_factory=Routes)
 
 
-def train(case: Case, one_rank: bool = False) -> Result:
-    """Takes the steps of `case` as this rank of its layout."""
-    job = case.job(one_rank)
+def train(case: Case, routes: Routes | None = None) -> Result:
+    """Takes the steps of `case` as this rank of its layout. routes: that tokens take, where given."""
+    job = case.job()
+    if job.layout.compile:
+        torch._dynamo.reset()  # or the layers of earlier calls use up what may be compiled
+        torch._dynamo.utils.counters.clear()
     with World.join(job.layout, "cpu", experts=job.model.experts is not None) as world:
-        torch.set_num_threads(1)
         state = TrainState.build(job, world)
         result = Result()
+        result.routes.take(state.model, world, given=routes)
         for step in range(case.steps):
+            result.routes.begin(step, case.rows(step)[0])
             _step(case, job, world, state, step, result)
         result.weights = _boxes(state, lambda parameter: parameter)
+    if job.layout.compile:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     return result
 
 
 def _step(case: Case, job: Job, world: World, state: TrainState, step: int, result: Result) -> None:
     tokens, targets, documents = case.rows(step)
     num_targets, num_tokens = int((targets != IGNORED).sum()), targets.numel()
-    data, micro = world.data, job.layout.micro_batch
-    share = -(-case.batch // data.size)
-    mine = slice(data.rank * share, (data.rank + 1) * share)
-    rows = [None if x is None else x[mine].split(micro) for x in (tokens, targets, documents)]
-    parts = [tuple(None if x is None else x[i] for x in rows) for i in range(len(rows[0] or ()))]
     loss = forward_backward(
         state.model,
-        parts,  # type: ignore[arg-type]
+        _micro_batches(job, world, tokens, targets, documents),
         num_targets=num_targets,
         num_tokens=num_tokens,
         z_loss=job.optimizer.z_loss,
@@ -143,14 +192,30 @@ def _step(case: Case, job: Job, world: World, state: TrainState, step: int, resu
     total, *loads = world.sum([float(loss) * (world.place.tp == 0), *state.balance.take()])
     state.optimizer.step(1.0)
     state.optimizer.zero_grad()
-    result.loads.append(state.balance.update(loads, move=True))
+    state.balance.update(loads, move=True)
+    result.loads.append(loads)
     result.losses.append(total / num_targets)
     result.grad_norms.append(float(norm))
 
 
-def _boxes(state: TrainState, of: Any) -> dict[str, Any]:
-    from colossus.models.init import logical_name
+def _micro_batches(
+    job: Job, world: World, tokens: torch.Tensor, targets: torch.Tensor, documents: torch.Tensor | None
+) -> list[Any]:
+    """This rank's rows, as the loader deals them out: all ranks have equally many, the last ones padding."""
+    data, micro = world.data, job.layout.micro_batch
+    share = -(-len(tokens) // data.size)
+    rows = -(-share // micro) * micro
 
+    def mine(x: torch.Tensor, fill: int) -> tuple[torch.Tensor, ...]:
+        here = x[data.rank * share : (data.rank + 1) * share]
+        return F.pad(here, (0, 0, 0, rows - len(here)), value=fill).split(micro)
+
+    parts = [mine(tokens, 0), mine(targets, IGNORED)]
+    packed = [None] * len(parts[0]) if documents is None else mine(documents, 0)
+    return list(zip(*parts, packed, strict=True))
+
+
+def _boxes(state: TrainState, of: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, parameter in state.model.named_parameters():
         tensor = of(parameter)
@@ -159,10 +224,45 @@ def _boxes(state: TrainState, of: Any) -> dict[str, Any]:
     return found
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
+def _one_rank(case: Case, micro_batch: int, routes: Routes | None = None) -> Result:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train(replace(case, layout=(("micro_batch", micro_batch),)), routes)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def reference(case: Case) -> Result:
-    """The same on one rank."""
-    return train(case, one_rank=True)
+    """The same on one rank, computed once for all layouts."""
+    return _one_rank(case.one_rank, case.batch)
+
+
+def noise(case: Case) -> dict[str, float]:
+    """What one rank deviates from itself by where it takes the batch in parts; by gradients from fp64, too:
+    ranks of tp and cp round each their part of a sum."""
+    routes = reference(case).routes
+    found = [deviations(case, [_one_rank(case.one_rank, n, routes)]) for n in SPLITS if n < case.batch]
+    exact = _one_rank(replace(case.one_rank, type="fp64"), case.batch, routes)
+    by_type = deviations(case, [exact])
+    found.append({name: by_type[name] for name in ("grad_norm", "gradients")})
+    return {name: max(of_one.get(name, 0.0) for of_one in found) for name in found[0]}
+
+
+def compare(
+    pool: Pool, case: Case, by: Callable[[Case, Routes | None], Result] = train
+) -> dict[str, tuple[float, float]]:
+    """Trains in the ranks of a layout and on one: what deviates by how much, and by how much it may."""
+    has_choices = case.type != "fp64" and case.arch.experts is not None
+    routes = reference(case).routes if has_choices else None
+    found = deviations(case, pool.run(case.job().layout.num_ranks, by, case, routes))
+    if case.type == "bf16":
+        own = noise(case)
+        allowed = {"loss": min(3 * own["loss"], 2e-3)} | {n: 3 * own[n] for n in ("grad_norm", "gradients")}
+    else:
+        allowed = ALLOWED[case.type]
+    return {name: (found[name], allowed[name]) for name in allowed if name in found}
 
 
 def deviations(case: Case, results: list[Result]) -> dict[str, float]:
@@ -170,7 +270,7 @@ def deviations(case: Case, results: list[Result]) -> dict[str, float]:
     expected = reference(case)
 
     def relative(found: list[float], right: list[float]) -> float:
-        return max(abs(a - b) / abs(b) for a, b in zip(found, right, strict=True))
+        return max(abs(a - b) / max(abs(b), TINY) for a, b in zip(found, right, strict=True))
 
     found = {
         "loss": max(relative(r.losses, expected.losses) for r in results),
@@ -178,11 +278,12 @@ def deviations(case: Case, results: list[Result]) -> dict[str, float]:
         "gradients": _of_tensors([r.gradients for r in results], expected.gradients),
         "weights": _of_tensors([r.weights for r in results], expected.weights),
     }
-    loads = [[load and load.expert_load for load in r.loads] for r in results]
-    assert all(of_rank == loads[0] for of_rank in loads)
-    if expected.loads[0] is not None:
-        right = [load.expert_load for load in expected.loads]
-        found["loads"] = max(abs(a - b) for a, b in zip(loads[0], right, strict=True))
+    if expected.loads[0]:
+        found["loads"] = max(
+            relative(loads, right)
+            for r in results
+            for loads, right in zip(r.loads, expected.loads, strict=True)
+        )
     return found
 
 
@@ -210,5 +311,5 @@ def _of_tensors(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> float:
         if deviation > worst:
             worst, worst_name = deviation, name
     if worst > 1e-9:
-        print(f"  largest at {worst_name}: {worst:.1e}")
+        print(f"largest deviation at {worst_name}: {worst:.1e}")
     return worst

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 SECONDS = 120.0  # until all ranks of a call have answered
+KEPT = 8  # processes that stay: more are ended after the call that needed them
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     [
@@ -40,6 +42,12 @@ class Pool:
         self._members: list[tuple[Any, Connection]] = []
         atexit.register(self.close)
 
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What `function(*arguments)` returned in each of `size` ranks.
 
@@ -58,12 +66,14 @@ class Pool:
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
         pipes = [pipe for _, pipe in self._members[:size]]
         for rank, pipe in enumerate(pipes):
-            pipe.send((shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, function, arguments))
+            _send(pipe, (shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, function, arguments))
         try:
-            return self._answers(pipes)
+            answers = self._answers(pipes)
         except BaseException:
             self.close()
             raise
+        self.close(keep=KEPT)
+        return answers
 
     def _answers(self, pipes: list[Connection]) -> list[Any]:
         end = time.monotonic() + SECONDS
@@ -73,37 +83,47 @@ class Pool:
             ready = wait(list(waiting), max(0.0, end - time.monotonic()))
             assert ready, f"ranks {sorted(waiting.values())} did not answer in {SECONDS:g} s"
             for pipe in ready:
-                rank = waiting.pop(pipe)  # type: ignore[index]
+                rank = waiting.pop(pipe)  # type: ignore[call-overload]
                 try:
-                    answers[rank], failure = pipe.recv()  # type: ignore[union-attr]
+                    answers[rank], failure = _receive(pipe)  # type: ignore[arg-type]
                 except EOFError:
                     failure = "its process has ended"
                 assert failure is None, f"rank {rank} failed:\n{failure}"
         return [answers[rank] for rank in range(len(pipes))]
 
-    def close(self) -> None:
-        """Ends the processes."""
-        for process, pipe in self._members:
+    def close(self, keep: int = 0) -> None:
+        """Ends the processes but for the first `keep`."""
+        for process, pipe in self._members[keep:]:
             pipe.close()
             process.kill()
             process.join()
-        self._members = []
+        del self._members[keep:]
+
+
+def _send(pipe: Connection, what: Any) -> None:
+    """In bytes: `Connection.send` would open a file for each tensor."""
+    pipe.send_bytes(pickle.dumps(what))
+
+
+def _receive(pipe: Connection) -> Any:
+    return pickle.loads(pipe.recv_bytes())
 
 
 def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            environment, function, arguments = pipe.recv()
+            environment, function, arguments = _receive(pipe)
         except EOFError:
             return
         os.environ |= environment
+        answer: tuple[Any, str | None]
         try:
             answer = (function(*arguments), None)
         except BaseException:
             answer = (None, traceback.format_exc())
         _forget_meshes()
-        pipe.send(answer)
+        _send(pipe, answer)
 
 
 def _forget_meshes() -> None:

@@ -1,0 +1,15 @@
+"""A reduction that is switched off, or a trap that is back, is noticed. `benchmarks.mutations` has all."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ranks.mutations import MUTATIONS, Mutation
+from tests.ranks.pool import Pool
+
+QUICK = {name: made for name, made in MUTATIONS.items() if not made.compiled}
+
+
+@pytest.mark.parametrize("mutation", QUICK.values(), ids=QUICK.keys())
+def test_it_is_noticed(mutation: Mutation, pool: Pool) -> None:
+    assert mutation.deviation(pool) > 1
