@@ -1,0 +1,136 @@
+"""What a ledger costs on a fleet: seconds of every row, by one model for all sources of ledgers."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import resources
+
+import numpy as np
+
+from colossus.hardware.catalogue import Accelerator
+from colossus.hardware.fleets import Hardware
+from colossus.perf import communication as comm
+from colossus.perf.ledger import Columns, Ledger
+from colossus.perf.software import Software
+
+TILE = (128.0, 256.0)  # of a product that one multiprocessor makes at once, on Hopper and later
+AMPERE_TILE = (128.0, 128.0)
+DEPTH = 256.0  # of k at which a product reaches half of its rate
+SKEW_TILES = 16.0  # from so many waves on, kernels spread the last one over all multiprocessors
+
+
+@lru_cache(maxsize=1)
+def fitted() -> Mapping[str, float]:
+    """The calibrated scalars, by name."""
+    path = resources.files("colossus") / "perf" / "scalars.toml"
+    return {name: row["value"] for name, row in tomllib.loads(path.read_text(encoding="utf-8")).items()}
+
+
+@dataclass(frozen=True)
+class Pricer:
+    """Turns rows into seconds. scalars: see `scalars.toml`."""
+
+    hardware: Hardware
+    software: Software
+    scalars: Mapping[str, float]
+
+    @classmethod
+    def of(cls, hardware: Hardware, software: Software, **changed: float) -> Pricer:
+        return cls(hardware, software, {**fitted(), **changed})
+
+    def on(self, accelerator: Accelerator) -> Pricer:
+        """The same with another pool's accelerator."""
+        pool = replace(self.hardware.pools[0], accelerator=accelerator)
+        return replace(self, hardware=replace(self.hardware, pools=(pool,)))
+
+    def seconds(self, ledger: Ledger, groups: comm.Groups | None = None) -> Columns:
+        """Of each row once, [R, N]; `repeat` is not counted in. groups: by name, for rows with messages."""
+        out = np.zeros(ledger.size)
+        for kind in set(ledger.kind.tolist()):
+            mask = ledger.where(kind=kind)
+            if kind == "product":
+                out[mask] = self.products(ledger.take(mask))
+            elif kind == "fused_attention":
+                out[mask] = self.attention(ledger.take(mask))
+            elif kind == "memory":
+                out[mask] = self.memory(ledger.take(mask))
+            else:
+                assert groups is not None, "rows with messages need their groups"
+                for name in set(ledger.group[mask].tolist()):
+                    rows = mask & ledger.where(group=name)
+                    out[rows] = self.messages(kind, ledger.sent[rows], groups[name])
+        return out
+
+    def products(self, ledger: Ledger) -> Columns:
+        """Matrix products: of what is measured the best, less for part-filled tiles, waves and short k."""
+        part = self.hardware.accelerator
+        rate = np.empty((ledger.size[0], 1))
+        for i, (precision, name) in enumerate(zip(ledger.precision, ledger.name, strict=True)):
+            rate[i] = self.rate(precision) * (self.scalars["experts"] if "experts." in name else 1.0)
+        flops = 2 * ledger.m * ledger.n * ledger.k * ledger.count
+        if part.device == "cpu":
+            return np.maximum(flops / rate, ledger.bytes / part.copy)
+        share = product_share(ledger.m, ledger.n, ledger.k, ledger.count, part)
+        return np.maximum(flops / (rate * share), ledger.bytes / part.copy)
+
+    def rate(self, precision: str) -> float:
+        """FLOP/s of a large product."""
+        part = self.hardware.accelerator
+        if part.device == "cpu":
+            return part.peak(precision)
+        generation = part.generation if f"{part.generation}_products" in self.scalars else "hopper"
+        if precision == "fp8" and part.fp8:
+            scalar = self.scalars.get(f"{generation}_fp8", self.scalars["hopper_fp8"])
+            return part.fp8 * part.reachable_fp8 * scalar
+        return part.peak(precision) * part.reachable * self.scalars[f"{generation}_products"]
+
+    def attention(self, ledger: Ledger) -> Columns:
+        """Fused attention: m queries, n keys that each meets, of width k, `count` heads."""
+        part = self.hardware.accelerator
+        share = self.scalars["attention"] if part.device == "cuda" else 0.5
+        rate = np.array([[part.peak(p) * share] for p in ledger.precision])
+        full = np.minimum(1.0, ledger.k / 128.0) ** 0.5  # narrow heads fill the units less
+        return 2 * ledger.m * ledger.n * ledger.k * ledger.count / (rate * full)
+
+    def memory(self, ledger: Ledger) -> Columns:
+        moved = self.scalars[self.software.elementwise]
+        return ledger.bytes * moved / self.hardware.accelerator.copy
+
+    def messages(self, kind: str, sent: Columns, group: comm.Group) -> Columns:
+        share = self.scalars["network"]
+        if kind in ("all_gather", "reduce_scatter"):
+            return comm.gather_seconds(sent, group, self.hardware, share)
+        if kind == "all_reduce":
+            return comm.reduce_seconds(sent, group, self.hardware, share)
+        if kind == "all_to_all":
+            return comm.exchange_seconds(sent, group, self.hardware, share)
+        return comm.send_seconds(sent, group, self.hardware, share)
+
+    def dispatch(self) -> float:
+        """Seconds of the host for each kernel."""
+        if self.software.graphs:
+            return 0.0
+        if self.software.dispatch == "eager_host":
+            return self.scalars["eager_host"]
+        return self.hardware.accelerator.dispatch
+
+    def slowest(self, nodes: Columns) -> Columns:
+        """By how much the slowest of so many nodes is slower than the mean: E[max of n normals]."""
+        return 1 + self.scalars["straggler"] * np.sqrt(2 * np.log(np.maximum(nodes, 1.0)))
+
+
+def product_share(m: Columns, n: Columns, k: Columns, count: Columns, part: Accelerator) -> Columns:
+    """The share of the best rate that a shape reaches: full tiles, full waves, and k long enough."""
+    rows, columns = AMPERE_TILE if part.generation == "ampere" else TILE
+    # A kernel may turn its tile: the better of both ways.
+    tiles = np.minimum(
+        np.ceil(m / rows) * np.ceil(n / columns), np.ceil(m / columns) * np.ceil(n / rows)
+    ) * np.maximum(count, 1.0)
+    area = m * n * count / (rows * columns)
+    waves = tiles / part.units
+    whole = np.ceil(waves) * part.units
+    filled = area / np.where(waves > SKEW_TILES, tiles, whole)
+    return np.clip(filled, 0.02, 1.0) ** 0.5 * k / (k + DEPTH)

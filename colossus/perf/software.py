@@ -1,0 +1,86 @@
+"""What a training program does that no layout says: fusion, overlap, the order of ranks.
+
+Ours is one; the others are those whose runs were published, so that predictions can be checked against
+them. Everything here is what the program does by default, from its documentation or code; nothing is fitted
+to a run. What is fitted is in `scalars.toml`, by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Software:
+    """Habits of a training program.
+
+    fused_attention: scores are never written (flash attention), and masked blocks are skipped.
+    elementwise: name of the scalar that says how many bytes it moves for each that `parts` counts: fused or
+        compiled programs move fewer.
+    eager: kernels for each row of the ledger; what the host has to start.
+    joins_inputs: queries, keys and values are one product, gate and up another.
+    tp_hidden: the share of tensor-parallel messages that hides behind products.
+    gradient_bytes: of an element as gradients are summed over ranks.
+    overlaps_gradients, overlaps_weights: whether sums of gradients hide behind the backward pass, and the
+        gathering of weights behind the forward pass.
+    overlaps_pipeline: whether messages between stages hide behind other micro-batches.
+    overlaps_experts: the share of the tokens' way to their experts and back that hides.
+    order: of the axes over ranks, the quickest-varying first.
+    graphs: kernels are replayed without the host.
+    """
+
+    name: str
+    fused_attention: bool = True
+    elementwise: Literal["fused", "eager"] = "fused"
+    eager: float = 1.0
+    joins_inputs: bool = True
+    tp_hidden: float = 0.0
+    gradient_bytes: float = 4.0
+    overlaps_gradients: bool = True
+    overlaps_weights: bool = True
+    overlaps_pipeline: bool = True
+    overlaps_experts: float = 0.0
+    order: tuple[str, ...] = ("tp", "cp", "dp_shard", "dp_replicate", "pp")
+    graphs: bool = False
+    dispatch: Literal["host", "eager_host"] = "host"
+
+
+OURS = Software("colossus", joins_inputs=False, order=("tp", "cp", "pp", "dp_shard", "dp_replicate"))
+OURS_EAGER = Software(
+    "colossus, not compiled",
+    joins_inputs=False,
+    elementwise="eager",
+    eager=3.0,
+    order=("tp", "cp", "pp", "dp_shard", "dp_replicate"),
+)
+MEGATRON_2021 = Software(
+    "Megatron-LM of 2021",  # fused softmax, bias and gelu kernels; gradients summed after the last micro-batch
+    fused_attention=False,
+    elementwise="eager",
+    eager=2.0,
+    overlaps_gradients=False,
+    overlaps_weights=False,
+    overlaps_pipeline=False,
+    dispatch="eager_host",
+)
+MEGATRON_DEEPSPEED = Software(
+    "Megatron-DeepSpeed",
+    fused_attention=False,
+    elementwise="eager",
+    eager=2.0,
+    gradient_bytes=2.0,  # fp16 engine: gradients are summed as they are kept
+    overlaps_gradients=False,
+    overlaps_weights=False,
+    overlaps_pipeline=False,
+    dispatch="eager_host",
+)
+MEGATRON_CORE = Software(
+    "Megatron-Core and NeMo",  # Transformer Engine; user buffers overlap tensor-parallel messages
+    tp_hidden=0.7,
+)
+FSDP = Software(
+    "FSDP on PyTorch", eager=2.0, gradient_bytes=4.0
+)  # flash attention, eager, one gather a layer
+TITAN = Software("torchtitan", joins_inputs=False)  # compiled, FSDP2
+ALL = (OURS, OURS_EAGER, MEGATRON_2021, MEGATRON_DEEPSPEED, MEGATRON_CORE, FSDP, TITAN)
