@@ -21,6 +21,7 @@ class Software:
     eager: kernels for each row of the ledger; what the host has to start.
     joins_inputs: queries, keys and values are one product, gate and up another.
     tp_hidden: the share of tensor-parallel messages that hides behind products.
+    cp_hidden: of attention's seconds, how many hide the messages of keys and values.
     gradient_bytes: of an element as gradients are summed over ranks.
     overlaps_gradients, overlaps_weights: whether sums of gradients hide behind the backward pass, and the
         gathering of weights behind the forward pass.
@@ -36,6 +37,7 @@ class Software:
     eager: float = 1.0
     joins_inputs: bool = True
     tp_hidden: float = 0.0
+    cp_hidden: float = 0.0
     gradient_bytes: float = 4.0
     overlaps_gradients: bool = True
     overlaps_weights: bool = True
@@ -78,9 +80,11 @@ MEGATRON_DEEPSPEED = Software(
 MEGATRON_CORE = Software(
     "Megatron-Core and NeMo",  # Transformer Engine; user buffers overlap tensor-parallel messages
     tp_hidden=0.7,
+    cp_hidden=0.9,
 )
 FSDP = Software(
     "FSDP on PyTorch", eager=2.0, gradient_bytes=4.0
 )  # flash attention, eager, one gather a layer
 TITAN = Software("torchtitan", joins_inputs=False)  # compiled, FSDP2
-ALL = (OURS, OURS_EAGER, MEGATRON_2021, MEGATRON_DEEPSPEED, MEGATRON_CORE, FSDP, TITAN)
+META = Software("Meta's Llama 3 trainer", gradient_bytes=4.0, cp_hidden=0.0)  # arXiv 2407.21783 section 3.3.2
+ALL = (OURS, OURS_EAGER, MEGATRON_2021, MEGATRON_DEEPSPEED, MEGATRON_CORE, FSDP, TITAN, META)

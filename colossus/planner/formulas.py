@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -162,7 +163,7 @@ class _Formulas:
         flops = part.executed * piece.tokens / piece.tp
         moved = count * (width * (m * k + k * n) + self.size * m * n)
         name, forward = part.name, part.model / max(part.executed, 1.0)
-        common = {"stage": stage, "precision": precision, "count": count}
+        common: dict[str, Any] = {"stage": stage, "precision": precision, "count": count}
         yield Row(
             name, "forward", kind="product", m=m, n=n, k=k, executed=flops, model=flops * forward,
             bytes=moved, saved=self.kept(part), **common,
@@ -204,7 +205,7 @@ class _Formulas:
         width = float(widths[ATTENTION.index(part.name)])
         rows = piece.seq_len / piece.cp
         backward = part.executed_backward * piece.tokens / piece.tp
-        common = {"stage": stage, "precision": self.wide, "count": heads}
+        common: dict[str, Any] = {"stage": stage, "precision": self.wide, "count": heads}
         saved = self.kept(part)
         if self.software.fused_attention:
             # A fused kernel skips blocks that the mask hides: n is the keys that a query meets, for the backward
