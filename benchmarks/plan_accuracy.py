@@ -227,6 +227,7 @@ def llama3() -> list[tuple[str, float, float]]:
 def worst(scored: Sequence[Scored], count: int) -> None:
     for item in sorted(scored, key=lambda item: -abs(item.error))[:count]:
         run, row = item.run, item.run.variants[0]
+        row = {"cp": 1, "ep": 1, "stages_per_rank": 1} | dict(row)
         keys = " ".join(f"{k}{row[k]}" for k in ("tp", "cp", "pp", "ep", "micro_batch", "zero", "recompute"))
         print(
             f"{100 * item.error:+6.0f}%  {run.id} {run.group[:44]:44} {run.precision} n={run.hardware.count} "
@@ -240,6 +241,7 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true", help="calibrate, and write scalars.toml")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worst", type=int, default=0, help="show so many of the worst calibration rows")
+    parser.add_argument("--blind", action="store_true", help="show no figure of a held-out row")
     parser.add_argument("--quick", action="store_true", help="score no single-node rows")
     parser.add_argument("--out", help="write a receipt")
     arguments = parser.parse_args()
@@ -260,11 +262,13 @@ def main() -> None:
         figures = table(scored)
         show(f"{arguments.rows}: {len(runs)} complete rows, all scored", figures)
     else:
+        if arguments.worst:
+            worst([s for s in scored if s.run.calibrates], arguments.worst)
         show("calibration rows", table([s for s in scored if s.run.calibrates]))
         figures = table([s for s in scored if not s.run.calibrates])
+        if arguments.blind:
+            return
         show("held-out rows", figures)
-    if arguments.worst:
-        worst([s for s in scored if s.run.calibrates], arguments.worst)
     print(f"\npredicted {len(runs)} runs in {seconds:.1f} s; scalars:")
     for name, value in fitted().items():
         print(f"  {name} = {value:.4g}")

@@ -180,6 +180,8 @@ def _run(row: Mapping[str, str]) -> Run:
     part = GPUS[row["gpu"]]
     software = _program(row["source"])
     assert software is not None
+    if "DeepSpeed)" in row["fsdp_zero"] and "zero3" in row["fsdp_zero"]:
+        software = programs.DEEPSPEED_2021
     seconds = _seconds(row)
     assert seconds is not None
     n, tp, pp, cp = (int(row[name] or 1) for name in ("n_gpus", "tp", "pp", "cp"))

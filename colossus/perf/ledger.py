@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Columns = NDArray[np.float64]
 Phase = Literal["forward", "recompute", "backward", "weights", "step"]
-Kind = Literal["product", "fused_attention", "memory", "all_gather", "reduce_scatter", "all_reduce",
+Kind = Literal["product", "fused_attention", "memory", "elementwise", "all_gather", "reduce_scatter", "all_reduce",
                "all_to_all", "send"]  # fmt: skip
 PHASES: tuple[Phase, ...] = ("forward", "recompute", "backward", "weights", "step")
 COMMUNICATION = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")
@@ -32,7 +32,7 @@ class Row:
     m, n, k: of a product [m, k] x [k, n], `count` of them at once; of attention, queries, keys, head width.
     precision: of the product: "bf16", "fp8", "fp32".
     executed, model: FLOPs that the kernel is asked for, and that MFU counts.
-    bytes: read and written in the rank's own memory.
+    bytes: read and written in the rank's own memory; of `elementwise` work, if nothing were fused.
     group, sent: who takes part in a message, and the bytes of the full tensor (of an all-to-all and a send:
         the bytes that one rank has to give).
     saved: bytes that wait for the backward pass.

@@ -19,6 +19,8 @@ from colossus.perf.software import Software
 TILE = (128.0, 256.0)  # of a product that one multiprocessor makes at once, on Hopper and later
 AMPERE_TILE = (128.0, 128.0)
 DEPTH = 256.0  # of k at which a product reaches half of its rate
+FLASH2_SHARE = 0.6  # FlashAttention-2 on Hopper: 35% of the peak, where Hopper's own instructions reach up to
+# 75% forward and 55% backward (arXiv 2407.08608, figures 5 and 6)
 SKEW_TILES = 16.0  # from so many waves on, kernels spread the last one over all multiprocessors
 
 
@@ -55,8 +57,9 @@ class Pricer:
                 out[mask] = self.products(ledger.take(mask))
             elif kind == "fused_attention":
                 out[mask] = self.attention(ledger.take(mask))
-            elif kind == "memory":
-                out[mask] = self.memory(ledger.take(mask))
+            elif kind in ("memory", "elementwise"):
+                moved = self.scalars[self.software.elementwise] if kind == "elementwise" else 1.0
+                out[mask] = ledger.bytes[mask] * moved / self.hardware.accelerator.copy
             else:
                 assert groups is not None, "rows with messages need their groups"
                 for name in set(ledger.group[mask].tolist()):
@@ -91,13 +94,11 @@ class Pricer:
         """Fused attention: m queries, n keys that each meets, of width k, `count` heads."""
         part = self.hardware.accelerator
         share = self.scalars["attention"] if part.device == "cuda" else 0.5
+        if self.software.flash == "flash2" and part.generation not in ("ampere", "cpu"):
+            share *= FLASH2_SHARE
         rate = np.array([[part.peak(p) * share] for p in ledger.precision])
         full = np.minimum(1.0, ledger.k / 128.0) ** 0.5  # narrow heads fill the units less
         return 2 * ledger.m * ledger.n * ledger.k * ledger.count / (rate * full)
-
-    def memory(self, ledger: Ledger) -> Columns:
-        moved = self.scalars[self.software.elementwise]
-        return ledger.bytes * moved / self.hardware.accelerator.copy
 
     def messages(self, kind: str, sent: Columns, group: comm.Group) -> Columns:
         share = self.scalars["network"]

@@ -7,7 +7,7 @@ to a run. What is fitted is in `scalars.toml`, by name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -16,6 +16,8 @@ class Software:
     """Habits of a training program.
 
     fused_attention: scores are never written (flash attention), and masked blocks are skipped.
+    flash: which kernel: "hopper" uses that generation's instructions (cuDNN, FlashAttention-3), "flash2" those of
+        Ampere, whatever it runs on.
     elementwise: name of the scalar that says how many bytes it moves for each that `parts` counts: fused or
         compiled programs move fewer.
     eager: kernels for each row of the ledger; what the host has to start.
@@ -33,6 +35,7 @@ class Software:
 
     name: str
     fused_attention: bool = True
+    flash: Literal["hopper", "flash2"] = "hopper"
     elementwise: Literal["fused", "eager"] = "fused"
     eager: float = 1.0
     joins_inputs: bool = True
@@ -48,9 +51,12 @@ class Software:
     dispatch: Literal["host", "eager_host"] = "host"
 
 
-OURS = Software("colossus", joins_inputs=False, order=("tp", "cp", "pp", "dp_shard", "dp_replicate"))
+OURS = Software(
+    "colossus", flash="flash2", joins_inputs=False, order=("tp", "cp", "pp", "dp_shard", "dp_replicate")
+)
 OURS_EAGER = Software(
     "colossus, not compiled",
+    flash="flash2",
     joins_inputs=False,
     elementwise="eager",
     eager=3.0,
@@ -59,8 +65,7 @@ OURS_EAGER = Software(
 MEGATRON_2021 = Software(
     "Megatron-LM of 2021",  # fused softmax, bias and gelu kernels; gradients summed after the last micro-batch
     fused_attention=False,
-    elementwise="eager",
-    eager=2.0,
+    eager=3.0,
     overlaps_gradients=False,
     overlaps_weights=False,
     overlaps_pipeline=False,
@@ -69,8 +74,7 @@ MEGATRON_2021 = Software(
 MEGATRON_DEEPSPEED = Software(
     "Megatron-DeepSpeed",
     fused_attention=False,
-    elementwise="eager",
-    eager=2.0,
+    eager=3.0,
     gradient_bytes=2.0,  # fp16 engine: gradients are summed as they are kept
     overlaps_gradients=False,
     overlaps_weights=False,
@@ -82,9 +86,8 @@ MEGATRON_CORE = Software(
     tp_hidden=0.7,
     cp_hidden=0.9,
 )
-FSDP = Software(
-    "FSDP on PyTorch", eager=2.0, gradient_bytes=4.0
-)  # flash attention, eager, one gather a layer
-TITAN = Software("torchtitan", joins_inputs=False)  # compiled, FSDP2
+DEEPSPEED_2021 = replace(MEGATRON_DEEPSPEED, name="DeepSpeed ZeRO-3 of 2021")
+FSDP = Software("FSDP on PyTorch", flash="flash2", elementwise="eager", eager=2.0)  # not compiled
+TITAN = Software("torchtitan", flash="flash2", joins_inputs=False)  # compiled, FSDP2, PyTorch's own attention
 META = Software("Meta's Llama 3 trainer", gradient_bytes=4.0, cp_hidden=0.0)  # arXiv 2407.21783 section 3.3.2
-ALL = (OURS, OURS_EAGER, MEGATRON_2021, MEGATRON_DEEPSPEED, MEGATRON_CORE, FSDP, TITAN, META)
+ALL = (OURS, OURS_EAGER, MEGATRON_2021, MEGATRON_DEEPSPEED, MEGATRON_CORE, FSDP, TITAN, META, DEEPSPEED_2021)

@@ -16,7 +16,7 @@ from colossus.architecture import Architecture, parameter_table
 from colossus.layout import ONE_STAGE, V_SHAPED
 from colossus.perf import communication as comm
 from colossus.perf.flops import model_flops_per_token
-from colossus.perf.ledger import Columns, Ledger
+from colossus.perf.ledger import COMMUNICATION, Columns, Ledger
 from colossus.perf.price import Pricer
 from colossus.perf.schedule import bubble
 from colossus.planner.columns import Layouts
@@ -26,6 +26,7 @@ from colossus.planner.stages import Shape, shape
 OVERLAP_COST = 0.1  # of the seconds of a hidden message, that it takes from what it hides behind (Calculon:
 # 0.15 over NVLink, 0.02 over network cards)
 KEYS = ("micro_batch", "tp", "cp", "ep", "etp", "sp", "recompute")
+LAUNCHES_OF_MESSAGE = 4.0  # the host takes some 50 us for a collective, where a kernel takes it 10
 UPDATE_BYTES = 34.0  # AdamW a weight: gradient, weight and two moments in fp32, read and written; a copy
 LARGEST_EXACT = 16  # ranks of a pipeline whose bubble is simulated; those of longer ones grow in proportion
 RATIO = 0.1  # to which ratios of forward and backward seconds are rounded for a bubble
@@ -196,14 +197,14 @@ class _Estimate:
                 return np.asarray(seconds[rows & ledger.where(stream=stream)].sum(axis=0))
 
             compute = of("compute")
-            launches = (ledger.launches[rows] * ledger.repeat[rows]).sum(axis=0)
-            compute = np.maximum(compute, host * launches)
+            kernels = np.where(ledger.where(kind=COMMUNICATION)[rows], LAUNCHES_OF_MESSAGE, 1.0)[:, None]
+            launches = (kernels * ledger.launches[rows] * ledger.repeat[rows]).sum(axis=0)
             tp = of("tp") * (1 - self.software.tp_hidden * (1 - OVERLAP_COST))
             beside = np.maximum(OVERLAP_COST * of("tp_hidden"), of("tp_hidden") - compute)
             attention = seconds[rows & ledger.where(kind="fused_attention")].sum(axis=0)
             keys = np.maximum(0.0, of("cp") - self.software.cp_hidden * attention)
             experts = of("ep") * (1 - self.software.overlaps_experts)
-            found[phase] = compute + tp + beside + keys + experts
+            found[phase] = np.maximum(compute + tp + beside + keys + experts, host * launches)
         return _Layer(**found)
 
     def sorts(self, ledger: Ledger) -> dict[str, NDArray[np.bool_]]:
@@ -212,7 +213,7 @@ class _Estimate:
         return {
             "products": ledger.where(kind="product") & ~again,
             "attention": ledger.where(kind="fused_attention") & ~again,
-            "memory-bound": ledger.where(kind="memory") & ~again,
+            "memory-bound": ledger.where(kind=("memory", "elementwise")) & ~again,
         }
 
     # ------------------------------------------------------------------ the pipeline
@@ -272,8 +273,9 @@ class _Estimate:
         layouts, problem = self.layouts, self.problem
         size = 4 if problem.precision == "fp32" else 2
         tokens = layouts.number("micro_batch") * problem.seq_len / layouts.number("cp")
-        split = np.where(layouts["sp"] == 1, layouts.number("tp"), 1.0)
-        sent = tokens * problem.arch.hidden_size * size / split
+        # Without sequence parallelism each rank of tp sends its part, and the next node gathers them over NVLink
+        # (the scatter-gather of arXiv 2104.04473).
+        sent = tokens * problem.arch.hidden_size * size / layouts.number("tp")
         return self.pricer.messages("send", sent, self.groups["pp"])
 
     def pipeline_messages(self, pp: int, made: Shape, micro_batches: Columns, send: Columns) -> Columns:

@@ -21,7 +21,7 @@ from colossus.perf.software import Software
 TP_AXES = ("heads", "kv", "ffn", "vocab")  # dimensions of parameters that tensor parallelism divides
 SELECTIVE = ("attention.scores", "attention.values", "gated", "_norm", "rotary")  # made again by "selective"
 RECOMPUTE = {"none": 0, "selective": 1, "full": 2}
-JOINED = {"attention.wk": "attention.wq", "attention.wv": "attention.wq", "w_gate": "w_up"}
+JOINED = ("attention.wq", "attention.wk", "attention.wv", "w_gate", "w_up")  # products of one input
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,18 @@ def _matrices(arch: Architecture) -> Mapping[tuple[int | None, str], Parameter]:
     return found
 
 
+def _joined(first: Part, part: Part) -> bool:
+    """Whether both multiply the same input: of one owner, and of the attention or the MLP."""
+    return first.kind == part.kind and first.name.rpartition(".")[0] == part.name.rpartition(".")[0]
+
+
+def _sum(together: list[Part]) -> Part:
+    if len(together) == 1:
+        return together[0]
+    names = ("executed", "executed_backward", "model", "weight_bytes", "written_bytes", "saved_bytes")
+    return replace(together[0], **{name: sum(getattr(p, name) for p in together) for name in names})
+
+
 class _Formulas:
     def __init__(self, arch: Architecture, piece: Piece, software: Software, precision: str) -> None:
         self.arch, self.piece, self.software, self.precision = arch, piece, software, precision
@@ -91,24 +103,41 @@ class _Formulas:
         self.kinds = layer_kinds(arch)
 
     def rows(self) -> Iterator[Row]:
-        for part in self.parts:
+        for together in self.together():
+            part = together[0]
             if part.kind is None:
-                stage = "first" if part.name.endswith("embedding") else "last"
-                yield from self.part(part, stage, None)
+                yield from self.part(together, "first" if part.name.endswith("embedding") else "last", None)
             else:
-                yield from self.part(part, stage_name(part.kind), self.kinds[part.kind][0])
+                yield from self.part(together, stage_name(part.kind), self.kinds[part.kind][0])
         for kind in self.kinds:
             yield from self.messages(kind)
         yield from self.edge_messages()
 
-    def part(self, part: Part, stage: str, layer: int | None) -> Iterator[Row]:
-        matrix = _matrices(self.arch).get((layer, part.name))
-        if part.name == "head":
-            matrix = matrix or _matrices(self.arch)[None, "embedding"]
+    def together(self) -> Iterator[list[Part]]:
+        """The parts, those that are one product in one list."""
+        waiting: list[Part] = []
+        for part in self.parts:
+            joins = self.software.joins_inputs and part.name.endswith(JOINED)
+            if waiting and not (joins and _joined(waiting[0], part)):
+                yield waiting
+                waiting = []
+            waiting.append(part)
+            if not joins:
+                yield waiting
+                waiting = []
+        if waiting:
+            yield waiting
+
+    def part(self, together: list[Part], stage: str, layer: int | None) -> Iterator[Row]:
+        part = together[0]
+        matrices = [_matrices(self.arch).get((layer, p.name)) for p in together]
+        if part.name == "head" and matrices[0] is None:
+            matrices = [_matrices(self.arch)[None, "embedding"]]
+        found = [matrix for matrix in matrices if matrix is not None]
         if part.name in ATTENTION:
             made = list(self.attention(part, stage))
-        elif matrix is not None and part.executed:
-            made = list(self.product(part, stage, matrix))
+        elif found and part.executed:
+            made = list(self.product(_sum(together), stage, found))
         else:
             made = list(self.elementwise(part, stage))
         yield from made
@@ -137,11 +166,11 @@ class _Formulas:
 
     # ------------------------------------------------------------------ products
 
-    def product(self, part: Part, stage: str, matrix: Parameter) -> Iterator[Row]:
+    def product(self, part: Part, stage: str, matrices: list[Parameter]) -> Iterator[Row]:
         """Forward, and backward the gradients of the input and of the weights."""
-        piece = self.piece
-        axes = dict(zip(matrix.axes[-2:], matrix.shape[-2:], strict=True))
-        (out_axis, out), (in_axis, inner) = axes.items()
+        piece, matrix = self.piece, matrices[0]
+        (out_axis, in_axis), inner = matrix.axes[-2:], matrix.shape[-1]
+        out = sum(m.shape[-2] for m in matrices)
         is_expert = matrix.group == "expert"
         split = piece.etp if is_expert else piece.tp
         n = out / split if out_axis in TP_AXES else np.full(piece.size, float(out))
@@ -244,10 +273,10 @@ class _Formulas:
         moved = 2 * part.written_bytes * self.piece.tokens / self.spread(part)
         eager = self.software.eager
         yield Row(
-            part.name, "forward", stage, "memory", bytes=moved, saved=self.kept(part), launches=eager,
+            part.name, "forward", stage, "elementwise", bytes=moved, saved=self.kept(part), launches=eager,
             model=part.model * self.piece.tokens / self.piece.tp,
         )  # fmt: skip
-        yield Row(part.name, "backward", stage, "memory", bytes=1.5 * moved, launches=eager,
+        yield Row(part.name, "backward", stage, "elementwise", bytes=1.5 * moved, launches=eager,
                   model=2 * part.model * self.piece.tokens / self.piece.tp)  # fmt: skip
 
     # ------------------------------------------------------------------ messages
