@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 import colossus.perf
 from benchmarks.plan_rows import Run, load
@@ -29,16 +30,15 @@ from colossus.planner.columns import Layouts
 from colossus.planner.estimate import Problem, estimate
 
 SCALARS = Path(colossus.perf.__file__).parent / "scalars.toml"
-ROWS_OF_A_GROUP = 6  # that calibrate: a publisher who prints forty rows of one model weighs no more
+ROWS_OF_A_GROUP = 12  # that calibrate: a publisher who prints forty rows of one model weighs no more
 GOALS = {
     "vTrain, many nodes": 8.0, "vTrain, one node": 8.0, "Hopper dense": 6.0, "Hopper experts": 10.0,
     "Blackwell experts": 10.0,
 }  # fmt: skip
 BOUNDS = {  # of each scalar, by what it means
-    "ampere_products": (0.6, 1.05), "hopper_products": (0.6, 1.05), "blackwell_products": (0.6, 1.05),
-    "hopper_fp8": (0.4, 1.05), "blackwell_fp8": (0.4, 1.05), "attention": (0.2, 0.8), "network": (0.3, 1.0),
-    "fused": (0.2, 1.2), "eager": (0.5, 3.0), "eager_host": (1e-6, 4e-5), "straggler": (0.0, 0.05),
-    "experts": (0.3, 1.1),
+    "ampere_products": (0.6, 1.05), "hopper_products": (0.6, 1.05), "blackwell_products": (0.4, 1.05),
+    "hopper_fp8": (0.4, 1.05), "blackwell_fp8": (0.4, 1.05), "attention": (0.2, 0.8),     "fused": (0.3, 1.2), "eager": (0.5, 3.0), "eager_host": (1e-6, 1e-4),
+    "experts": (0.3, 1.0),
 }  # fmt: skip
 
 
@@ -84,51 +84,126 @@ def sample(runs: Iterable[Run]) -> list[Run]:
     return chosen
 
 
+def weights(runs: Sequence[Run]) -> NDArray[np.float64]:
+    """Of each row: every set counts alike, in it every group, in it every row."""
+    rows: dict[str, int] = defaultdict(int)
+    groups: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        rows[run.set + run.group] += 1
+        groups[run.set].add(run.group)
+    found = np.array([1 / (len(groups[run.set]) * rows[run.set + run.group]) for run in runs])
+    return found / found.sum()
+
+
+def residuals(runs: Sequence[Run], scalars: Mapping[str, float]) -> NDArray[np.float64]:
+    """Logarithm of predicted over measured."""
+    return np.log1p([item.error for item in predict(runs, scalars)])
+
+
 def loss(runs: Sequence[Run], scalars: Mapping[str, float]) -> float:
-    """Mean absolute logarithm of predicted over measured; every set counts by the root of its groups."""
-    errors: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for scored in predict(runs, scalars):
-        errors[scored.run.set][scored.run.group].append(abs(np.log1p(scored.error)))
-    total = weight = 0.0
-    for groups in errors.values():
-        share = np.sqrt(len(groups))
-        total += share * float(np.mean([np.mean(values) for values in groups.values()]))
-        weight += share
-    return total / weight
+    """Mean absolute residual."""
+    return float(np.sum(weights(runs) * np.abs(residuals(runs, scalars))))
 
 
-def fit(runs: Sequence[Run], rounds: int = 3, say: bool = True) -> dict[str, tuple[float, float, float]]:
-    """Scalar -> (value, low, high), by a search along one scalar after the other."""
-    scalars = dict(fitted())
-    best = loss(runs, scalars)
+def fit(runs: Sequence[Run], rounds: int = 8) -> dict[str, tuple[float, float, float]]:
+    """Scalar -> (value, low, high): least absolute residuals by reweighted Gauss-Newton steps within bounds.
+
+    low, high: the middle 90% over resampled groups, each solved with the last step's derivatives.
+    """
+    names = list(BOUNDS)
+    share = weights(runs)
+    low, high = (np.array([BOUNDS[name][i] for name in names]) for i in (0, 1))
+    width = high - low
+    at = np.clip(np.array([fitted()[name] for name in names]), low, high)
+    now = residuals(runs, dict(zip(names, at, strict=True)))
+    best = float(np.sum(share * np.abs(now)))
     for turn in range(rounds):
-        width = 0.5**turn
-        for name, (low, high) in BOUNDS.items():
-            step = width * (high - low) / 4
-            for factor in (-1.0, -0.5, 0.5, 1.0):
-                value = min(high, max(low, scalars[name] + factor * step))
-                found = loss(runs, scalars | {name: value})
-                if found < best - 1e-6:
-                    best, scalars[name] = found, value
-            if say:
-                print(f"round {turn}: {name} = {scalars[name]:.4g}, loss {best:.4f}", flush=True)
-    return {name: (value, *_interval(runs, scalars, name, best)) for name, value in scalars.items()}
+        slope = _slope(runs, names, at, low, high, now)
+        reach = (np.maximum((low - at) / width, -0.3), np.minimum((high - at) / width, 0.3))
+        step = _solve(slope, now, share, *reach)
+        for shorter in (1.0, 0.5, 0.25, 0.1, 0.05):
+            tried = np.clip(at + shorter * step * width, low, high)
+            found = residuals(runs, dict(zip(names, tried, strict=True)))
+            value = float(np.sum(share * np.abs(found)))
+            if value < best - 1e-6:
+                at, now, best = tried, found, value
+                break
+        else:
+            break
+        print(f"round {turn}: mean absolute residual {best:.4f}", flush=True)
+    ends = _ends(runs, names, _slope(runs, names, at, low, high, now), now, at, width)
+    return {name: (float(at[i]), *ends[name]) for i, name in enumerate(names)}
 
 
-def _interval(runs: Sequence[Run], scalars: dict[str, float], name: str, best: float) -> tuple[float, float]:
-    """Values between which the loss stays within 2% of its least, the others held."""
-    ends = []
-    for end, sign in zip(BOUNDS[name], (-1, 1), strict=True):
-        inside = scalars[name]
-        step = abs(end - inside) / 4
-        for _ in range(4):
-            tried = inside + sign * step
-            if loss(runs, scalars | {name: tried}) < 1.02 * best:
-                inside = tried
-            else:
-                step /= 2
-        ends.append(inside)
-    return ends[0], ends[1]
+def _slope(
+    runs: Sequence[Run],
+    names: Sequence[str],
+    at: NDArray[np.float64],
+    low: NDArray[np.float64],
+    high: NDArray[np.float64],
+    now: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Derivatives of the residuals, [rows, scalars], in widths of the bounds."""
+    columns = []
+    for i in range(len(names)):
+        step = 0.02 * (high[i] - low[i]) * (1 if at[i] < (low[i] + high[i]) / 2 else -1)
+        moved = at.copy()
+        moved[i] += step
+        change = residuals(runs, dict(zip(names, moved, strict=True))) - now
+        columns.append(change / step * (high[i] - low[i]))
+    return np.stack(columns, axis=1)
+
+
+def _solve(
+    slope: NDArray[np.float64],
+    now: NDArray[np.float64],
+    share: NDArray[np.float64],
+    least: NDArray[np.float64],
+    most: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """The step, in widths and between `least` and `most`, that makes the absolute residuals small: squares,
+    reweighted; what leaves its bounds is held there, and the others are solved for again."""
+    step = np.zeros(slope.shape[1])
+    for _ in range(12):
+        weight = share / np.maximum(np.abs(now + slope @ step), 0.02)
+        held = np.zeros(len(step), dtype=bool)
+        trial = np.zeros(len(step))
+        for _ in range(len(step)):
+            free = ~held
+            rest = now + slope[:, held] @ trial[held]
+            part = slope[:, free]
+            normal = (part * weight[:, None]).T @ part + 1e-3 * np.eye(int(free.sum()))
+            trial[free] = -np.linalg.solve(normal, (part * weight[:, None]).T @ rest)
+            out = free & ((trial < least) | (trial > most))
+            if not out.any():
+                break
+            trial[out] = np.clip(trial[out], least[out], most[out])
+            held |= out
+        step = np.clip(trial, least, most)
+    return step
+
+
+def _ends(
+    runs: Sequence[Run],
+    names: Sequence[str],
+    slope: NDArray[np.float64],
+    now: NDArray[np.float64],
+    at: NDArray[np.float64],
+    width: NDArray[np.float64],
+) -> dict[str, tuple[float, float]]:
+    groups = sorted({run.group for run in runs})
+    member = np.array([groups.index(run.group) for run in runs])
+    share, rng, tried = weights(runs), np.random.default_rng(0), []
+    low, high = (np.array([BOUNDS[name][i] for name in names]) for i in (0, 1))
+    reach = ((low - at) / width, (high - at) / width)
+    for _ in range(200):
+        times = np.bincount(rng.integers(0, len(groups), len(groups)), minlength=len(groups))
+        tried.append(at + _solve(slope, now, share * times[member], *reach) * width)
+    found = np.quantile(np.array(tried), (0.05, 0.95), axis=0)
+    return {
+        name: (float(max(BOUNDS[name][0], found[0, i])), float(min(BOUNDS[name][1], found[1, i])))
+        for i, name in enumerate(names)
+    }
 
 
 def write_scalars(found: Mapping[str, tuple[float, float, float]]) -> None:
@@ -239,7 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=Path, help="score this file, all of its complete rows")
     parser.add_argument("--fit", action="store_true", help="calibrate, and write scalars.toml")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--worst", type=int, default=0, help="show so many of the worst calibration rows")
     parser.add_argument("--blind", action="store_true", help="show no figure of a held-out row")
     parser.add_argument("--quick", action="store_true", help="score no single-node rows")

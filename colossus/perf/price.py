@@ -18,9 +18,12 @@ from colossus.perf.software import Software
 
 TILE = (128.0, 256.0)  # of a product that one multiprocessor makes at once, on Hopper and later
 AMPERE_TILE = (128.0, 128.0)
-DEPTH = 256.0  # of k at which a product reaches half of its rate
+DEPTH = 256.0  # of k at which a product reaches half of its rate; twice that in float8, whose measured rates still
+# rise by a tenth from 4,096 to 16,384
 FLASH2_SHARE = 0.6  # FlashAttention-2 on Hopper: 35% of the peak, where Hopper's own instructions reach up to
 # 75% forward and 55% backward (arXiv 2407.08608, figures 5 and 6)
+NIC_SHARE = 0.94  # of a card's rate that messages reach: 46 to 48 of 50 GB/s (NVIDIA/nccl-tests issue 290)
+SPREAD = 0.0  # of the nodes' speeds in published runs: none shows beyond the other losses
 SKEW_TILES = 16.0  # from so many waves on, kernels spread the last one over all multiprocessors
 
 
@@ -76,7 +79,8 @@ class Pricer:
         flops = 2 * ledger.m * ledger.n * ledger.k * ledger.count
         if part.device == "cpu":
             return np.maximum(flops / rate, ledger.bytes / part.copy)
-        share = product_share(ledger.m, ledger.n, ledger.k, ledger.count, part)
+        depth = np.where(ledger.precision == "fp8", 2 * DEPTH, DEPTH)[:, None]
+        share = product_share(ledger.m, ledger.n, ledger.k, ledger.count, part, depth)
         return np.maximum(flops / (rate * share), ledger.bytes / part.copy)
 
     def rate(self, precision: str) -> float:
@@ -97,11 +101,12 @@ class Pricer:
         if self.software.flash == "flash2" and part.generation not in ("ampere", "cpu"):
             share *= FLASH2_SHARE
         rate = np.array([[part.peak(p) * share] for p in ledger.precision])
-        full = np.minimum(1.0, ledger.k / 128.0) ** 0.5  # narrow heads fill the units less
+        # heads of 64 run at 0.85 of the rate of 128 (FlashAttention-2, arXiv 2307.08691, figures 4 to 6)
+        full = np.minimum(1.0, ledger.k / 128.0) ** 0.25
         return 2 * ledger.m * ledger.n * ledger.k * ledger.count / (rate * full)
 
     def messages(self, kind: str, sent: Columns, group: comm.Group) -> Columns:
-        share = self.scalars["network"]
+        share = NIC_SHARE
         if kind in ("all_gather", "reduce_scatter"):
             return comm.gather_seconds(sent, group, self.hardware, share)
         if kind == "all_reduce":
@@ -120,10 +125,12 @@ class Pricer:
 
     def slowest(self, nodes: Columns) -> Columns:
         """By how much the slowest of so many nodes is slower than the mean: E[max of n normals]."""
-        return 1 + self.scalars["straggler"] * np.sqrt(2 * np.log(np.maximum(nodes, 1.0)))
+        return 1 + SPREAD * np.sqrt(2 * np.log(np.maximum(nodes, 1.0)))
 
 
-def product_share(m: Columns, n: Columns, k: Columns, count: Columns, part: Accelerator) -> Columns:
+def product_share(
+    m: Columns, n: Columns, k: Columns, count: Columns, part: Accelerator, depth: Columns | float = DEPTH
+) -> Columns:
     """The share of the best rate that a shape reaches: full tiles, full waves, and k long enough."""
     rows, columns = AMPERE_TILE if part.generation == "ampere" else TILE
     # A kernel may turn its tile: the better of both ways.
@@ -134,4 +141,4 @@ def product_share(m: Columns, n: Columns, k: Columns, count: Columns, part: Acce
     waves = tiles / part.units
     whole = np.ceil(waves) * part.units
     filled = area / np.where(waves > SKEW_TILES, tiles, whole)
-    return np.clip(filled, 0.02, 1.0) ** 0.5 * k / (k + DEPTH)
+    return np.clip(filled, 0.02, 1.0) * k / (k + depth)

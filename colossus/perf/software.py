@@ -25,6 +25,8 @@ class Software:
     tp_hidden: the share of tensor-parallel messages that hides behind products.
     cp_hidden: of attention's seconds, how many hide the messages of keys and values.
     gradient_bytes: of an element as gradients are summed over ranks.
+    sums_gradients: whether each micro-batch's gradients are added to a buffer of `gradient_bytes` by a kernel of
+        its own, not by the product that makes them.
     overlaps_gradients, overlaps_weights: whether sums of gradients hide behind the backward pass, and the
         gathering of weights behind the forward pass.
     overlaps_pipeline: whether messages between stages hide behind other micro-batches.
@@ -42,6 +44,7 @@ class Software:
     tp_hidden: float = 0.0
     cp_hidden: float = 0.0
     gradient_bytes: float = 4.0
+    sums_gradients: bool = False
     overlaps_gradients: bool = True
     overlaps_weights: bool = True
     overlaps_pipeline: bool = True
@@ -66,6 +69,7 @@ MEGATRON_2021 = Software(
     "Megatron-LM of 2021",  # fused softmax, bias and gelu kernels; gradients summed after the last micro-batch
     fused_attention=False,
     eager=3.0,
+    sums_gradients=True,
     overlaps_gradients=False,
     overlaps_weights=False,
     overlaps_pipeline=False,
@@ -76,6 +80,7 @@ MEGATRON_DEEPSPEED = Software(
     fused_attention=False,
     eager=3.0,
     gradient_bytes=2.0,  # fp16 engine: gradients are summed as they are kept
+    sums_gradients=True,
     overlaps_gradients=False,
     overlaps_weights=False,
     overlaps_pipeline=False,
@@ -86,8 +91,24 @@ MEGATRON_CORE = Software(
     tp_hidden=0.7,
     cp_hidden=0.9,
 )
+NEMO_2023 = replace(
+    MEGATRON_CORE, name="NeMo of 2022 and 2023", fused_attention=False, tp_hidden=0.0, overlaps_weights=False
+)
 DEEPSPEED_2021 = replace(MEGATRON_DEEPSPEED, name="DeepSpeed ZeRO-3 of 2021")
 FSDP = Software("FSDP on PyTorch", flash="flash2", elementwise="eager", eager=2.0)  # not compiled
 TITAN = Software("torchtitan", flash="flash2", joins_inputs=False)  # compiled, FSDP2, PyTorch's own attention
+MAXTEXT = Software("MaxText", overlaps_experts=0.0)  # XLA: fused, gathers and sums overlapped
 META = Software("Meta's Llama 3 trainer", gradient_bytes=4.0, cp_hidden=0.0)  # arXiv 2407.21783 section 3.3.2
-ALL = (OURS, OURS_EAGER, MEGATRON_2021, MEGATRON_DEEPSPEED, MEGATRON_CORE, FSDP, TITAN, META, DEEPSPEED_2021)
+ALL = (
+    OURS,
+    OURS_EAGER,
+    MEGATRON_2021,
+    MEGATRON_DEEPSPEED,
+    MEGATRON_CORE,
+    FSDP,
+    TITAN,
+    META,
+    DEEPSPEED_2021,
+    NEMO_2023,
+    MAXTEXT,
+)

@@ -26,6 +26,8 @@ from colossus.planner.stages import Shape, shape
 OVERLAP_COST = 0.1  # of the seconds of a hidden message, that it takes from what it hides behind (Calculon:
 # 0.15 over NVLink, 0.02 over network cards)
 KEYS = ("micro_batch", "tp", "cp", "ep", "etp", "sp", "recompute")
+GAP = 5e-6  # seconds between two kernels of a GPU, ramps included: what products of 1024 and 2048 lose beside those
+# of 8192, in the catalogue's measured tables (4 to 9 us)
 LAUNCHES_OF_MESSAGE = 4.0  # the host takes some 50 us for a collective, where a kernel takes it 10
 UPDATE_BYTES = 34.0  # AdamW a weight: gradient, weight and two moments in fp32, read and written; a copy
 LARGEST_EXACT = 16  # ranks of a pipeline whose bubble is simulated; those of longer ones grow in proportion
@@ -199,6 +201,7 @@ class _Estimate:
             compute = of("compute")
             kernels = np.where(ledger.where(kind=COMMUNICATION)[rows], LAUNCHES_OF_MESSAGE, 1.0)[:, None]
             launches = (kernels * ledger.launches[rows] * ledger.repeat[rows]).sum(axis=0)
+            compute = compute + GAP * launches * (host > 0)
             tp = of("tp") * (1 - self.software.tp_hidden * (1 - OVERLAP_COST))
             beside = np.maximum(OVERLAP_COST * of("tp_hidden"), of("tp_hidden") - compute)
             attention = seconds[rows & ledger.where(kind="fused_attention")].sum(axis=0)

@@ -204,22 +204,25 @@ class _Formulas:
         )  # fmt: skip
         yield Row(
             name, "weights", kind="product", m=n, n=k, k=m, executed=half, model=flops * forward,
-            bytes=moved + count * k * n * 4, **common,
+            bytes=moved + count * k * n * 2 * self.software.gradient_bytes, **common,
         )  # fmt: skip
+        if self.software.sums_gradients:  # into those of the micro-batches before
+            summed = count * k * n * (2 * self.software.gradient_bytes + self.size)  # read, read, written
+            yield Row(f"{name} gradient", "weights", stage, "memory", bytes=summed)
         if precision == "fp8":
-            yield from self.casts(name, stage, count * m * k, count * m * n, count * k * n)
+            yield from self.casts(name, stage, count * m * k, count * m * n)
         if name == "head":
             # softmax in fp32 over the logits: written once more, read twice, and their gradient
             moved = piece.tokens * n * (self.size + 4 + 4)
             yield Row("loss", "forward", stage, "memory", bytes=moved)
             yield Row("loss", "backward", stage, "memory", bytes=moved)
 
-    def casts(
-        self, name: str, stage: str, inputs: Columns, outputs: Columns, weights: Columns
-    ) -> Iterator[Row]:
-        """To float8: read in bf16, written twice in a byte, as it is and transposed for the backward pass."""
-        for phase, elements in (("forward", inputs + weights), ("backward", outputs)):
-            yield Row(f"{name} to fp8", phase, stage, "memory", bytes=elements * 4)  # type: ignore[arg-type]
+    def casts(self, name: str, stage: str, inputs: Columns, outputs: Columns) -> Iterator[Row]:
+        """To float8: written twice in a byte, as it is and transposed for the backward pass, by the kernel that
+        makes it or, in programs that are not fused, by one that reads it again. Weights are cast once a step."""
+        each = 2.0 if self.software.elementwise == "fused" else 4.0
+        for phase, elements in (("forward", inputs), ("backward", outputs)):
+            yield Row(f"{name} to fp8", phase, stage, "memory", bytes=elements * each)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ attention and what lies between
 
@@ -285,23 +288,27 @@ class _Formulas:
         """Of one layer: tensor, context and expert parallelism."""
         piece, stage, arch = self.piece, stage_name(kind), self.arch
         tensor = piece.tokens * arch.hidden_size * self.size  # the activations of a tp group
+        # user buffers gather what the products read, in float8 where they do
+        gathered = tensor / 2 if self.precision == "fp8" and self.software.tp_hidden else tensor
         tp = np.where(piece.tp > 1, 1.0, 0.0)
         again = np.where(piece.recompute == 2, 1.0, 0.0) * tp
         has_dense = not kind.experts or (arch.experts is not None and arch.experts.num_shared > 0)
         has_dense = has_dense or arch.has_mlp(self.kinds[kind][0])
-        halves = np.where((piece.etp == piece.tp) | has_dense, 2.0, 1.0)  # attention, and the MLP or experts
+        halves = 2.0 if has_dense else 1.0  # attention, and the MLP
         sp = piece.sp == 1
         for phase, times in (("forward", tp), ("recompute", again), ("backward", tp)):
-            gathers = np.where(sp, halves * times, 0.0)
-            sums = np.where(sp, 0.0, halves * times)
-            yield Row("tp gather", phase, stage, "all_gather", "tp", group="tp", sent=tensor, repeat=gathers)  # type: ignore[arg-type]
+            gathers = np.where(sp, halves, 0.0) * times
+            sums = np.where(sp, 0.0, halves) * times
+            yield Row(
+                "tp gather", phase, stage, "all_gather", "tp", group="tp", sent=gathered, repeat=gathers
+            )  # type: ignore[arg-type]
             yield Row(
                 "tp scatter", phase, stage, "reduce_scatter", "tp", group="tp", sent=tensor, repeat=gathers,  # type: ignore[arg-type]
             )  # fmt: skip
             yield Row("tp sum", phase, stage, "all_reduce", "tp", group="tp", sent=tensor, repeat=sums)  # type: ignore[arg-type]
         # gathered again for the gradients of the weights, beside the products that make those of the input
-        yield Row("tp gather", "weights", stage, "all_gather", "tp_hidden", group="tp", sent=tensor,
-                  repeat=np.where(sp, halves * tp, 0.0))  # fmt: skip
+        yield Row("tp gather", "weights", stage, "all_gather", "tp_hidden", group="tp", sent=gathered,
+                  repeat=np.where(sp, halves, 0.0) * tp)  # fmt: skip
         cp = np.where(piece.cp > 1, 1.0, 0.0)
         if arch.latent is None:
             per_token = 2 * arch.num_kv_heads * arch.head_dim / piece.tp
@@ -313,11 +320,21 @@ class _Formulas:
             yield Row("cp keys", phase, stage, "all_gather", "cp", group="cp", sent=keys, repeat=times)  # type: ignore[arg-type]
         yield Row("cp keys", "backward", stage, "reduce_scatter", "cp", group="cp", sent=keys, repeat=cp)
         if kind.experts:
-            assert arch.experts is not None
-            ep = np.where(piece.ep > 1, 1.0, 0.0)
-            rows = piece.tokens * piece.etp / piece.tp * arch.experts.per_token * arch.hidden_size * self.size
-            for phase, times in (("forward", 2 * ep), ("recompute", 2 * ep * full), ("backward", 2 * ep)):
-                yield Row("ep tokens", phase, stage, "all_to_all", "ep", group="ep", sent=rows, repeat=times)  # type: ignore[arg-type]
+            yield from self.expert_messages(stage, full)
+
+    def expert_messages(self, stage: str, full: Columns) -> Iterator[Row]:
+        """Tokens to their experts and back: each rank of tp sends its share; where tp splits the experts, its
+        ranks then gather what arrived, and sum what leaves."""
+        piece, experts = self.piece, self.arch.experts
+        assert experts is not None
+        ep = np.where(piece.ep > 1, 1.0, 0.0)
+        etp = np.where(piece.etp > 1, 1.0, 0.0)
+        rows = piece.tokens * experts.per_token * self.arch.hidden_size * self.size
+        for phase, times in (("forward", 1.0), ("recompute", full), ("backward", 1.0)):
+            yield Row("ep tokens", phase, stage, "all_to_all", "ep", group="ep", sent=rows / piece.tp,  # type: ignore[arg-type]
+                      repeat=2 * ep * times)  # fmt: skip
+            for kind in ("all_gather", "reduce_scatter"):
+                yield Row("tp experts", phase, stage, kind, "ep", group="tp", sent=rows, repeat=etp * times)  # type: ignore[arg-type]
 
     def edge_messages(self) -> Iterator[Row]:
         """Of the first and the last stage: embeddings and logits split over the vocabulary."""
