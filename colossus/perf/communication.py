@@ -42,7 +42,7 @@ Groups = Mapping[str, Group]
 
 
 def groups_of(axes: Mapping[str, Columns], order: tuple[str, ...]) -> dict[str, Group]:
-    """The groups of a layout. axes: ranks of dp_replicate, dp_shard, pp, cp, tp, and of ep and etp inside them.
+    """The groups of a layout. axes: ranks of dp_replicate, dp_shard, pp, cp, tp; of ep and etp inside them.
 
     order: of the axes over ranks, the quickest-varying first. `fsdp` is dp_shard x cp, over which weights are
     sharded; `experts` is what remains of it for the weights of experts.

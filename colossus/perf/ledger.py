@@ -15,8 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 
 Columns = NDArray[np.float64]
 Phase = Literal["forward", "recompute", "backward", "weights", "step"]
-Kind = Literal["product", "fused_attention", "memory", "elementwise", "all_gather", "reduce_scatter", "all_reduce",
-               "all_to_all", "send"]  # fmt: skip
+Kind = Literal[
+    "product", "fused_attention", "memory", "elementwise", "all_gather", "reduce_scatter", "all_reduce",
+    "all_to_all", "send",
+]  # fmt: skip
 PHASES: tuple[Phase, ...] = ("forward", "recompute", "backward", "weights", "step")
 COMMUNICATION = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")
 

@@ -18,8 +18,8 @@ from colossus.perf.software import Software
 
 TILE = (128.0, 256.0)  # of a product that one multiprocessor makes at once, on Hopper and later
 AMPERE_TILE = (128.0, 128.0)
-DEPTH = 256.0  # of k at which a product reaches half of its rate; twice that in float8, whose measured rates still
-# rise by a tenth from 4,096 to 16,384
+DEPTH = 256.0  # of k at which a product reaches half of its rate; twice that in float8, whose measured rates
+# still rise by a tenth from 4,096 to 16,384
 FLASH2_SHARE = 0.6  # FlashAttention-2 on Hopper: 35% of the peak, where Hopper's own instructions reach up to
 # 75% forward and 55% backward (arXiv 2407.08608, figures 5 and 6)
 NIC_SHARE = 0.94  # of a card's rate that messages reach: 46 to 48 of 50 GB/s (NVIDIA/nccl-tests issue 290)

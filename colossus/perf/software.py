@@ -16,8 +16,8 @@ class Software:
     """Habits of a training program.
 
     fused_attention: scores are never written (flash attention), and masked blocks are skipped.
-    flash: which kernel: "hopper" uses that generation's instructions (cuDNN, FlashAttention-3), "flash2" those of
-        Ampere, whatever it runs on.
+    flash: which kernel: "hopper" uses that generation's instructions (cuDNN, FlashAttention-3), "flash2"
+        those of Ampere, whatever it runs on.
     elementwise: name of the scalar that says how many bytes it moves for each that `parts` counts: fused or
         compiled programs move fewer.
     eager: kernels for each row of the ledger; what the host has to start.
@@ -25,14 +25,16 @@ class Software:
     tp_hidden: the share of tensor-parallel messages that hides behind products.
     cp_hidden: of attention's seconds, how many hide the messages of keys and values.
     gradient_bytes: of an element as gradients are summed over ranks.
-    sums_gradients: whether each micro-batch's gradients are added to a buffer of `gradient_bytes` by a kernel of
-        its own, not by the product that makes them.
+    sums_gradients: whether each micro-batch's gradients are added to a buffer of `gradient_bytes` by a kernel
+        of its own, not by the product that makes them.
     overlaps_gradients, overlaps_weights: whether sums of gradients hide behind the backward pass, and the
         gathering of weights behind the forward pass.
     overlaps_pipeline: whether messages between stages hide behind other micro-batches.
     overlaps_experts: the share of the tokens' way to their experts and back that hides.
     order: of the axes over ranks, the quickest-varying first.
     graphs: kernels are replayed without the host.
+    fp32_weights: the weights that are kept are fp32, and products read copies (FSDP); else they are of the
+        products' type, and the optimizer has fp32 ones beside its moments.
     """
 
     name: str
@@ -51,14 +53,20 @@ class Software:
     overlaps_experts: float = 0.0
     order: tuple[str, ...] = ("tp", "cp", "dp_shard", "dp_replicate", "pp")
     graphs: bool = False
+    fp32_weights: bool = False
     dispatch: Literal["host", "eager_host"] = "host"
 
 
 OURS = Software(
-    "colossus", flash="flash2", joins_inputs=False, order=("tp", "cp", "pp", "dp_shard", "dp_replicate")
+    "colossus",
+    fp32_weights=True,
+    flash="flash2",
+    joins_inputs=False,
+    order=("tp", "cp", "pp", "dp_shard", "dp_replicate"),
 )
 OURS_EAGER = Software(
     "colossus, not compiled",
+    fp32_weights=True,
     flash="flash2",
     joins_inputs=False,
     elementwise="eager",
@@ -66,7 +74,7 @@ OURS_EAGER = Software(
     order=("tp", "cp", "pp", "dp_shard", "dp_replicate"),
 )
 MEGATRON_2021 = Software(
-    "Megatron-LM of 2021",  # fused softmax, bias and gelu kernels; gradients summed after the last micro-batch
+    "Megatron-LM of 2021",  # softmax, bias and gelu are fused; gradients are summed after the last micro-batch
     fused_attention=False,
     eager=3.0,
     sums_gradients=True,
@@ -95,8 +103,12 @@ NEMO_2023 = replace(
     MEGATRON_CORE, name="NeMo of 2022 and 2023", fused_attention=False, tp_hidden=0.0, overlaps_weights=False
 )
 DEEPSPEED_2021 = replace(MEGATRON_DEEPSPEED, name="DeepSpeed ZeRO-3 of 2021")
-FSDP = Software("FSDP on PyTorch", flash="flash2", elementwise="eager", eager=2.0)  # not compiled
-TITAN = Software("torchtitan", flash="flash2", joins_inputs=False)  # compiled, FSDP2, PyTorch's own attention
+FSDP = Software(
+    "FSDP on PyTorch", fp32_weights=True, flash="flash2", elementwise="eager", eager=2.0
+)  # not compiled
+TITAN = Software(
+    "torchtitan", fp32_weights=True, flash="flash2", joins_inputs=False
+)  # compiled, FSDP2, PyTorch's own attention
 MAXTEXT = Software("MaxText", overlaps_experts=0.0)  # XLA: fused, gathers and sums overlapped
 META = Software("Meta's Llama 3 trainer", gradient_bytes=4.0, cp_hidden=0.0)  # arXiv 2407.21783 section 3.3.2
 ALL = (

@@ -20,14 +20,14 @@ from colossus.perf.ledger import COMMUNICATION, Columns, Ledger
 from colossus.perf.price import Pricer
 from colossus.perf.schedule import bubble
 from colossus.planner.columns import Layouts
-from colossus.planner.formulas import TP_AXES, Piece, layer_counts, layers_ledger
+from colossus.planner.formulas import TP_AXES, layer_counts, layers_ledger, piece_of
 from colossus.planner.stages import Shape, shape
 
 OVERLAP_COST = 0.1  # of the seconds of a hidden message, that it takes from what it hides behind (Calculon:
 # 0.15 over NVLink, 0.02 over network cards)
 KEYS = ("micro_batch", "tp", "cp", "ep", "etp", "sp", "recompute")
-GAP = 5e-6  # seconds between two kernels of a GPU, ramps included: what products of 1024 and 2048 lose beside those
-# of 8192, in the catalogue's measured tables (4 to 9 us)
+GAP = 5e-6  # seconds between two kernels of a GPU, ramps included: what products of 1024 and 2048 lose beside
+# those of 8192, in the catalogue's measured tables (4 to 9 us)
 LAUNCHES_OF_MESSAGE = 4.0  # the host takes some 50 us for a collective, where a kernel takes it 10
 UPDATE_BYTES = 34.0  # AdamW a weight: gradient, weight and two moments in fp32, read and written; a copy
 LARGEST_EXACT = 16  # ranks of a pipeline whose bubble is simulated; those of longer ones grow in proportion
@@ -127,7 +127,7 @@ class _Estimate:
             for name in ("work", "bubble", "pipeline messages", "sharding messages", "update")
         }
         send = self.send()
-        for (schedule, pp, per_rank), index in self.shapes().items():
+        for (schedule, pp, per_rank), index in shapes_of(layouts).items():
             made = shape(self.problem.arch, schedule, pp, per_rank)
             chosen = {name: layer_at(layer, index) for name, layer in stages.items()}
             per = self.of_ranks(made, chosen)
@@ -162,16 +162,7 @@ class _Estimate:
         unique, back = np.unique(keys, axis=1, return_inverse=True)
         back = back.reshape(-1)
         columns = dict(zip(KEYS, unique, strict=True))
-        piece = Piece(
-            sequences=columns["micro_batch"],
-            tp=columns["tp"],
-            cp=columns["cp"],
-            ep=columns["ep"],
-            etp=columns["etp"],
-            sp=columns["sp"],
-            recompute=columns["recompute"],
-            seq_len=self.problem.seq_len,
-        )
+        piece = piece_of(columns, self.problem.seq_len)
         ledger = layers_ledger(self.problem.arch, piece, self.software, self.problem.precision)
         ones = np.ones(piece.size)
         axes = columns | {"dp_replicate": ones, "dp_shard": ones, "pp": ones}
@@ -221,18 +212,6 @@ class _Estimate:
 
     # ------------------------------------------------------------------ the pipeline
 
-    def shapes(self) -> dict[tuple[str, int, int], NDArray[np.intp]]:
-        """Layouts by schedule, ranks of the pipeline and stages of a rank."""
-        found: dict[tuple[str, int, int], list[int]] = {}
-        columns = (self.layouts[name].tolist() for name in ("schedule", "pp", "stages_per_rank"))
-        for i, (schedule, pp, per_rank) in enumerate(zip(*columns, strict=True)):
-            if pp == 1:
-                schedule, per_rank = "1f1b", 1
-            elif schedule in ONE_STAGE:
-                per_rank = 1
-            found.setdefault((schedule, pp, per_rank), []).append(i)
-        return {key: np.array(index) for key, index in found.items()}
-
     def of_ranks(self, made: Shape, stages: dict[str, _Layer]) -> list[_Layer]:
         """Seconds of each pipeline rank for a micro-batch."""
         ranks = []
@@ -276,8 +255,8 @@ class _Estimate:
         layouts, problem = self.layouts, self.problem
         size = 4 if problem.precision == "fp32" else 2
         tokens = layouts.number("micro_batch") * problem.seq_len / layouts.number("cp")
-        # Without sequence parallelism each rank of tp sends its part, and the next node gathers them over NVLink
-        # (the scatter-gather of arXiv 2104.04473).
+        # Without sequence parallelism each rank of tp sends its part, and the next node gathers them over
+        # NVLink (the scatter-gather of arXiv 2104.04473).
         sent = tokens * problem.arch.hidden_size * size / layouts.number("tp")
         return self.pricer.messages("send", sent, self.groups["pp"])
 
@@ -333,7 +312,7 @@ class _Estimate:
             + _exposed(gather, hides_weights * work.forward, layers),
             _exposed(everywhere, hides_sums * back, layers),
         )
-        # FSDP gathers for the forward and again for the backward pass of every micro-batch, and sums after it.
+        # FSDP gathers for the forward and again for the backward pass of every micro-batch, and sums then.
         every = (
             m
             * (
@@ -376,6 +355,26 @@ class _Estimate:
             "tensor, context and expert messages": rest,
             **{name: out[name] for name in ("bubble", "pipeline messages", "sharding messages", "update")},
         }
+
+
+def shapes_of(layouts: Layouts) -> dict[tuple[str, int, int], NDArray[np.intp]]:
+    """Layouts by schedule, ranks of the pipeline and stages of a rank."""
+    names, codes = np.unique(layouts["schedule"], return_inverse=True)
+    pp, per_rank = layouts["pp"].astype(np.int64), layouts["stages_per_rank"].astype(np.int64)
+    keys = (codes.reshape(-1) * 2**20 + pp) * 2**20 + per_rank
+    unique, back = np.unique(keys, return_inverse=True)
+    order = np.argsort(back.reshape(-1), kind="stable")
+    ends = np.cumsum(np.bincount(back.reshape(-1), minlength=len(unique)))
+    found: dict[tuple[str, int, int], NDArray[np.intp]] = {}
+    for key, index in zip(unique.tolist(), np.split(order, ends[:-1]), strict=True):
+        schedule, ranks, chunks = str(names[key >> 40]), (key >> 20) % 2**20, key % 2**20
+        if ranks == 1:
+            schedule, chunks = "1f1b", 1
+        elif schedule in ONE_STAGE:
+            chunks = 1
+        known = found.get((schedule, ranks, chunks))
+        found[schedule, ranks, chunks] = index if known is None else np.concatenate([known, index])
+    return found
 
 
 def layer_at(layer: _Layer, index: NDArray[np.intp]) -> _Layer:

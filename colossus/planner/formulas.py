@@ -51,6 +51,12 @@ class Piece:
         return len(self.tp)
 
 
+def piece_of(columns: Mapping[str, Columns], seq_len: int) -> Piece:
+    """From columns with the names of `Piece`; `micro_batch` is its sequences."""
+    names = ("tp", "cp", "ep", "etp", "sp", "recompute")
+    return Piece(columns["micro_batch"], *(columns[name] for name in names), seq_len)  # type: ignore[call-arg, arg-type]
+
+
 def stage_name(kind: LayerKind) -> str:
     """How rows call the layers of a kind."""
     words = ["experts" if kind.experts else "dense", *(["windowed"] if kind.windowed else [])]
@@ -218,8 +224,9 @@ class _Formulas:
             yield Row("loss", "backward", stage, "memory", bytes=moved)
 
     def casts(self, name: str, stage: str, inputs: Columns, outputs: Columns) -> Iterator[Row]:
-        """To float8: written twice in a byte, as it is and transposed for the backward pass, by the kernel that
-        makes it or, in programs that are not fused, by one that reads it again. Weights are cast once a step."""
+        """To float8: written twice in a byte, as it is and transposed for the backward pass, by the kernel
+        that makes it or, in programs that are not fused, by one that reads it again. Weights are cast once a
+        step."""
         each = 2.0 if self.software.elementwise == "fused" else 4.0
         for phase, elements in (("forward", inputs), ("backward", outputs)):
             yield Row(f"{name} to fp8", phase, stage, "memory", bytes=elements * each)  # type: ignore[arg-type]
@@ -240,8 +247,8 @@ class _Formulas:
         common: dict[str, Any] = {"stage": stage, "precision": self.wide, "count": heads}
         saved = self.kept(part)
         if self.software.fused_attention:
-            # A fused kernel skips blocks that the mask hides: n is the keys that a query meets, for the backward
-            # pass as often as the pass multiplies with them.
+            # A fused kernel skips blocks that the mask hides: n is the keys that a query meets, for the
+            # backward pass as often as the pass multiplies with them.
             again = part.executed_backward / part.executed
             seen = counted / (2 * heads * rows * width)
             yield Row(
