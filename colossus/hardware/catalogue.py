@@ -126,9 +126,13 @@ def accelerator(name: str) -> Accelerator:
     measured: list[str] = []
     assumed: list[str] = []
     reachable = {}
+    base = name.partition("-")[0]
     for precision in ("bf16", "fp8"):
-        share = table("measured")["measured"]["gemm_best_shape"][f"share_of_peak_{precision}"]
-        found = next((share[key] for key in _aliases(name) if key in share), None)
+        peak = row.get(f"{precision}_TFLOPs") or 1.0
+        best = table("measured")["measured"]["gemm_best_shape"][precision]
+        found = next((best[key] / peak for key in _aliases(name) if key in best), None)
+        held = table("measured")["measured"]["gemm_other"].get(f"{base}_{precision}_8192_sustained_1000W")
+        found = held / peak if held else found  # what its power lets a part keep up, where that was measured
         (measured if found else assumed).append(f"rate of {precision} products")
         reachable[precision] = found or 0.78
     bandwidth = row["memory_GBps"] * 1e9

@@ -30,8 +30,8 @@ GAP = 5e-6  # seconds between two kernels of a GPU, ramps included: what product
 # those of 8192, in the catalogue's measured tables (4 to 9 us)
 LAUNCHES_OF_MESSAGE = 4.0  # the host takes some 50 us for a collective, where a kernel takes it 10
 UPDATE_BYTES = 34.0  # AdamW a weight: gradient, weight and two moments in fp32, read and written; a copy
-LARGEST_EXACT = 16  # ranks of a pipeline whose bubble is simulated; those of longer ones grow in proportion
-RATIO = 0.1  # to which ratios of forward and backward seconds are rounded for a bubble
+LARGEST_EXACT = 8  # ranks of a pipeline whose bubble is simulated; those of longer ones grow in proportion
+RATIO = 0.2  # to which ratios of forward and backward seconds are rounded for a bubble
 
 
 @dataclass(frozen=True)
@@ -241,13 +241,15 @@ class _Estimate:
             return np.asarray((pp - 1) * mean.total * np.minimum(extra, 1.0))
         forward = mean.forward
         backward, weights = (mean.backward + mean.recompute) / forward, mean.weights / forward
-        waits = np.empty(len(forward))
         exact = min(pp, LARGEST_EXACT)
-        for i, m in enumerate(micro_batches):
-            ratios = (round(float(x[i]) / RATIO) * RATIO for x in (backward, weights))
-            at_least = max(1, int(m) * exact // pp)
-            at_least -= at_least % exact if at_least > exact else 0
-            waits[i] = bubble(schedule, exact, chunks, min(at_least, 4 * exact), 1.0, *ratios)
+        at_least = np.maximum(1, micro_batches * exact // pp)
+        at_least = np.minimum(np.where(at_least > exact, at_least - at_least % exact, at_least), 4 * exact)
+        ratios = np.round(np.stack([backward, weights]) / RATIO) * RATIO
+        unique, back = np.unique(np.stack([at_least, *ratios]), axis=1, return_inverse=True)
+        waits = np.array(
+            [bubble(schedule, exact, chunks, int(m), 1.0, i, w) for m, i, w in unique.T.tolist()]
+        )
+        waits = waits[back.reshape(-1)]
         return np.asarray(waits * forward * (pp - 1) / max(exact - 1, 1))
 
     def send(self) -> Columns:

@@ -26,8 +26,11 @@ from colossus.planner.stages import shape
 CHUNK = 65536  # layouts that are priced at once
 CHECKED = 4096  # layouts whose memory is computed at once, from the quickest on
 REFINED = 32  # layouts whose pipeline is run in time
+LEAN = {"recompute": 2.0, "micro_batch": 1, "reshard": True, "schedule": "1f1b"}  # what needs least memory
 TABLE = 8  # layouts that a report shows
-EXACT_ROUNDS = 4  # micro-batches, in ranks of the pipeline, that an exact timeline takes; the rest repeats them
+EXACT_ROUNDS = (
+    4  # micro-batches, in ranks of the pipeline, that an exact timeline takes; the rest repeats them
+)
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,15 @@ class Choice:
     def name(self) -> str:
         """The layout in a line."""
         row = self.row
-        axes = [f"{axis}={row[axis]}" for axis in ("dp_replicate", "dp_shard", "pp", "cp", "tp", "ep") if row[axis] > 1]
+        axes = [
+            f"{axis}={row[axis]}"
+            for axis in ("dp_replicate", "dp_shard", "pp", "cp", "tp", "ep")
+            if row[axis] > 1
+        ]
         if row["pp"] > 1:
-            axes.append(f"{row['schedule']}" + (f" x{row['stages_per_rank']}" if row["stages_per_rank"] > 1 else ""))
+            axes.append(
+                f"{row['schedule']}" + (f" x{row['stages_per_rank']}" if row["stages_per_rank"] > 1 else "")
+            )
         return " ".join([*axes, f"micro_batch={row['micro_batch']}", f"recompute={row['recompute']}"])
 
 
@@ -259,9 +268,11 @@ def smallest_fleet(problem: Problem, most: int = 65536) -> int | None:
     def fits(count: int) -> bool:
         batch = max(problem.global_batch, 1)
         mine = replace(
-            problem, global_batch=batch, pricer=replace(_pricer(problem, True), hardware=hardware.with_count(count))
+            problem,
+            global_batch=batch,
+            pricer=replace(_pricer(problem, True), hardware=hardware.with_count(count)),
         )
-        space = layouts_of(mine, count, Limits({"recompute": 2.0, "micro_batch": 1}), compiled=True)
+        space = layouts_of(mine, count, Limits(LEAN), compiled=True)
         for start in range(0, len(space), CHECKED):
             if memory(mine, space.take(slice(start, start + CHECKED))).fits(hardware.accelerator).any():
                 return True
@@ -294,7 +305,9 @@ def _mixed(problem: Problem, limits: Limits) -> Found:
     alone = [replace(hardware, pools=(pool,)) for pool in pools]
     share = problem.global_batch * pools[0].count / hardware.count
     first = replace(
-        problem, global_batch=max(1, round(share)), pricer=replace(problem.pricer, hardware=alone[0], software=OURS)
+        problem,
+        global_batch=max(1, round(share)),
+        pricer=replace(problem.pricer, hardware=alone[0], software=OURS),
     )
     spares = round(limits.spares * pools[0].count / hardware.count)
     space = layouts_of(first, pools[0].count, replace(limits, spares=spares), compiled=True)

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from colossus.architecture import num_parameters
 from colossus.layout import RULES, ZERO_BUBBLE, model_row
 from colossus.planner.columns import Layouts
 from colossus.planner.estimate import Problem
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-MOST_CP, MOST_PP, MOST_EP = 64, 64, 64
+MOST_CP, MOST_PP, MOST_EP, MOST_STAGES = 64, 64, 64, 16
+STATE_BYTES = 16.0  # of a weight, its gradient and both moments in fp32
 MOST_SHARD = 2048  # ranks over which weights are sharded; more only lengthens the rings
 RECOMPUTE = (0.0, 1.0, 2.0)
 SMALL_FLEET = 64  # accelerators up to which every layout is looked at
@@ -54,7 +56,15 @@ def layouts_of(problem: Problem, count: int, limits: Limits, *, compiled: bool) 
     if not blocks:
         return _empty()
     columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    return legal(problem, Layouts(columns), compiled)
+    layouts = Layouts(columns)
+    return legal(problem, layouts.take(_may_fit(problem, layouts)), compiled)
+
+
+def _may_fit(problem: Problem, layouts: Layouts) -> NDArray[np.bool_]:
+    """Whether the mean rank has room for weights, gradients and moments: no layout that fits is left out."""
+    part = problem.pricer.hardware.accelerator
+    ranks = layouts.ranks / layouts.number("dp_replicate")
+    return np.asarray(STATE_BYTES * num_parameters(problem.arch) / ranks <= part.memory)
 
 
 def _empty() -> Layouts:
@@ -91,14 +101,24 @@ def _blocks(
 
     usable = count - limits.spares
     tps = choice("tp", [t for t in divisors(row["num_heads"], node) if row["num_kv_heads"] % t == 0])
-    cps = choice("cp", [c for c in (1, 2, 4, 8, 16, 32, 64) if c <= MOST_CP and problem.seq_len % (2 * c) == 0])
+    cps = choice(
+        "cp", [c for c in (1, 2, 4, 8, 16, 32, 64) if c <= MOST_CP and problem.seq_len % (2 * c) == 0]
+    )
     pps = choice("pp", _pipelines(arch.num_layers, usable))
     eps = choice("ep", divisors(row["num_experts"], MOST_EP) if row["num_experts"] else [1])
     for tp, cp, pp in product(tps, cps, pps):
         if tp * cp * pp > usable:
             continue
         for etp in choice("etp", sorted({1, tp}) if row["num_experts"] else [1]):
-            yield _block(problem, usable // (tp * cp * pp), (tp, cp, pp, etp), eps, fixed, compiled)
+            yield _block(
+                problem,
+                usable // (tp * cp * pp),
+                (tp, cp, pp, etp),
+                eps,
+                fixed,
+                compiled,
+                usable <= SMALL_FLEET,
+            )
 
 
 def _block(
@@ -108,20 +128,27 @@ def _block(
     eps: list[int],
     fixed: Mapping[str, Any],
     compiled: bool,
+    whole: bool,
 ) -> dict[str, NDArray[Any]] | None:
     """The layouts of one replica's shape: (dp_replicate, dp_shard), then the rest multiplied out."""
     tp, cp, pp, etp = shape
     pairs = [
         pair
-        for pair in data_parallel(most_dp, problem.global_batch)
-        if all(fixed.get(name) in (None, value) for name, value in zip(("dp_replicate", "dp_shard"), pair, strict=True))
+        for pair in data_parallel(most_dp, problem.global_batch, whole)
+        if all(
+            fixed.get(name) in (None, value)
+            for name, value in zip(("dp_replicate", "dp_shard"), pair, strict=True)
+        )
     ]
     if fixed.get("dp_replicate") and fixed.get("dp_shard"):
         pairs = [(int(fixed["dp_replicate"]), int(fixed["dp_shard"]))]
     schedules = [
         pair
-        for pair in _schedules(problem.arch.num_layers, pp, compiled)
-        if all(fixed.get(name) in (None, value) for name, value in zip(("schedule", "stages_per_rank"), pair, strict=True))
+        for pair in _schedules(problem.arch.num_layers, pp, compiled, whole)
+        if all(
+            fixed.get(name) in (None, value)
+            for name, value in zip(("schedule", "stages_per_rank"), pair, strict=True)
+        )
     ]
     micro = [int(fixed["micro_batch"])] if fixed.get("micro_batch") else list(MICRO_BATCHES)
     again = [fixed["recompute"]] if fixed.get("recompute") is not None else list(RECOMPUTE)
@@ -144,18 +171,21 @@ def _block(
     # without sharding there is nothing to let go of, and one of both ways is enough
     keep = (columns["zero"] == zeros[0]) | (shard * cp > 1)
     # more than a rank's share of sequences is no micro-batch
-    keep &= columns["micro_batch"] * replicate * shard <= -(-problem.global_batch // (replicate * shard)) * replicate * shard
+    keep &= (
+        columns["micro_batch"] * replicate * shard
+        <= -(-problem.global_batch // (replicate * shard)) * replicate * shard
+    )
     return {name: column[keep] for name, column in columns.items()}
 
 
-def data_parallel(most: int, global_batch: int) -> list[tuple[int, int]]:
+def data_parallel(most: int, global_batch: int, whole: bool) -> list[tuple[int, int]]:
     """(dp_replicate, dp_shard). On small fleets every pair; else the most ranks that there are, rounder numbers
     close below and one that divides the batch, sharded over powers of four, a server or all."""
     most = min(most, global_batch)
-    if most <= SMALL_FLEET:
+    if whole:
         totals, steps = set(range(1, most + 1)), range(1, most + 1)
         return [(total // shard, shard) for total in sorted(totals) for shard in steps if total % shard == 0]
-    totals = {most, most // 8 * 8, most // 64 * 64}
+    totals = {most, most // 8 * 8 or most, most // 64 * 64 or most}
     totals |= set([d for d in range(most, most - most // 8, -1) if global_batch % d == 0][:1])
     found = []
     for total in sorted(totals):
@@ -165,13 +195,14 @@ def data_parallel(most: int, global_batch: int) -> list[tuple[int, int]]:
     return found
 
 
-def _schedules(num_layers: int, pp: int, compiled: bool) -> list[tuple[str, int]]:
+def _schedules(num_layers: int, pp: int, compiled: bool, whole: bool) -> list[tuple[str, int]]:
     if pp == 1:
         return [("1f1b", 1)] if compiled else []
     most = num_layers // pp
-    several = [v for v in (2, 3, 4, 5, 6, 7, 8, 10, 12, 16) if v <= most]
-    if pp > 16:  # of long pipelines those that layers divide by
-        several = [v for v in several if num_layers % (pp * v) in (0, pp * v - 2)] or several[-1:]
+    several = [v for v in range(2, min(most, MOST_STAGES) + 1)]
+    if not whole:  # those that layers divide by, or as many stages as there can be
+        even = [v for v in several if num_layers % (pp * v) in (0, pp * v - 2)]
+        several = sorted({*even[-3:], *even[:1], *several[-1:]})
     if compiled:
         return [("1f1b", 1), *(("interleaved_1f1b", v) for v in several)]
     return [
