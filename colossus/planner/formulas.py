@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from colossus.architecture import Architecture, Parameter, parameter_table
-from colossus.perf.ledger import Columns, Ledger, Row
-from colossus.perf.parts import ATTENTION, FUSED, SQUARE, LayerKind, Part, layer_kinds, parts
+from colossus.perf.ledger import Columns, Kind, Ledger, Phase, Row
+from colossus.perf.parts import ATTENTION, FUSED, SQUARE, Kernel, LayerKind, Part, layer_kinds, parts
 from colossus.perf.software import Software
 
 TP_AXES = ("heads", "kv", "ffn", "vocab")  # dimensions of parameters that tensor parallelism divides
@@ -68,9 +68,18 @@ def layer_counts(arch: Architecture) -> dict[str, list[int]]:
     return {stage_name(kind): layers for kind, layers in layer_kinds(arch).items()}
 
 
-def layers_ledger(arch: Architecture, piece: Piece, software: Software, precision: str = "bf16") -> Ledger:
-    """One micro-batch through one layer of each kind, and through what the first and the last stage add."""
-    return Ledger.of(_Formulas(arch, piece, software, precision).rows(), piece.size)
+def layers_ledger(
+    arch: Architecture,
+    piece: Piece,
+    software: Software,
+    precision: str = "bf16",
+    kernel: Kernel | None = None,
+) -> Ledger:
+    """One micro-batch through one layer of each kind, and through what the first and the last stage add.
+
+    kernel: how attention is computed; as the software does by default.
+    """
+    return Ledger.of(_Formulas(arch, piece, software, precision, kernel).rows(), piece.size)
 
 
 @lru_cache(maxsize=64)
@@ -100,11 +109,14 @@ def _sum(together: list[Part]) -> Part:
 
 
 class _Formulas:
-    def __init__(self, arch: Architecture, piece: Piece, software: Software, precision: str) -> None:
+    def __init__(
+        self, arch: Architecture, piece: Piece, software: Software, precision: str, kernel: Kernel | None
+    ) -> None:
         self.arch, self.piece, self.software, self.precision = arch, piece, software, precision
         self.size = 4 if precision == "fp32" else 2
         self.wide = "fp32" if precision == "fp32" else "bf16"  # of what float8 leaves alone
-        kernel = FUSED if software.fused_attention else SQUARE
+        if kernel is None:
+            kernel = FUSED if software.fused_attention else SQUARE
         self.parts = parts(arch, piece.seq_len, kernel=kernel, type_bytes=self.size)
         self.kinds = layer_kinds(arch)
 
@@ -228,8 +240,9 @@ class _Formulas:
         that makes it or, in programs that are not fused, by one that reads it again. Weights are cast once a
         step."""
         each = 2.0 if self.software.elementwise == "fused" else 4.0
-        for phase, elements in (("forward", inputs), ("backward", outputs)):
-            yield Row(f"{name} to fp8", phase, stage, "memory", bytes=elements * each)  # type: ignore[arg-type]
+        phases: tuple[tuple[Phase, Columns], ...] = (("forward", inputs), ("backward", outputs))
+        for phase, elements in phases:
+            yield Row(f"{name} to fp8", phase, stage, "memory", bytes=elements * each)
 
     # ------------------------------------------------------------------ attention and what lies between
 
@@ -303,16 +316,17 @@ class _Formulas:
         has_dense = has_dense or arch.has_mlp(self.kinds[kind][0])
         halves = 2.0 if has_dense else 1.0  # attention, and the MLP
         sp = piece.sp == 1
-        for phase, times in (("forward", tp), ("recompute", again), ("backward", tp)):
+        phases: tuple[tuple[Phase, Columns], ...] = (("forward", tp), ("recompute", again), ("backward", tp))
+        for phase, times in phases:
             gathers = np.where(sp, halves, 0.0) * times
             sums = np.where(sp, 0.0, halves) * times
             yield Row(
                 "tp gather", phase, stage, "all_gather", "tp", group="tp", sent=gathered, repeat=gathers
-            )  # type: ignore[arg-type]
+            )
             yield Row(
-                "tp scatter", phase, stage, "reduce_scatter", "tp", group="tp", sent=tensor, repeat=gathers,  # type: ignore[arg-type]
+                "tp scatter", phase, stage, "reduce_scatter", "tp", group="tp", sent=tensor, repeat=gathers,
             )  # fmt: skip
-            yield Row("tp sum", phase, stage, "all_reduce", "tp", group="tp", sent=tensor, repeat=sums)  # type: ignore[arg-type]
+            yield Row("tp sum", phase, stage, "all_reduce", "tp", group="tp", sent=tensor, repeat=sums)
         # gathered again for the gradients of the weights, beside the products that make those of the input
         yield Row("tp gather", "weights", stage, "all_gather", "tp_hidden", group="tp", sent=gathered,
                   repeat=np.where(sp, halves, 0.0) * tp)  # fmt: skip
@@ -323,8 +337,9 @@ class _Formulas:
             per_token = 2 * arch.num_heads * arch.head_dim / piece.tp
         keys = piece.sequences * piece.seq_len * per_token * self.size
         full = np.where(piece.recompute == 2, 1.0, 0.0)
-        for phase, times in (("forward", cp), ("recompute", cp * full), ("backward", cp)):
-            yield Row("cp keys", phase, stage, "all_gather", "cp", group="cp", sent=keys, repeat=times)  # type: ignore[arg-type]
+        phases = (("forward", cp), ("recompute", cp * full), ("backward", cp))
+        for phase, times in phases:
+            yield Row("cp keys", phase, stage, "all_gather", "cp", group="cp", sent=keys, repeat=times)
         yield Row("cp keys", "backward", stage, "reduce_scatter", "cp", group="cp", sent=keys, repeat=cp)
         if kind.experts:
             yield from self.expert_messages(stage, full)
@@ -337,11 +352,18 @@ class _Formulas:
         ep = np.where(piece.ep > 1, 1.0, 0.0)
         etp = np.where(piece.etp > 1, 1.0, 0.0)
         rows = piece.tokens * experts.per_token * self.arch.hidden_size * self.size
-        for phase, times in (("forward", 1.0), ("recompute", full), ("backward", 1.0)):
-            yield Row("ep tokens", phase, stage, "all_to_all", "ep", group="ep", sent=rows / piece.tp,  # type: ignore[arg-type]
+        ones = np.ones_like(ep)
+        phases: tuple[tuple[Phase, Columns], ...] = (
+            ("forward", ones),
+            ("recompute", full),
+            ("backward", ones),
+        )
+        kinds: tuple[Kind, Kind] = ("all_gather", "reduce_scatter")
+        for phase, times in phases:
+            yield Row("ep tokens", phase, stage, "all_to_all", "ep", group="ep", sent=rows / piece.tp,
                       repeat=2 * ep * times)  # fmt: skip
-            for kind in ("all_gather", "reduce_scatter"):
-                yield Row("tp experts", phase, stage, kind, "ep", group="tp", sent=rows, repeat=etp * times)  # type: ignore[arg-type]
+            for kind in kinds:
+                yield Row("tp experts", phase, stage, kind, "ep", group="tp", sent=rows, repeat=etp * times)
 
     def edge_messages(self) -> Iterator[Row]:
         """Of the first and the last stage: embeddings and logits split over the vocabulary."""

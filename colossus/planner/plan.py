@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from colossus.architecture import Architecture, num_active, num_parameters
 from colossus.errors import UserError
@@ -22,8 +22,7 @@ from colossus.planner.estimate import Problem
 from colossus.planner.goodput import DAY, Goodput, goodput, spare_nodes
 from colossus.planner.search import Choice, Found, Limits, fixed_of, search
 
-Aim = Literal["time", "cost", "energy"]
-AIMS: tuple[Aim, ...] = ("time", "cost", "energy")
+AIMS = ("time", "cost", "energy")
 SEQ_LEN = 8192  # tokens of a sample, where neither job nor model says fewer
 LEAST_BATCH = 2**20  # tokens of a step
 TOKENS_A_RANK = 1024  # of a step, on large fleets: Llama 3 405B had 16.8 million on 16,384
@@ -108,7 +107,7 @@ class Plan:
         }
 
 
-def make_plan(job: Job, machine: Machine | None = None, aim: Aim = "time") -> Plan:
+def make_plan(job: Job, machine: Machine | None = None, aim: str = "time") -> Plan:
     """Plans a job. machine: this one as measured, for a fleet that names no accelerators.
 
     Raises:
@@ -120,8 +119,8 @@ def make_plan(job: Job, machine: Machine | None = None, aim: Aim = "time") -> Pl
     hardware = hardware_of(job.fleet, machine)
     assumptions = list(hardware.assumptions)
     seq_len = job.data.seq_len or min(arch.max_seq_len or SEQ_LEN, SEQ_LEN)
-    precision = job.precision.type or ("fp32" if hardware.accelerator.device == "cpu" else "bf16")
-    if precision not in ("fp32", "bf16"):
+    precision: str = job.precision.type or ("fp32" if hardware.accelerator.device == "cpu" else "bf16")
+    if precision not in ("fp32", "bf16"):  # any float8 recipe
         precision = "fp8"
     spares = _spares(hardware)
     usable = hardware.count - spares
@@ -206,7 +205,7 @@ def _tokens(job: Job, arch: Architecture, step_tokens: int, assumptions: list[st
     return tokens
 
 
-def _search(problem: Problem, limits: Limits, aim: Aim, tokens: float) -> tuple[Found, Hardware]:
+def _search(problem: Problem, limits: Limits, aim: str, tokens: float) -> tuple[Found, Hardware]:
     """For time on the whole fleet; for money or energy on as large a part of it as is best."""
     whole = problem.pricer.hardware
     if aim == "time" or whole.count < 2:

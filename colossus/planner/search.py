@@ -247,18 +247,20 @@ def _row(one: Layouts) -> dict[str, Any]:
 
 
 def _why(problem: Problem, priced: int) -> str:
+    """What keeps every layout out, and the smallest fleet that works."""
     hardware = problem.pricer.hardware
-    model = problem.arch.preset or "the model"
-    if not priced:
+    part, model = hardware.accelerator, problem.arch.preset or "the model"
+    least = smallest_fleet(problem)
+    if least is not None and least <= hardware.count:
+        seen = "legal" if not priced else "both legal and small enough"
         return (
-            f"fleet.count={hardware.count}: no layout of {model} on {hardware.count} accelerators is legal with "
-            f"what is fixed; give fewer fields of layout"
+            f"fleet.count={hardware.count}: with the fields of layout that are fixed, no layout of {model} is "
+            f"{seen}; leave some open"
         )
-    need = smallest_fleet(problem)
-    words = f"fleet.count={hardware.count}: {model} fits no layout in {hardware.accelerator.memory / 2**30:.0f} GiB"
-    if need is None:
-        return f"{words} of {hardware.accelerator.name}; memory binds, and no larger fleet of them helps"
-    return f"{words} of {hardware.accelerator.name}; memory binds: {need} of them are the fewest that hold it"
+    words = f"fleet.count={hardware.count}: {model} fits no layout in {part.memory / 2**30:.0f} GiB of {part.name}"
+    if least is None:
+        return f"{words}; memory binds, and no larger fleet of them helps"
+    return f"{words}; memory binds: {least} of them are the fewest that hold it"
 
 
 def smallest_fleet(problem: Problem, most: int = 65536) -> int | None:
