@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from colossus.layout import V_SHAPED, ZERO_BUBBLE
+from colossus.layout import V_SHAPED
 
 Work = Literal["F", "B", "I", "W"]  # forward, whole backward, gradients of inputs, of weights
 
@@ -346,16 +346,3 @@ def _bubble(
         [forward] * stages, [backward] * stages, [weights] * stages,
     )  # fmt: skip
     return float(line.seconds - line.busy.max())
-
-
-def closed_bubble(
-    schedule: str, pp: int, per_rank: int, forward: float, backward: float, weights: float
-) -> float:
-    """The published formulas, for stages of equal seconds and micro-batches enough; None of them for
-    DualPipeV as PyTorch runs it, whose figure comes from its timeline."""
-    if schedule in ("gpipe", "1f1b"):
-        return (pp - 1) * (forward + backward + weights)
-    if schedule == "interleaved_1f1b":
-        return (pp - 1) * (forward + backward + weights)
-    assert schedule in ZERO_BUBBLE
-    return max(0.0, (pp - 1) * (forward + backward - weights))

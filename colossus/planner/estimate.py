@@ -30,7 +30,7 @@ GAP = 5e-6  # seconds between two kernels of a GPU, ramps included: what product
 # those of 8192, in the catalogue's measured tables (4 to 9 us)
 LAUNCHES_OF_MESSAGE = 4.0  # the host takes some 50 us for a collective, where a kernel takes it 10
 UPDATE_BYTES = 34.0  # AdamW a weight: gradient, weight and two moments in fp32, read and written; a copy
-LARGEST_EXACT = 8  # ranks of a pipeline whose bubble is simulated; those of longer ones grow in proportion
+LARGEST_EXACT = 4  # ranks of a pipeline whose bubble is simulated; those of longer ones grow in proportion
 RATIO = 0.2  # to which ratios of forward and backward seconds are rounded for a bubble
 
 
@@ -236,21 +236,24 @@ class _Estimate:
                 for name in ("forward", "recompute", "backward", "weights")
             )
         )
+        # With fewer micro-batches than ranks each waits for the round to come back, chunk after chunk.
+        waits = np.minimum(micro_batches, pp) - 1
+        rest = chunks * np.maximum(pp - micro_batches, 0.0)
         if schedule in ("gpipe", "1f1b", "interleaved_1f1b"):
-            extra = np.where(micro_batches < pp, pp / micro_batches, 1.0)
-            return np.asarray((pp - 1) * mean.total * np.minimum(extra, 1.0))
+            return np.asarray((waits + rest) * mean.total)
         forward = mean.forward
         backward, weights = (mean.backward + mean.recompute) / forward, mean.weights / forward
+        if schedule == "interleaved_zero_bubble":
+            f, i, w = mean.forward, mean.backward + mean.recompute, mean.weights
+            return np.asarray(waits * np.maximum(f + i - w, np.maximum(f, i)) + rest * (f + i))
         exact = min(pp, LARGEST_EXACT)
         at_least = np.maximum(1, micro_batches * exact // pp)
         at_least = np.minimum(np.where(at_least > exact, at_least - at_least % exact, at_least), 4 * exact)
         ratios = np.round(np.stack([backward, weights]) / RATIO) * RATIO
         unique, back = np.unique(np.stack([at_least, *ratios]), axis=1, return_inverse=True)
-        waits = np.array(
-            [bubble(schedule, exact, chunks, int(m), 1.0, i, w) for m, i, w in unique.T.tolist()]
-        )
-        waits = waits[back.reshape(-1)]
-        return np.asarray(waits * forward * (pp - 1) / max(exact - 1, 1))
+        found = [bubble(schedule, exact, chunks, int(m), 1.0, i, w) for m, i, w in unique.T.tolist()]
+        simulated = np.array(found)[back.reshape(-1)]
+        return np.asarray(simulated * forward * (pp - 1) / max(exact - 1, 1))
 
     def send(self) -> Columns:
         """Seconds of a message to the next stage."""

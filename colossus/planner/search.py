@@ -26,6 +26,7 @@ from colossus.planner.stages import shape
 CHUNK = 65536  # layouts that are priced at once
 CHECKED = 4096  # layouts whose memory is computed at once, from the quickest on
 REFINED = 32  # layouts whose pipeline is run in time
+REPLICAS = 8  # at least so many in the smallest of several pools
 LEAN = {"recompute": 2.0, "micro_batch": 1, "reshard": True, "schedule": "1f1b"}  # what needs least memory
 TABLE = 8  # layouts that a report shows
 EXACT_ROUNDS = (
@@ -313,6 +314,9 @@ def _mixed(problem: Problem, limits: Limits) -> Found:
     )
     spares = round(limits.spares * pools[0].count / hardware.count)
     space = layouts_of(first, pools[0].count, replace(limits, spares=spares), compiled=True)
+    # replicas small enough that the smallest pool has several, and loses few accelerators that make no whole one
+    whole = space.ranks / space.number("dp_replicate")
+    space = space.take(whole * REPLICAS <= pools[-1].count)
     if not len(space):
         raise NothingFits(_why(first, 0))
     seconds = _seconds(first, space)

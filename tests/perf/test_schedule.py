@@ -65,6 +65,9 @@ def test_bubbles_are_the_published_ones(pp, micro_batches):
     for v in (2, 4):
         exact = bubble("interleaved_1f1b", pp, v, micro_batches, f, i, w)
         assert exact == pytest.approx((pp - 1) * (f + i + w))
+    # Qi et al. 2024: zero bubble fills the bubble with the gradients of weights, as far as they go.
+    exact = bubble("interleaved_zero_bubble", pp, 2, micro_batches, f, i, w)
+    assert exact == pytest.approx((pp - 1) * max(f + i - w, f, i))
     # Qi et al. 2024 (ZB-V): none where the three passes take the same.
     assert bubble("zbv_zero_bubble", pp, 2, max(micro_batches, 2 * pp), 1.0, 1.0, 1.0) <= pp - 1
     assert bubble("interleaved_zero_bubble", pp, 2, micro_batches, 1, 1, 1) < bubble(

@@ -125,3 +125,18 @@ def test_the_exact_timeline_is_the_closed_form_where_stages_are_equal():
                        "tensor, context and expert messages"))), rel=0.03,
         )  # fmt: skip
     assert set(ONE_STAGE) == {"gpipe", "1f1b"}
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "interleaved_zero_bubble"])
+@pytest.mark.parametrize("batch", [2, 4, 8, 32])
+def test_the_closed_bubble_is_the_timelines_also_with_few_micro_batches(schedule, batch):
+    made = problem("llama3.1-8b", count=4, batch=batch)
+    light = replace(made, arch=made.arch.model_copy(update={"vocab_size": 256}))
+    chunks = 1 if schedule == "1f1b" else 4
+    one = Layouts.of([{"pp": 4, "schedule": schedule, "stages_per_rank": chunks}])
+    closed = estimate(light, one)
+    names = ("products", "attention", "memory-bound", "recomputation", "bubble", "pipeline messages",
+             "tensor, context and expert messages")  # fmt: skip
+    assert exact_pipeline(light, one, closed) == pytest.approx(
+        float(sum(closed.parts[name][0] for name in names)), rel=0.06
+    )
