@@ -23,6 +23,7 @@ def text(plan: Plan) -> str:
         _waterfall(plan),
         _memory(plan),
         _costs(plan),
+        _sensitivity(plan),
         _tail(plan),
     )
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
@@ -127,6 +128,16 @@ def _days(days: float) -> str:
     if days >= 1:
         return f"{days:,.1f} days"
     return f"{24 * days:.1f} h" if days * 24 >= 1 else f"{1440 * days:.1f} min"
+
+
+def _sensitivity(plan: Plan) -> list[str]:
+    """Days of the run if a thing is better or worse than assumed."""
+    from colossus.planner.sensitivity import days_if
+
+    if plan.hardware.count < 2:
+        return []
+    rows = [f"{_days(better):>12}  to {_days(worse):>12}  {what}" for what, better, worse in days_if(plan)]
+    return ["the run, if", *rows]
 
 
 def _tail(plan: Plan) -> list[str]:

