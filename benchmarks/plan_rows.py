@@ -258,8 +258,8 @@ def _variants(row: Mapping[str, str], layout: dict[str, Any], software: Software
     if text:
         ways = ["none" if text == "none" else "selective" if "selective" in text else "full"]
     else:
-        # Megatron-Core's default with flash attention, and the others', is none; NeMo's configurations of 2022
-        # and 2023 made the core of attention again; MaxText has a policy for it, of which none is named
+        # Megatron-Core's default with flash attention, and the others', is none; NeMo's configurations of
+        # 2022 and 2023 made the core of attention again; MaxText has a policy for it, of which none is named
         defaults = {programs.NEMO_2023: ["selective"], programs.MAXTEXT: ["selective", "full"]}
         ways = defaults.get(software, ["none"])
     etps = [1, layout["tp"]] if row["family"] == "moe" and layout["tp"] > 1 else [1]

@@ -35,7 +35,10 @@ def main() -> None:
         began = time.process_time()
         made = make_plan(job)
         seconds = time.process_time() - began
-        print(f"{name}: {made.best.name}, {made.best.seconds:.3g} s a step, MFU {100 * made.best.mfu:.1f}%", flush=True)
+        print(
+            f"{name}: {made.best.name}, {made.best.seconds:.3g} s a step, MFU {100 * made.best.mfu:.1f}%",
+            flush=True,
+        )
         figures.append(Figure(f"{name}: search", seconds, "s", goal))
         goal = "at least 100,000" if goal else None
         figures.append(Figure(f"{name}: priced", made.priced / seconds, "layouts/s", goal))

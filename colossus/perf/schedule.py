@@ -1,8 +1,8 @@
 """Pipeline schedules: the order of work of every rank, its exact timeline, and what is held meanwhile.
 
 Orders are those of PyTorch's `distributed.pipelining`, which the trainer runs (a test compares them).
-Sources: GPipe (arXiv 1811.06965), 1F1B and its interleaving (arXiv 2104.04473), zero bubble (arXiv 2401.10241),
-ZB-V (arXiv 2405.15362), DualPipeV (DeepSeek-V3, arXiv 2412.19437, cut in half).
+Sources: GPipe (arXiv 1811.06965), 1F1B and its interleaving (arXiv 2104.04473), zero bubble (arXiv
+2401.10241), ZB-V (arXiv 2405.15362), DualPipeV (DeepSeek-V3, arXiv 2412.19437, cut in half).
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ OURS_EAGER = Software(
     order=("tp", "cp", "pp", "dp_shard", "dp_replicate"),
 )
 MEGATRON_2021 = Software(
-    "Megatron-LM of 2021",  # softmax, bias and gelu are fused; gradients are summed after the last micro-batch
+    "Megatron-LM of 2021",  # softmax, bias and gelu are fused; gradients are summed after the last batch
     fused_attention=False,
     eager=3.0,
     sums_gradients=True,

@@ -1,4 +1,4 @@
-"""A plan: which layout, how fast, whether it fits, how many days, how much energy and money, how much is lost.
+"""A plan: which layout, how fast, whether it fits, how many days, how much energy, money and loss.
 
 `make_plan` answers for a job; what the job leaves open about its length and batch is said as an assumption.
 """
@@ -28,8 +28,8 @@ LEAST_BATCH = 2**20  # tokens of a step
 TOKENS_A_RANK = 1024  # of a step, on large fleets: Llama 3 405B had 16.8 million on 16,384
 TOKENS_A_WEIGHT = 20  # of a whole run, where the job names no length (arXiv 2203.15556)
 BAND = 0.10  # of a step's seconds, up and down: the mean error of predictions of held-out runs is below it
-FIELDS = ("dp_replicate", "dp_shard", "tp", "pp", "cp", "ep", "etp", "schedule", "stages_per_rank", "micro_batch",
-          "recompute", "reshard")  # fmt: skip
+FIELDS = ("dp_replicate", "dp_shard", "tp", "pp", "cp", "ep", "etp", "schedule", "stages_per_rank",
+          "micro_batch", "recompute", "reshard")  # fmt: skip
 PUBLISHED_REACH = 4.0  # a published run counts as near up to so many times the size
 
 
@@ -48,7 +48,7 @@ class Costs:
 class Plan:
     """What `colossus plan` answers. best: the layout and what it costs; table: the best few, `best` first.
 
-    low, high: costs where failures are rare and where they are many. assumptions: what nobody measured or said.
+    low, high: costs where failures are rare and where they are many. assumptions: what nobody measured.
     """
 
     best: Choice
@@ -165,8 +165,8 @@ def _arch(job: Job) -> Architecture:
     ]
     if open_fields:
         raise UserError(
-            f"model.{open_fields[0]}: must be given to plan; name a preset (model=llama3.1-8b; colossus models "
-            f"lists them)"
+            f"model.{open_fields[0]}: must be given to plan; name a preset (model=llama3.1-8b; colossus "
+            f"models lists them)"
         )
     kv = arch.num_kv_heads or arch.num_heads
     width = arch.head_dim or arch.hidden_size // arch.num_heads
@@ -282,7 +282,8 @@ def nearest_published(arch: Architecture, hardware: Hardware) -> str:
         )
 
     run = min(table("runs")["run"], key=distance)
-    words = f"{run['name']}: {run['tokens_per_gpu']:,} tokens/s a GPU, MFU {100 * run['mfu']:.0f}% ({run['source']})"
+    words = f"{run['name']}: {run['tokens_per_gpu']:,} tokens/s a GPU, MFU {100 * run['mfu']:.0f}% "
+    words += f"({run['source']})"
     ratio = run["active_B"] / active
     far = not 1 / PUBLISHED_REACH < ratio < PUBLISHED_REACH or run["accelerator"] != hardware.accelerator.name
     return words + (" - far from this plan" if far else "")

@@ -1,4 +1,4 @@
-"""A plan in words: the winner, a short table, the waterfall of utilisation, memory; and as one page of HTML."""
+"""A plan in words: the winner, a short table, the waterfall, memory; and as one page of HTML."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ from colossus.planner.plan import BAND, Costs, Plan, size_words
 from colossus.planner.search import Choice
 
 GIB = 2**30
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
+body { color: #1c2430 }
+h1 { font-size: 1.5em } h2 { font-size: 1.1em; margin-top: 2em } table { border-collapse: collapse }
+td, th { padding: .2em .8em; text-align: right; border-bottom: 1px solid #dde3ea }
+td:last-child, th:last-child { text-align: left } svg { max-width: 100% }
+svg text { font: 12px system-ui, sans-serif; fill: #1c2430 }
+pre { background: #f4f6f9; padding: 1em; overflow: auto }
+"""
 BAR = 24  # characters of a bar
 
 
@@ -35,8 +44,8 @@ def _head(plan: Plan) -> list[str]:
     name = plan.arch.preset or "model"
     return [
         f"{name} ({size_words(plan.arch)}) on {hardware.name}: {pools}",
-        f"{plan.tokens:.3g} tokens, {plan.global_batch:,} x {plan.seq_len:,} tokens a step, {plan.precision}; "
-        f"{plan.priced:,} layouts priced",
+        f"{plan.tokens:.3g} tokens, {plan.global_batch:,} x {plan.seq_len:,} tokens a step, "
+        f"{plan.precision}; {plan.priced:,} layouts priced",
     ]
 
 
@@ -48,7 +57,7 @@ def _winner(plan: Plan) -> list[str]:
         f"          {best.ranks:,} accelerators work, {plan.hardware.count - best.ranks:,} wait in reserve; "
         f"{best.micro_batches} micro-batches a step",
         f"step      {best.seconds:.3g} s ({low:.3g} to {high:.3g}), {per:,.0f} tokens/s, "
-        f"{per / best.ranks:,.0f} an accelerator; MFU {100 * best.mfu:.1f}% (bf16 peak, causal attention half)",
+        f"{per / best.ranks:,.0f} an accelerator; MFU {100 * best.mfu:.1f}% ({_convention(plan)})",
     ]
     for pool in best.pools:
         lines.append(
@@ -57,6 +66,12 @@ def _winner(plan: Plan) -> list[str]:
             f"{pool.reserved / GIB:.0f} of {pool.capacity / GIB:.0f} GiB"
         )
     return [*lines, f"binds     {plan.binding}", f"next      {plan.runner_up}", f"measured  {plan.nearest}"]
+
+
+def _convention(plan: Plan) -> str:
+    """What MFU is divided by, and how attention counts."""
+    cpu = plan.hardware.accelerator.device == "cpu"
+    return f"of the {'best measured rate' if cpu else 'bf16 peak'}, causal attention half"
 
 
 def _table(plan: Plan) -> list[str]:
@@ -95,8 +110,8 @@ def _waterfall(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> list[str]:
     best = plan.best
     capacity = min(pool.accelerator.memory for pool in plan.hardware.pools)
-    lines = [f"memory of the rank that needs most: {best.reserved / GIB:.1f} GiB reserved, {best.allocated / GIB:.1f} "
-             f"allocated, of {capacity / GIB:.1f}"]  # fmt: skip
+    lines = [f"memory of the rank that needs most: {best.reserved / GIB:.1f} GiB reserved, "
+             f"{best.allocated / GIB:.1f} allocated, of {capacity / GIB:.1f}"]  # fmt: skip
     for name, size in best.memory.items():
         if size > 0.005 * best.allocated:
             lines.append(f"{size / GIB:9.2f}  {name}")
@@ -108,19 +123,20 @@ def _costs(plan: Plan) -> list[str]:
         share = costs.goodput
         interval = "-" if math.isinf(share.interval) else f"{share.interval:,.0f} s"
         return (
-            f"{words:15}{share.failures_per_day:9.1f}{100 * share.share:10.1f}{interval:>13}{share.spare_nodes:8}"
-            f"{_days(costs.days):>12}{costs.energy / 1e6:9.3g}{costs.money / 1e6:10.3g}"
+            f"{words:15}{share.failures_per_day:9.1f}{100 * share.share:10.1f}{interval:>13}"
+            f"{share.spare_nodes:8}{_days(costs.days):>12}{costs.energy / 1e6:9.3g}{costs.money / 1e6:10.3g}"
         )
 
-    header = f"{'failures':15}{'a day':>9}{'goodput %':>10}{'checkpoint':>13}{'spares':>8}{'run':>12}{'GWh':>9}{'million $':>10}"
+    header = f"{'failures':15}{'a day':>9}{'goodput %':>10}{'checkpoint':>13}{'spares':>8}"
+    header += f"{'run':>12}{'GWh':>9}{'million $':>10}"
     low, high = plan.hardware.failures
     return [
         header,
         row(f"few ({low:g})", plan.low),
         row(f"many ({high:g})", plan.high),
-        "failures per 1000 node-days: published values disagree by 4 times. Checkpoint: productive seconds between two.",
-        f"power {plan.high.power:,.3g} MW with PUE {plan.hardware.pue:g}; {plan.hardware.usd_per_hour:.2f} $ an "
-        f"accelerator and hour",
+        "failures: per 1000 node-days; published values disagree by 4 times. checkpoint: seconds between two",
+        f"power {plan.high.power:,.3g} MW with PUE {plan.hardware.pue:g}; "
+        f"{plan.hardware.usd_per_hour:.2f} $ an accelerator and hour",
     ]  # fmt: skip
 
 
@@ -149,17 +165,19 @@ def _tail(plan: Plan) -> list[str]:
 def hardware_text() -> str:
     """The catalogue as a table."""
     lines = [
-        f"{'accelerator':16}{'bf16':>8}{'fp8':>8}{'of peak':>9}{'GiB':>8}{'TB/s':>7}{'NVLink':>8}{'W':>6}  kind; assumed"
+        f"{'accelerator':16}{'bf16':>8}{'fp8':>8}{'of peak':>9}{'GiB':>8}{'TB/s':>7}{'NVLink':>8}{'W':>6}"
+        f"  kind; assumed"
     ]
     for name in accelerator_names():
         part = accelerator(name)
         assumed = f"; {', '.join(part.assumed)}" if part.assumed else ""
         lines.append(
-            f"{name:16}{part.bf16 / 1e12:8,.0f}{part.fp8 / 1e12:8,.0f}{part.reachable:9.2f}{part.memory / GIB:8.1f}"
-            f"{part.copy / 1e12:7.2f}{part.nvlink / 1e9:8.0f}{part.watts:6.0f}  {part.kind}{assumed}"
+            f"{name:16}{part.bf16 / 1e12:8,.0f}{part.fp8 / 1e12:8,.0f}{part.reachable:9.2f}"
+            f"{part.memory / GIB:8.1f}{part.copy / 1e12:7.2f}{part.nvlink / 1e9:8.0f}{part.watts:6.0f}  {part.kind}{assumed}"
         )
     lines += [
-        "bf16, fp8: TFLOP/s, dense. of peak: the best bf16 product that was measured. TB/s: of a copy. NVLink: GB/s one way.",
+        "bf16, fp8: TFLOP/s, dense. of peak: the best bf16 product that was measured. TB/s: of a copy. "
+        "NVLink: GB/s one way.",
         "",
         f"{'server':24}{'accelerator':16}{'size':>5}{'Gb/s each':>11}{'W':>8}  kind",
     ]  # fmt: skip
@@ -192,16 +210,13 @@ def page(
         for c in plan.table
     )
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#1c2430}}
-h1{{font-size:1.5em}}h2{{font-size:1.1em;margin-top:2em}}table{{border-collapse:collapse}}
-td,th{{padding:.2em .8em;text-align:right;border-bottom:1px solid #dde3ea}}td:last-child,th:last-child{{text-align:left}}
-svg{{max-width:100%}}svg text{{font:12px system-ui,sans-serif;fill:#1c2430}}pre{{background:#f4f6f9;padding:1em;overflow:auto}}
-</style><h1>{html.escape(title)}</h1><pre>{html.escape(text(plan))}</pre>
+<style>{STYLE}</style><h1>{html.escape(title)}</h1><pre>{html.escape(text(plan))}</pre>
 <h2>Where the peak goes, %</h2>{_bars(waterfall(plan), "%")}
 <h2>Memory of the rank that needs most, GiB</h2>{_bars(memory, "GiB")}
 <h2>Days and money by the number of accelerators</h2>{_scatter(pareto)}
 <h2>Days, if a thing is better or worse than assumed</h2>{_tornado(sensitivity)}
-<h2>The best layouts</h2><table><tr><th>step s</th><th>MFU %</th><th>GiB</th><th>layout</th></tr>{rows}</table></html>
+<h2>The best layouts</h2>
+<table><tr><th>step s</th><th>MFU %</th><th>GiB</th><th>layout</th></tr>{rows}</table></html>
 """
 
 
@@ -229,7 +244,8 @@ def _scatter(points: Sequence[tuple[int, float, float]]) -> str:
     for (count, d, m), x in zip(points, days, strict=True):
         px, py = 60 + 540 * (x - min(days)) / spread_x, 20 + 180 * (1 - (m - min(money)) / spread_y)
         marks.append(
-            f'<circle cx="{px:.0f}" cy="{py:.0f}" r="5" fill="#b6483b"/><text x="{px + 8:.0f}" y="{py + 4:.0f}">'
+            f'<circle cx="{px:.0f}" cy="{py:.0f}" r="5" fill="#b6483b"/>'
+            f'<text x="{px + 8:.0f}" y="{py + 4:.0f}">'
             f"{count:,}: {d:.3g} d, {m:.3g} M$</text>"
         )
     return f'<svg viewBox="0 0 800 220" role="img">{"".join(marks)}</svg>'

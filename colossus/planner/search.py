@@ -28,6 +28,7 @@ CHECKED = 4096  # layouts whose memory is computed at once, from the quickest on
 REFINED = 32  # layouts whose pipeline is run in time
 REPLICAS = 8  # at least so many in the smallest of several pools
 LEAN = {"recompute": 2.0, "micro_batch": 1, "reshard": True, "schedule": "1f1b"}  # what needs least memory
+ALIKE = ("tp", "cp", "pp", "ep", "etp", "schedule", "stages_per_rank", "micro_batch", "recompute")
 TABLE = 8  # layouts that a report shows
 EXACT_ROUNDS = (
     4  # micro-batches, in ranks of the pipeline, that an exact timeline takes; the rest repeats them
@@ -50,8 +51,8 @@ class PoolShare:
 
 @dataclass(frozen=True)
 class Choice:
-    """One layout with what it costs. parts: seconds of a step by what they are; memory: bytes of the rank that
-    needs most, by use. row: values of `layout.Layout`."""
+    """One layout with what it costs. parts: seconds of a step by what they are; memory: bytes of the rank
+    that needs most, by use. row: values of `layout.Layout`."""
 
     row: dict[str, Any]
     ranks: int
@@ -83,7 +84,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found, the best first. priced: layouts. fitting: whether memory ruled quicker ones out."""
+    """What a search found, the best first. priced: layouts. memory_binds: it ruled quicker ones out."""
 
     choices: tuple[Choice, ...]
     priced: int
@@ -162,8 +163,7 @@ def _distinct(choices: list[Choice]) -> list[Choice]:
     kept = []
     for choice in choices:
         row = choice.row
-        key = tuple(row[n] for n in ("tp", "cp", "pp", "ep", "etp", "schedule", "stages_per_rank", "micro_batch",
-                                     "recompute"))  # fmt: skip
+        key = tuple(row[name] for name in ALIKE)
         if key not in seen:
             seen.add(key)
             kept.append(choice)
@@ -255,17 +255,19 @@ def _why(problem: Problem, priced: int) -> str:
     if least is not None and least <= hardware.count:
         seen = "legal" if not priced else "both legal and small enough"
         return (
-            f"fleet.count={hardware.count}: with the fields of layout that are fixed, no layout of {model} is "
-            f"{seen}; leave some open"
+            f"fleet.count={hardware.count}: with the fields of layout that are fixed, no layout of {model} "
+            f"is {seen}; leave some open"
         )
-    words = f"fleet.count={hardware.count}: {model} fits no layout in {part.memory / 2**30:.0f} GiB of {part.name}"
+    room = f"{part.memory / 2**30:.0f} GiB of {part.name}"
+    words = f"fleet.count={hardware.count}: {model} fits no layout in {room}"
     if least is None:
         return f"{words}; memory binds, and no larger fleet of them helps"
     return f"{words}; memory binds: {least} of them are the fewest that hold it"
 
 
 def smallest_fleet(problem: Problem, most: int = 65536) -> int | None:
-    """The fewest accelerators, in powers of two and then in servers, on which a layout fits; None beyond `most`."""
+    """The fewest accelerators, by powers of two and then by servers, on which a layout fits; None beyond
+    `most`."""
     hardware = problem.pricer.hardware
 
     def fits(count: int) -> bool:
@@ -314,7 +316,7 @@ def _mixed(problem: Problem, limits: Limits) -> Found:
     )
     spares = round(limits.spares * pools[0].count / hardware.count)
     space = layouts_of(first, pools[0].count, replace(limits, spares=spares), compiled=True)
-    # replicas small enough that the smallest pool has several, and loses few accelerators that make no whole one
+    # replicas so small that the smallest pool has several, and loses few accelerators that make no whole one
     whole = space.ranks / space.number("dp_replicate")
     space = space.take(whole * REPLICAS <= pools[-1].count)
     if not len(space):
@@ -374,7 +376,7 @@ def _pools_of(
 
 
 def _shared(problem: Problem, ways: list[tuple[Problem, Layouts, int]]) -> Choice:
-    """Sequences to pools by their speed, in whole sequences of a replica, so that the slowest ends soonest."""
+    """Sequences to pools by their speed, whole ones to a replica, so that the slowest ends soonest."""
     rates = []
     for mine, option, count in ways:
         seconds = float(estimate(mine, option).seconds[0])

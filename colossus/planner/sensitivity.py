@@ -17,8 +17,8 @@ SHARES = (1, 2, 4, 8)  # of the fleet: all, a half, and so on
 
 
 def days_by_count(plan: Plan) -> list[tuple[int, float, float]]:
-    """(accelerators, days, million dollars) of the best layout on parts of the fleet, failures between few and
-    many."""
+    """(accelerators, days, million dollars) of the best layout on parts of the fleet, failures between few
+    and many."""
     found = []
     for share in SHARES:
         count = plan.hardware.count // share

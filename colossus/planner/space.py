@@ -32,8 +32,8 @@ class Limits:
 
 
 def _pipelines(num_layers: int, count: int) -> list[int]:
-    """Ranks of a pipeline: all up to 8, then those that layers (or they and both ends) divide by, and powers of
-    two. On small fleets all."""
+    """Ranks of a pipeline: all up to 8, then those that layers (or they and both ends) divide by, and powers
+    of two. On small fleets all."""
     most = min(MOST_PP, num_layers)
     small = count <= SMALL_FLEET
     return [
@@ -179,8 +179,8 @@ def _block(
 
 
 def data_parallel(most: int, global_batch: int, whole: bool) -> list[tuple[int, int]]:
-    """(dp_replicate, dp_shard). On small fleets every pair; else the most ranks that there are, rounder numbers
-    close below and one that divides the batch, sharded over powers of four, a server or all."""
+    """(dp_replicate, dp_shard). On small fleets every pair; else the most ranks that there are, rounder
+    numbers close below and one that divides the batch, sharded over powers of four, a server or all."""
     most = min(most, global_batch)
     if whole:
         totals, steps = set(range(1, most + 1)), range(1, most + 1)
@@ -199,7 +199,7 @@ def _schedules(num_layers: int, pp: int, compiled: bool, whole: bool) -> list[tu
     if pp == 1:
         return [("1f1b", 1)] if compiled else []
     most = num_layers // pp
-    several = [v for v in range(2, min(most, MOST_STAGES) + 1)]
+    several = list(range(2, min(most, MOST_STAGES) + 1))
     if not whole:  # those that layers divide by, or as many stages as there can be
         even = [v for v in several if num_layers % (pp * v) in (0, pp * v - 2)]
         several = sorted({*even[-3:], *even[:1], *several[-1:]})

@@ -26,7 +26,9 @@ def piece(seq_len: int = TOKENS, sequences: float = BATCH, **axes: float) -> Pie
 def total(ledger, arch, column, **words):
     """Over the whole model: each kind of layer as often as there are layers of it."""
     counts = {kind: len(layers) for kind, layers in layer_counts(arch).items()} | {"first": 1, "last": 1}
-    return sum(count * float(ledger.total(column, stage=stage, **words)[0]) for stage, count in counts.items())
+    return sum(
+        count * float(ledger.total(column, stage=stage, **words)[0]) for stage, count in counts.items()
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -59,7 +61,8 @@ def test_saved_bytes_are_those_of_the_table_of_parts(preset):
 
 
 @pytest.mark.parametrize(
-    "axes", [{"tp": 2.0}, {"cp": 2.0}, {"tp": 2.0, "cp": 4.0}, {"ep": 2.0}, {"tp": 2.0, "etp": 2.0, "ep": 4.0}]
+    "axes",
+    [{"tp": 2.0}, {"cp": 2.0}, {"tp": 2.0, "cp": 4.0}, {"ep": 2.0}, {"tp": 2.0, "etp": 2.0, "ep": 4.0}],
 )
 def test_a_layout_divides_work_and_loses_none(axes):
     arch = tiny("mixtral-8x7b", num_kv_heads=4)

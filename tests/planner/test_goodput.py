@@ -27,7 +27,9 @@ def simulated(failures: float, tau: float, save: float, restart: float, days: fl
 def test_the_closed_form_is_the_simulations_mean(rate):
     fleet = hardware(16384, save_seconds=5.0, restart_seconds=600.0)
     made = goodput(fleet, 16384, rate)
-    runs = [simulated(made.failures_per_day / 86400, made.interval, 5.0, 600.0, 300, seed) for seed in range(8)]
+    runs = [
+        simulated(made.failures_per_day / 86400, made.interval, 5.0, 600.0, 300, seed) for seed in range(8)
+    ]
     assert made.share == pytest.approx(np.mean(runs), abs=0.01)
     parts = made.lost_to_saving + made.lost_to_repeating + made.lost_to_restarts
     assert made.share + parts == pytest.approx(1.0, abs=1e-9)

@@ -27,7 +27,12 @@ def test_states_are_sixteen_bytes_a_weight_over_the_shards():
 @pytest.mark.parametrize("model", ["llama3.1-8b", "mixtral-8x7b", "deepseek-v3", "gpt2-124m"])
 def test_ranks_hold_every_weight_once(model):
     arch = problem(model).arch
-    for schedule, pp, chunks in (("1f1b", 1, 1), ("1f1b", 3, 1), ("interleaved_1f1b", 2, 3), ("dualpipe_v", 3, 2)):
+    for schedule, pp, chunks in (
+        ("1f1b", 1, 1),
+        ("1f1b", 3, 1),
+        ("interleaved_1f1b", 2, 3),
+        ("dualpipe_v", 3, 2),
+    ):
         made = shape(arch, schedule, pp, chunks)
         one = Layouts.of([{}])
         total = sum(float(a[0] + b[0]) for a, b in (rank_weights(arch, one, made, r) for r in range(pp)))

@@ -25,7 +25,17 @@ def made():
 
 def test_a_plan_says_everything_that_is_asked(made):
     said = text(made)
-    for words in ("best ", "step ", "MFU", "binds", "next ", "measured", "goodput", "memory of the rank", "assumed"):
+    for words in (
+        "best ",
+        "step ",
+        "MFU",
+        "binds",
+        "next ",
+        "measured",
+        "goodput",
+        "memory of the rank",
+        "assumed",
+    ):
         assert words in said, words
     assert made.low.days <= made.high.days
     assert made.best.seconds > 0 and 0.1 < made.best.mfu < 0.7
@@ -46,7 +56,22 @@ def test_days_energy_and_money_follow_from_the_step(made):
 
 def test_a_page_and_a_job_are_written(tmp_path: Path, capsys):
     page, job = tmp_path / "plan.html", tmp_path / "plan.toml"
-    assert main(["plan", *SMALL, "layout.tp=1", "layout.pp=1", "layout.cp=1", "--html", str(page), "--job", str(job)]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                *SMALL,
+                "layout.tp=1",
+                "layout.pp=1",
+                "layout.cp=1",
+                "--html",
+                str(page),
+                "--job",
+                str(job),
+            ]
+        )
+        == 0
+    )
     html = page.read_text()
     assert "<svg" in html and "http" not in html.split("</style>")[1].split("<pre>")[0]
     again = load_job(job, [])

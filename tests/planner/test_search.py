@@ -1,4 +1,4 @@
-"""The search: on a small fleet what trying everything gives; only legal layouts that fit; pools end together."""
+"""The search: on a small fleet what trying everything gives; what is legal and fits; pools end together."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from colossus.planner.estimate import estimate
 from colossus.planner.memory import memory
 from colossus.planner.search import Limits, NothingFits, _pricer, exact_pipeline, refined, search
 from colossus.planner.space import MICRO_BATCHES, layouts_of
-from tests.planner.problems import hardware, problem
 from tests.perf.tiny import tiny
+from tests.planner.problems import hardware, problem
 
 
 def everything(made, compiled):
@@ -29,11 +29,15 @@ def everything(made, compiled):
         if tp * cp * pp * replicate * shard > count:
             continue
         for schedule, chunks, micro in product(SCHEDULES, range(1, 17), MICRO_BATCHES):
-            if (schedule in ZERO_BUBBLE) == compiled or schedule == "gpipe" or (pp == 1 and schedule != "1f1b"):
+            if (
+                (schedule in ZERO_BUBBLE) == compiled
+                or schedule == "gpipe"
+                or (pp == 1 and schedule != "1f1b")
+            ):
                 continue
-            row = {"tp": tp, "cp": cp, "pp": pp, "dp_replicate": replicate, "dp_shard": shard, "ep": 1, "etp": 1,
-                   "schedule": schedule, "stages_per_rank": chunks, "micro_batch": micro, "cp_method": "gather",
-                   "compile": int(compiled), "async_tp": 0}  # fmt: skip
+            row = {"tp": tp, "cp": cp, "pp": pp, "dp_replicate": replicate, "dp_shard": shard, "ep": 1,
+                   "etp": 1, "schedule": schedule, "stages_per_rank": chunks, "micro_batch": micro,
+                   "cp_method": "gather", "compile": int(compiled), "async_tp": 0}  # fmt: skip
             asked = row | model_row(arch)
             asked |= {"global_batch": made.global_batch, "seq_len": made.seq_len, "node_size": 8,
                       "has_symmetric_memory": 0}  # fmt: skip
@@ -64,9 +68,7 @@ def test_the_search_offers_only_what_the_trainer_calls_legal_and_what_fits():
     made = problem("llama3.1-8b", count=16, batch=64)
     for choice in search(made, Limits({})).choices:
         fields = {k: v for k, v in choice.row.items() if k in Layout.model_fields}
-        assert not violations(
-            Layout(**fields), made.arch, global_batch=64, seq_len=made.seq_len, node_size=8
-        )
+        assert not violations(Layout(**fields), made.arch, global_batch=64, seq_len=made.seq_len, node_size=8)
         assert choice.reserved <= accelerator("h100-sxm").memory
         assert choice.ranks <= 16
         assert sum(choice.parts.values()) == pytest.approx(choice.seconds)
@@ -121,8 +123,8 @@ def test_the_exact_timeline_is_the_closed_form_where_stages_are_equal():
         exact = exact_pipeline(wide, one, closed)
         assert exact == pytest.approx(
             float(sum(closed.parts[name][0] for name in closed.parts if name in
-                      ("products", "attention", "memory-bound", "recomputation", "bubble", "pipeline messages",
-                       "tensor, context and expert messages"))), rel=0.03,
+                      ("products", "attention", "memory-bound", "recomputation", "bubble",
+                       "pipeline messages", "tensor, context and expert messages"))), rel=0.03,
         )  # fmt: skip
     assert set(ONE_STAGE) == {"gpipe", "1f1b"}
 
