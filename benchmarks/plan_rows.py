@@ -257,6 +257,8 @@ def _variants(row: Mapping[str, str], layout: dict[str, Any], software: Software
     text = row["activation_recompute"].lower()
     if text:
         ways = ["none" if text == "none" else "selective" if "selective" in text else "full"]
+        if "(op" in text:  # torchtitan keeps every other product: between keeping all and making all again
+            ways = ["selective", "full"]
     else:
         # Megatron-Core's default with flash attention, and the others', is none; NeMo's configurations of
         # 2022 and 2023 made the core of attention again; MaxText has a policy for it, of which none is named

@@ -106,14 +106,19 @@ class Pricer:
         return 2 * ledger.m * ledger.n * ledger.k * ledger.count / (rate * full)
 
     def messages(self, kind: str, sent: Columns, group: comm.Group) -> Columns:
-        share = NIC_SHARE
-        if kind in ("all_gather", "reduce_scatter"):
-            return comm.gather_seconds(sent, group, self.hardware, share)
-        if kind == "all_reduce":
-            return comm.reduce_seconds(sent, group, self.hardware, share)
-        if kind == "all_to_all":
-            return comm.exchange_seconds(sent, group, self.hardware, share)
-        return comm.send_seconds(sent, group, self.hardware, share)
+        """Seconds of a message; in programs whose host starts kernel by kernel at least what ranks wait for
+        each other."""
+        of = {
+            "all_gather": comm.gather_seconds,
+            "reduce_scatter": comm.gather_seconds,
+            "all_reduce": comm.reduce_seconds,
+            "all_to_all": comm.exchange_seconds,
+            "send": comm.send_seconds,
+        }[kind]
+        seconds = of(sent, group, self.hardware, NIC_SHARE)
+        if self.software.dispatch == "eager_host" and kind != "send":
+            return np.where(seconds > 0, np.maximum(seconds, self.scalars["eager_message"]), 0.0)
+        return seconds
 
     def dispatch(self) -> float:
         """Seconds of the host for each kernel."""
