@@ -40,7 +40,7 @@ GPUS = {
 NVLINK_DOMAIN = {"gb200": 72, "gb300": 72}
 PROGRAMS = {  # by how a source's name begins
     "NVIDIA dgxc": programs.MEGATRON_CORE,
-    "Megatron-Bridge": programs.MEGATRON_CORE,
+    "Megatron-Bridge": programs.MEGATRON_BRIDGE,
     "NeMo AutoModel": programs.FSDP,
     "NeMo Launcher": programs.NEMO_2023,
     "NeMo": programs.MEGATRON_CORE,
@@ -241,7 +241,11 @@ def _sharding(row: Mapping[str, str], dp: int) -> tuple[int, float]:
     if "zero3" in text or found:
         return min(dp, int(found[1])) if found else dp, 3.0
     if not text:
-        return (dp, 1.0) if _program(row["source"]) == programs.MEGATRON_CORE else (1, 0.0)
+        return (
+            (dp, 1.0)
+            if _program(row["source"]) in (programs.MEGATRON_CORE, programs.MEGATRON_BRIDGE)
+            else (1, 0.0)
+        )
     return dp, 1.0
 
 
@@ -250,7 +254,7 @@ def _variants(row: Mapping[str, str], layout: dict[str, Any], software: Software
     layers, pp = int(row["layers"]), layout["pp"]
     if row["vpp"]:
         per_rank = [max(1, int(row["vpp"]))]
-    elif pp > 1 and software.name.startswith("Megatron-Core and"):
+    elif pp > 1 and software in (programs.MEGATRON_CORE, programs.MEGATRON_BRIDGE):
         per_rank = sorted({1, max(1, layers // pp // 2)})  # none, or two layers a stage
     else:
         per_rank = [1]

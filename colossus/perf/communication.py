@@ -120,11 +120,20 @@ def reduce_seconds(sent: Columns, group: Group, hardware: Hardware, nic_share: f
     return np.where((w.nodes == 1) & (group.size >= 5), ring / NVLS_GAIN, ring)
 
 
-def exchange_seconds(sent: Columns, group: Group, hardware: Hardware, nic_share: float) -> Columns:
-    """An all-to-all in which each rank has `sent` bytes, of which 1/n stays."""
+def exchange_seconds(
+    sent: Columns, group: Group, hardware: Hardware, nic_share: float, copies: Columns | float = 0.0
+) -> Columns:
+    """An all-to-all in which each rank has `sent` bytes, of which 1/n stays.
+
+    copies: of each token among them, where those for one node travel there once (DeepEP); 0: all travel.
+    """
     w = wire(group, hardware, nic_share)
     n = np.maximum(group.size, 1.0)
     away = sent * (1 - w.members / n) / w.outside
+    if np.any(copies):
+        # of so many experts at random, the nodes that they lie on
+        reached = (w.nodes - 1) * (1 - (1 - 1 / w.nodes) ** copies)
+        away = away * reached / np.maximum(copies * (1 - 1 / w.nodes), 1e-9)
     near = sent * (w.members - 1) / n / w.inside
     start = START + np.minimum(n, 64.0) * NVLINK_HOP + np.where(w.nodes > 1, NETWORK_HOP, 0.0)
     return np.where(n > 1, np.maximum(away, near) + start, 0.0)

@@ -67,7 +67,7 @@ class Pricer:
                 assert groups is not None, "rows with messages need their groups"
                 for name in set(ledger.group[mask].tolist()):
                     rows = mask & ledger.where(group=name)
-                    out[rows] = self.messages(kind, ledger.sent[rows], groups[name])
+                    out[rows] = self.messages(kind, ledger.sent[rows], groups[name], ledger.count[rows])
         return out
 
     def products(self, ledger: Ledger) -> Columns:
@@ -105,14 +105,16 @@ class Pricer:
         full = np.minimum(1.0, ledger.k / 128.0) ** 0.25
         return 2 * ledger.m * ledger.n * ledger.k * ledger.count / (rate * full)
 
-    def messages(self, kind: str, sent: Columns, group: comm.Group) -> Columns:
+    def messages(self, kind: str, sent: Columns, group: comm.Group, copies: Columns | float = 0.0) -> Columns:
         """Seconds of a message; in programs whose host starts kernel by kernel at least what ranks wait for
-        each other."""
+        each other. copies: of a token among those that go to experts."""
+        if kind == "all_to_all":
+            once = copies if self.software.sends_once else 0.0
+            return comm.exchange_seconds(sent, group, self.hardware, NIC_SHARE, once)
         of = {
             "all_gather": comm.gather_seconds,
             "reduce_scatter": comm.gather_seconds,
             "all_reduce": comm.reduce_seconds,
-            "all_to_all": comm.exchange_seconds,
             "send": comm.send_seconds,
         }[kind]
         seconds = of(sent, group, self.hardware, NIC_SHARE)

@@ -31,6 +31,7 @@ class Software:
         gathering of weights behind the forward pass.
     overlaps_pipeline: whether messages between stages hide behind other micro-batches.
     overlaps_experts: the share of the tokens' way to their experts and back that hides.
+    sends_once: a token goes to each node of its experts once (DeepEP).
     order: of the axes over ranks, the quickest-varying first.
     graphs: kernels are replayed without the host.
     fp32_weights: the weights that are kept are fp32, and products read copies (FSDP); else they are of the
@@ -51,6 +52,7 @@ class Software:
     overlaps_weights: bool = True
     overlaps_pipeline: bool = True
     overlaps_experts: float = 0.0
+    sends_once: bool = False
     order: tuple[str, ...] = ("tp", "cp", "dp_shard", "dp_replicate", "pp")
     graphs: bool = False
     fp32_weights: bool = False
@@ -102,6 +104,7 @@ MEGATRON_CORE = Software(
 NEMO_2023 = replace(
     MEGATRON_CORE, name="NeMo of 2022 and 2023", fused_attention=False, tp_hidden=0.0, overlaps_weights=False
 )
+MEGATRON_BRIDGE = replace(MEGATRON_CORE, name="Megatron-Bridge", sends_once=True)  # DeepEP or HybridEP
 DEEPSPEED_2021 = replace(MEGATRON_DEEPSPEED, name="DeepSpeed ZeRO-3 of 2021")
 FSDP = Software(
     "FSDP on PyTorch", fp32_weights=True, flash="flash2", elementwise="eager", eager=2.0

@@ -28,6 +28,7 @@ OVERLAP_COST = 0.1  # of the seconds of a hidden message, that it takes from wha
 KEYS = ("micro_batch", "tp", "cp", "ep", "etp", "sp", "recompute")
 GAP = 5e-6  # seconds between two kernels of a GPU, ramps included: what products of 1024 and 2048 lose beside
 # those of 8192, in the catalogue's measured tables (4 to 9 us)
+TOGETHER = 3.0  # power with which seconds of host and device add up where neither is much longer
 LAUNCHES_OF_MESSAGE = 4.0  # the host takes some 50 us for a collective, where a kernel takes it 10
 UPDATE_BYTES = 34.0  # AdamW a weight: gradient, weight and two moments in fp32, read and written; a copy
 LARGEST_EXACT = 4  # ranks of a pipeline whose bubble is simulated; those of longer ones grow in proportion
@@ -198,7 +199,9 @@ class _Estimate:
             attention = seconds[rows & ledger.where(kind="fused_attention")].sum(axis=0)
             keys = np.maximum(0.0, of("cp") - self.software.cp_hidden * attention)
             experts = of("ep") * (1 - self.software.overlaps_experts)
-            found[phase] = np.maximum(compute + tp + beside + keys + experts, host * launches)
+            device = compute + tp + beside + keys + experts
+            # Some kernels wait for the host and others for the device: more than the longer of both.
+            found[phase] = (device**TOGETHER + (host * launches) ** TOGETHER) ** (1 / TOGETHER)
         return _Layer(**found)
 
     def sorts(self, ledger: Ledger) -> dict[str, NDArray[np.bool_]]:

@@ -295,11 +295,15 @@ class _Formulas:
         """Norms, rotations, gates, sums, embeddings: what is written is read once more."""
         moved = 2 * part.written_bytes * self.piece.tokens / self.spread(part)
         eager = self.software.eager
+        # tokens are gathered for their experts, and summed, by kernels that nothing is fused into
+        kind: Kind = (
+            "memory" if part.name.startswith("moe.experts.") and "gated" not in part.name else "elementwise"
+        )
         yield Row(
-            part.name, "forward", stage, "elementwise", bytes=moved, saved=self.kept(part), launches=eager,
+            part.name, "forward", stage, kind, bytes=moved, saved=self.kept(part), launches=eager,
             model=part.model * self.piece.tokens / self.piece.tp,
         )  # fmt: skip
-        yield Row(part.name, "backward", stage, "elementwise", bytes=1.5 * moved, launches=eager,
+        yield Row(part.name, "backward", stage, kind, bytes=1.5 * moved, launches=eager,
                   model=2 * part.model * self.piece.tokens / self.piece.tp)  # fmt: skip
 
     # ------------------------------------------------------------------ messages
@@ -360,7 +364,7 @@ class _Formulas:
         )
         kinds: tuple[Kind, Kind] = ("all_gather", "reduce_scatter")
         for phase, times in phases:
-            yield Row("ep tokens", phase, stage, "all_to_all", "ep", group="ep", sent=rows / piece.tp,
+            yield Row("ep tokens", phase, stage, "all_to_all", "ep", group="ep", count=float(experts.per_token), sent=rows / piece.tp,
                       repeat=2 * ep * times)  # fmt: skip
             for kind in kinds:
                 yield Row("tp experts", phase, stage, kind, "ep", group="tp", sent=rows, repeat=etp * times)

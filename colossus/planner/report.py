@@ -173,7 +173,8 @@ def hardware_text() -> str:
         assumed = f"; {', '.join(part.assumed)}" if part.assumed else ""
         lines.append(
             f"{name:16}{part.bf16 / 1e12:8,.0f}{part.fp8 / 1e12:8,.0f}{part.reachable:9.2f}"
-            f"{part.memory / GIB:8.1f}{part.copy / 1e12:7.2f}{part.nvlink / 1e9:8.0f}{part.watts:6.0f}  {part.kind}{assumed}"
+            f"{part.memory / GIB:8.1f}{part.copy / 1e12:7.2f}{part.nvlink / 1e9:8.0f}{part.watts:6.0f}"
+            f"  {part.kind}{assumed}"
         )
     lines += [
         "bf16, fp8: TFLOP/s, dense. of peak: the best bf16 product that was measured. TB/s: of a copy. "
