@@ -20,6 +20,9 @@ TILE = (128.0, 256.0)  # of a product that one multiprocessor makes at once, on 
 AMPERE_TILE = (128.0, 128.0)
 DEPTH = 256.0  # of k at which a product reaches half of its rate; twice that in float8, whose measured rates
 # still rise by a tenth from 4,096 to 16,384
+KEYS = 600.0  # that a query meets at which fused attention reaches half of its rate: an H100 makes 400
+# TFLOP/s of causal sequences of 2,048 and 616 of 16,384 (arXiv 2407.08608, figure 5)
+BACKWARD_PASSES = 2.5  # over the keys, of the forward pass's one
 FLASH2_SHARE = 0.6  # FlashAttention-2 on Hopper: 35% of the peak, where Hopper's own instructions reach up to
 # 75% forward and 55% backward (arXiv 2407.08608, figures 5 and 6)
 NIC_SHARE = 0.94  # of a card's rate that messages reach: 46 to 48 of 50 GB/s (NVIDIA/nccl-tests issue 290)
@@ -103,7 +106,10 @@ class Pricer:
         rate = np.array([[part.peak(p) * share] for p in ledger.precision])
         # heads of 64 run at 0.85 of the rate of 128 (FlashAttention-2, arXiv 2307.08691, figures 4 to 6)
         full = np.minimum(1.0, ledger.k / 128.0) ** 0.25
-        return 2 * ledger.m * ledger.n * ledger.k * ledger.count / (rate * full)
+        passes = np.where(ledger.phase == "backward", BACKWARD_PASSES, 1.0)[:, None]
+        keys = ledger.n / passes
+        long = keys / (keys + KEYS)
+        return 2 * ledger.m * ledger.n * ledger.k * ledger.count / (rate * full * long)
 
     def messages(self, kind: str, sent: Columns, group: comm.Group, copies: Columns | float = 0.0) -> Columns:
         """Seconds of a message; in programs whose host starts kernel by kernel at least what ranks wait for

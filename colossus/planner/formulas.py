@@ -53,8 +53,16 @@ class Piece:
 
 def piece_of(columns: Mapping[str, Columns], seq_len: int) -> Piece:
     """From columns with the names of `Piece`; `micro_batch` is its sequences."""
-    names = ("tp", "cp", "ep", "etp", "sp", "recompute")
-    return Piece(columns["micro_batch"], *(columns[name] for name in names), seq_len)  # type: ignore[call-arg, arg-type]
+    return Piece(
+        sequences=columns["micro_batch"],
+        tp=columns["tp"],
+        cp=columns["cp"],
+        ep=columns["ep"],
+        etp=columns["etp"],
+        sp=columns["sp"],
+        recompute=columns["recompute"],
+        seq_len=seq_len,
+    )
 
 
 def stage_name(kind: LayerKind) -> str:
@@ -364,7 +372,8 @@ class _Formulas:
         )
         kinds: tuple[Kind, Kind] = ("all_gather", "reduce_scatter")
         for phase, times in phases:
-            yield Row("ep tokens", phase, stage, "all_to_all", "ep", group="ep", count=float(experts.per_token), sent=rows / piece.tp,
+            yield Row("ep tokens", phase, stage, "all_to_all", "ep", group="ep",
+                      count=float(experts.per_token), sent=rows / piece.tp,
                       repeat=2 * ep * times)  # fmt: skip
             for kind in kinds:
                 yield Row("tp experts", phase, stage, kind, "ep", group="tp", sent=rows, repeat=etp * times)

@@ -24,7 +24,8 @@ from colossus.planner.search import Choice, Found, Limits, fixed_of, search
 
 AIMS = ("time", "cost", "energy")
 SEQ_LEN = 8192  # tokens of a sample, where neither job nor model says fewer
-LEAST_BATCH = 2**20  # tokens of a step
+LEAST_BATCH, LARGE_BATCH = 2**20, 2**22  # tokens of a step; of models with more than LARGE active weights
+LARGE = 3e9
 TOKENS_A_RANK = 1024  # of a step, on large fleets: Llama 3 405B had 16.8 million on 16,384
 TOKENS_A_WEIGHT = 20  # of a whole run, where the job names no length (arXiv 2203.15556)
 BAND = 0.10  # of a step's seconds, up and down: the mean error of predictions of held-out runs is below it
@@ -126,7 +127,7 @@ def make_plan(job: Job, machine: Machine | None = None, aim: str = "time") -> Pl
     usable = hardware.count - spares
     batch = job.run.global_batch
     if batch is None:
-        batch = _batch(usable, seq_len)
+        batch = _batch(usable, seq_len, num_active(arch))
         assumptions.append(f"run.global_batch={batch:,}: {batch * seq_len:,} tokens of a step")
     tokens = _tokens(job, arch, batch * seq_len, assumptions)
     problem = Problem(arch, seq_len, batch, precision, Pricer.of(hardware, OURS))
@@ -189,9 +190,10 @@ def _spares(hardware: Hardware) -> int:
     return waiting * hardware.node_size if waiting < nodes // 10 and nodes >= 64 else 0
 
 
-def _batch(ranks: int, seq_len: int) -> int:
-    """Sequences of a step: at least a million tokens, and a thousand a rank."""
-    sequences = max(LEAST_BATCH, ranks * TOKENS_A_RANK) / seq_len
+def _batch(ranks: int, seq_len: int, active: int) -> int:
+    """Sequences of a step: a million tokens at least, four of a large model, and a thousand a rank."""
+    least = LARGE_BATCH if active > LARGE else LEAST_BATCH
+    sequences = max(least, ranks * TOKENS_A_RANK) / seq_len
     return max(1, 2 ** round(math.log2(sequences))) if sequences < 2048 else round(sequences / 256) * 256
 
 
