@@ -30,7 +30,7 @@ from colossus.planner.columns import Layouts
 from colossus.planner.estimate import Problem, estimate
 
 SCALARS = Path(colossus.perf.__file__).parent / "scalars.toml"
-ROWS_OF_A_GROUP = 12  # that calibrate: a publisher who prints forty rows of one model weighs no more
+ROWS_OF_A_GROUP = 40  # that calibrate: a publisher who prints forty rows of one model weighs no more
 GOALS = {
     "vTrain, many nodes": 8.0, "vTrain, one node": 8.0, "Hopper dense": 6.0, "Hopper experts": 10.0,
     "Blackwell experts": 10.0,
@@ -100,22 +100,32 @@ def residuals(runs: Sequence[Run], scalars: Mapping[str, float]) -> NDArray[np.f
     return np.log1p([item.error for item in predict(runs, scalars)])
 
 
+def _depends(run: Run, names: Sequence[str]) -> bool:
+    """Whether a run's prediction may move with one of these scalars."""
+    generation = run.hardware.accelerator.generation
+    others = tuple(g for g in ("ampere", "hopper", "blackwell") if g != generation)
+    mine = [name for name in names if not name.startswith(others)]
+    if run.software.dispatch != "eager_host":
+        mine = [name for name in mine if name not in ("eager_host", "eager_message")]
+    return bool(mine)
+
+
 def loss(runs: Sequence[Run], scalars: Mapping[str, float]) -> float:
     """Mean absolute residual."""
     return float(np.sum(weights(runs) * np.abs(residuals(runs, scalars))))
 
 
-def fit(runs: Sequence[Run], rounds: int = 8) -> dict[str, tuple[float, float, float]]:
+def fit(runs: Sequence[Run], names: Sequence[str], rounds: int = 8) -> dict[str, tuple[float, float, float]]:
     """Scalar -> (value, low, high): least absolute residuals by reweighted Gauss-Newton steps within bounds.
 
     low, high: the middle 90% over resampled groups, each solved with the last step's derivatives.
     """
-    names = list(BOUNDS)
+    kept = dict(fitted())
     share = weights(runs)
     low, high = (np.array([BOUNDS[name][i] for name in names]) for i in (0, 1))
     width = high - low
     at = np.clip(np.array([fitted()[name] for name in names]), low, high)
-    now = residuals(runs, dict(zip(names, at, strict=True)))
+    now = residuals(runs, kept | dict(zip(names, at, strict=True)))
     best = float(np.sum(share * np.abs(now)))
     for turn in range(rounds):
         slope = _slope(runs, names, at, low, high, now)
@@ -123,7 +133,7 @@ def fit(runs: Sequence[Run], rounds: int = 8) -> dict[str, tuple[float, float, f
         step = _solve(slope, now, share, *reach)
         for shorter in (1.0, 0.5, 0.25, 0.1, 0.05):
             tried = np.clip(at + shorter * step * width, low, high)
-            found = residuals(runs, dict(zip(names, tried, strict=True)))
+            found = residuals(runs, kept | dict(zip(names, tried, strict=True)))
             value = float(np.sum(share * np.abs(found)))
             if value < best - 1e-6:
                 at, now, best = tried, found, value
@@ -149,7 +159,7 @@ def _slope(
         step = 0.02 * (high[i] - low[i]) * (1 if at[i] < (low[i] + high[i]) / 2 else -1)
         moved = at.copy()
         moved[i] += step
-        change = residuals(runs, dict(zip(names, moved, strict=True))) - now
+        change = residuals(runs, dict(fitted()) | dict(zip(names, moved, strict=True))) - now
         columns.append(change / step * (high[i] - low[i]))
     return np.stack(columns, axis=1)
 
@@ -314,6 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=Path, help="score this file, all of its complete rows")
     parser.add_argument("--fit", action="store_true", help="calibrate, and write scalars.toml")
+    parser.add_argument("--scalars", help="fit these alone, with commas between; the others stay")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--worst", type=int, default=0, help="show so many of the worst calibration rows")
     parser.add_argument("--blind", action="store_true", help="show no figure of a held-out row")
@@ -324,11 +335,12 @@ def main() -> None:
     if arguments.quick:
         runs = [run for run in runs if run.set != "vTrain, one node"]
     if arguments.fit:
-        chosen = sample(runs)
+        names = arguments.scalars.split(",") if arguments.scalars else list(BOUNDS)
+        chosen = [run for run in sample(runs) if _depends(run, names)]
         print(
-            f"fitting {len(BOUNDS)} scalars to {len(chosen)} rows of {len({r.group for r in chosen})} groups"
+            f"fitting {len(names)} scalars to {len(chosen)} rows of {len({r.group for r in chosen})} groups"
         )
-        write_scalars(fit(chosen, arguments.rounds))
+        write_scalars(fit(chosen, names, arguments.rounds))
         fitted.cache_clear()
     began = time.perf_counter()
     scored = predict(runs)
