@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         import_model,
         load_job,
         load_model,
+        plan,
         train,
     )
 
@@ -28,6 +29,7 @@ __all__ = [
     "import_model",
     "load_job",
     "load_model",
+    "plan",
     "train",
 ]
 

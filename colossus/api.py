@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from colossus.data.tokenizer import Tokenizer
     from colossus.evaluation.corpora import CorpusResult
     from colossus.evaluation.tasks import LoadedTasks, TaskResult
+    from colossus.hardware.machine import Machine
     from colossus.models import Decoder
+    from colossus.planner.plan import Plan
     from colossus.trainer.hooks import Hook
     from colossus.trainer.run import Run
 
@@ -142,6 +144,42 @@ def train(
         if is_first_rank() and not (is_finished and has_report(folder)):
             write_report(folder)
         return Run(folder)
+
+
+def plan(job: Job, *, aim: str = "time") -> Plan:
+    """The best layout for a job's model on its fleet, and what a run costs there; needs no PyTorch.
+
+    aim: "time", "cost" or "energy". `plan(job).best` is plain data; see `colossus.planner.plan.Plan`.
+
+    Raises:
+        UserError: the job names no model or no fleet, or contradicts itself; NothingFits (one of them): no
+            legal layout fits the fleet's memory.
+    """
+    from colossus.planner.plan import make_plan
+
+    return make_plan(
+        job, _measured() if job.fleet.accelerator is None and job.fleet.pools is None else None, aim
+    )
+
+
+def _measured() -> Machine | None:
+    """This machine as measured; None where PyTorch, which measures it, is missing."""
+    try:
+        from colossus.measure.machine import this_machine
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return None
+    return this_machine()
+
+
+def planned(job: Job, plan: Plan) -> Job:
+    """The job with what a plan found: layout, batch and length."""
+    values: dict[str, Any] = {f"layout.{name}": value for name, value in plan.layout().items()}
+    values |= {"run.global_batch": plan.global_batch, "data.seq_len": plan.seq_len}
+    if job.run.minutes is None and job.run.steps is None and job.run.tokens is None:
+        values["run.tokens"] = int(plan.tokens)
+    return job.derive(**values)
 
 
 def load_model(path: str | Path, type: str = "fp32") -> tuple[Decoder, Tokenizer]:

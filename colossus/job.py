@@ -112,12 +112,33 @@ class Checkpoint(Section):
     keep_every: int = derived(ge=0, le=10**9)  # every so many steps for good; 0: none
 
 
+class FleetPool(Section):
+    """Accelerators of one kind in a fleet of several."""
+
+    accelerator: Name
+    count: int = Field(ge=1, le=10**8)
+
+
 class Fleet(Section):
-    """The machines that a job runs on."""
+    """The machines that a job runs on. What is below `device` is for planning, and may stay open."""
 
     preset: Name | None = None
     name: Name = derived()
     device: Literal["cpu", "cuda"] = derived()
+    accelerator: Name | None = None  # of the catalogue: `colossus plan --hardware`
+    count: int | None = Field(default=None, ge=1, le=10**8)  # accelerators
+    pools: list[FleetPool] | None = None  # in place of accelerator and count, where there are several kinds
+    node: Name | None = None  # the server, of the catalogue
+    pod: int | None = Field(default=None, ge=1, le=10**8)  # accelerators that reach each other at full rate
+    oversubscription: float | None = Field(default=None, ge=1, le=1000)  # of the network between pods
+    failures_low: float | None = Field(default=None, ge=0, le=10**4)  # per 1000 node-days
+    failures_high: float | None = Field(default=None, ge=0, le=10**4)
+    restart_minutes: float | None = Field(default=None, ge=0, le=10**4)  # from a failure until steps go on
+    save_seconds: float | None = Field(default=None, ge=0, le=10**5)  # that a checkpoint stops training
+    repair_hours: float | None = Field(default=None, ge=0, le=10**5)  # until a failed server is back
+    usd_per_hour: float | None = Field(default=None, ge=0, le=10**4)  # of one accelerator
+    usd_per_kwh: float | None = Field(default=None, ge=0, le=10**3)
+    pue: float | None = Field(default=None, ge=1, le=10)  # power of the site over that of its servers
 
 
 class RunSection(Section):

@@ -32,6 +32,7 @@ FLOORS = {
     "optim": 2,
     "models": 2,
     "data": 2,
+    "planner": 1,
     "perf": 1,
     "architecture": 0,
     "scaling": 0,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from colossus.cli import data, doctor, evaluate, generate, interchange, models, train
+from colossus.cli import data, doctor, evaluate, generate, interchange, models, plan, train
 from colossus.errors import MachineError, UserError
 
 USER_ERROR, MACHINE_ERROR, INTERRUPTED = 2, 3, 130
@@ -81,6 +81,7 @@ def app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     verbs.command("train")(train.train)
+    verbs.command("plan", short_help="Find the best layout for a model on a fleet.")(plan.plan)
     verbs.command("generate")(generate.generate)
     verbs.command("eval", short_help="Measure a model: bits per byte, or standard tasks.")(evaluate.evaluate)
     verbs.command("import")(interchange.import_model)

@@ -1,0 +1,67 @@
+"""`colossus plan`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from colossus.cli.words import Words, split
+
+DOES_NOT_FIT = 1
+
+
+def plan(
+    words: Words = None,
+    aim: Annotated[
+        str, typer.Option("--for", metavar="AIM", help="time (default), cost or energy.", show_default=False)
+    ] = "time",
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one page that opens offline.")
+    ] = None,
+    job_file: Annotated[
+        Path | None, typer.Option("--job", metavar="FILE", help="Write the job that train and launch take.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    hardware: Annotated[bool, typer.Option("--hardware", help="List accelerators and servers.")] = False,
+) -> int:
+    """Find the best layout for a model on a fleet.
+
+    Step time, memory, days, energy, money, and what failures cost, before a machine is touched:
+    colossus plan model=llama3.1-405b fleet=colossus-100k run.tokens=15e12
+    """
+    if hardware:
+        from colossus.planner.report import hardware_text
+
+        print(hardware_text())
+        return 0
+
+    from colossus import api
+    from colossus.planner import report
+    from colossus.planner.search import NothingFits
+
+    path, overrides = split(words)
+    job = api.load_job(path, overrides)
+    try:
+        made = api.plan(job, aim=aim)
+    except NothingFits as error:
+        print(f"no: {error}", file=sys.stderr)
+        return DOES_NOT_FIT
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=1))
+    else:
+        print(report.text(made))
+    if html is not None:
+        from colossus.planner.sensitivity import days_by_count, days_if
+
+        html.write_text(report.page(made, days_by_count(made), days_if(made)), encoding="utf-8")
+        print(f"\nwrote {html}")
+    if job_file is not None:
+        from colossus.job import save_job
+
+        save_job(api.planned(job, made), job_file)
+        print(f"\nwrote {job_file}")
+    return 0

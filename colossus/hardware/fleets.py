@@ -1,0 +1,235 @@
+"""The fleet of a job as hardware: its pools, its network, what it costs and how often it fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from colossus.errors import UserError
+from colossus.hardware.catalogue import Accelerator, Node, accelerator, node, node_names, table
+from colossus.hardware.machine import Machine
+from colossus.job import Fleet, preset_facts
+
+NIC = 50e9  # bytes/s: 400 Gb/s, what every H100 and H200 server of the catalogue has for each GPU
+RESTART_MINUTES = 10.0  # detection, replacement, start and load; published runs lie between 3 and 15
+SAVE_SECONDS = 2.0  # that an asynchronous checkpoint stops training
+REPAIR_HOURS = 24.0
+FAILURES = (2.3, 10.0)  # per 1000 node-days: RSC-2 and FT-HSDP's servers; runs of order 100,000 GPUs
+POWER_SHARE = 0.76  # of a server's rating that a compute-bound step draws: arXiv 2506.14551
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Accelerators of one kind."""
+
+    accelerator: Accelerator
+    count: int
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A fleet that can be priced. nic: bytes/s of each accelerator's share of its server's cards.
+
+    pod: accelerators that reach each other at full rate; beyond it the network is `oversubscription` times
+    slower. failures: unexpected interruptions per 1000 node-days, low and high. assumptions: what nobody
+    published, in words.
+    """
+
+    name: str
+    pools: tuple[Pool, ...]
+    node_size: int
+    nic: float
+    pod: int
+    oversubscription: float
+    failures: tuple[float, float]
+    restart_seconds: float
+    save_seconds: float
+    repair_seconds: float
+    watts: float
+    usd_per_hour: float
+    usd_per_kwh: float
+    pue: float
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return sum(pool.count for pool in self.pools)
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """That of the largest pool."""
+        return max(self.pools, key=lambda pool: pool.count).accelerator
+
+    def with_count(self, count: int) -> Hardware:
+        """The same machines, so many of them, in the same proportion where there are several kinds."""
+        if len(self.pools) == 1:
+            return replace(self, pools=(replace(self.pools[0], count=count),))
+        kept = [round(pool.count * count / self.count) for pool in self.pools]
+        kept[0] += count - sum(kept)
+        pools = tuple(replace(p, count=n) for p, n in zip(self.pools, kept, strict=True) if n > 0)
+        return replace(self, pools=pools)
+
+
+def hardware_of(fleet: Fleet, machine: Machine | None = None) -> Hardware:
+    """What a fleet is made of. machine: this one, as measured, for a fleet that names no accelerator.
+
+    Raises:
+        UserError: an unknown accelerator or server, two accounts of what there is, or none.
+    """
+    pools = _pools(fleet)
+    if pools is None:
+        if machine is None:
+            raise UserError(
+                "fleet: says no accelerators; name a preset (fleet=dgx-h100-1), or fleet.accelerator and "
+                "fleet.count; this machine is known once it was measured (colossus doctor)"
+            )
+        return _this_machine(fleet, machine)
+    facts = preset_facts("fleet", fleet.preset) if fleet.preset else {}
+    assumptions: list[str] = [facts["assumed"]] if "assumed" in facts else []
+    server = _server(fleet, pools[0].accelerator, assumptions)
+    size = server.size if server else 8
+    nic = server.nics * server.nic / server.size if server and server.nic else 0.0
+    if not nic:
+        nic = NIC
+        assumptions.append("400 Gb/s of network for each accelerator")
+    if fleet.oversubscription is None and "assumed" not in facts:
+        assumptions.append("a network without oversubscription")
+    count = sum(pool.count for pool in pools)
+    usd = fleet.usd_per_hour
+    if usd is None:
+        usd = sum(pool.count * _rent(pool.accelerator, assumptions) for pool in pools) / count
+    energy = table("money")
+    return Hardware(
+        name=fleet.name or fleet.preset or pools[0].accelerator.name,
+        pools=pools,
+        node_size=size,
+        nic=nic,
+        pod=fleet.pod or count,
+        oversubscription=fleet.oversubscription or 1.0,
+        failures=(
+            FAILURES[0] if fleet.failures_low is None else fleet.failures_low,
+            FAILURES[1] if fleet.failures_high is None else fleet.failures_high,
+        ),
+        restart_seconds=60 * (RESTART_MINUTES if fleet.restart_minutes is None else fleet.restart_minutes),
+        save_seconds=SAVE_SECONDS if fleet.save_seconds is None else fleet.save_seconds,
+        repair_seconds=3600 * (REPAIR_HOURS if fleet.repair_hours is None else fleet.repair_hours),
+        watts=POWER_SHARE * server.watts / server.size if server and server.watts else _watts(pools),
+        usd_per_hour=usd,
+        usd_per_kwh=energy["price"]["semianalysis_100k_h100"]["electricity_usd_per_kWh"]
+        if fleet.usd_per_kwh is None
+        else fleet.usd_per_kwh,
+        pue=energy["energy"]["pue"]["semianalysis_assumed"] if fleet.pue is None else fleet.pue,
+        assumptions=tuple(assumptions),
+    )
+
+
+def _pools(fleet: Fleet) -> tuple[Pool, ...] | None:
+    if fleet.pools is not None:
+        if fleet.accelerator is not None or fleet.count is not None:
+            both = "fleet.accelerator" if fleet.accelerator is not None else "fleet.count"
+            raise UserError(f"{both} and fleet.pools: two accounts of the same accelerators; give one")
+        if not fleet.pools:
+            raise UserError("fleet.pools=[]: must name at least one kind of accelerators")
+        return tuple(Pool(accelerator(pool.accelerator), pool.count) for pool in fleet.pools)
+    if fleet.accelerator is None:
+        if fleet.count is not None:
+            raise UserError(f"fleet.count={fleet.count}: of what? give fleet.accelerator, as in h100-sxm")
+        return None
+    return (Pool(accelerator(fleet.accelerator), fleet.count or 8),)
+
+
+def _server(fleet: Fleet, part: Accelerator, assumptions: list[str]) -> Node | None:
+    if fleet.node is not None:
+        return node(fleet.node)
+    for name in node_names():
+        if node(name).accelerator == part.name:
+            assumptions.append(f"servers like {name}")
+            return node(name)
+    assumptions.append("servers of 8 accelerators")
+    return None
+
+
+def _rent(part: Accelerator, assumptions: list[str]) -> float:
+    """Dollars an hour: the middle of the newest band of its family."""
+    rents = table("money")["price"]["rent_usd_per_gpu_hour"]
+    family = next((name for name in ("h100", "h200", "a100") if part.name.startswith(name)), None)
+    if family is None:
+        assumptions.append(f"{part.name} rents for what an h200 does: no price was found")
+        family = "h200"
+    keys = {"h100": "2026-05_median_of_37", "h200": "2026-05_long_tail", "a100": "2026"}
+    value = rents[family][keys[family]]
+    return float(value) if isinstance(value, (int, float)) else sum(value) / len(value)
+
+
+def _watts(pools: tuple[Pool, ...]) -> float:
+    """Of an accelerator and its share of the server, where no server's rating is known."""
+    outside = table("nodes")["node_power"]["modelled"]["per_gpu_outside_gpu_W"]
+    return POWER_SHARE * (max(pool.accelerator.watts for pool in pools) + outside)
+
+
+def _this_machine(fleet: Fleet, machine: Machine) -> Hardware:
+    """One accelerator: the processor, or each GPU that was found."""
+    if machine.gpus:
+        part, count = _measured_gpu(machine), len(machine.gpus)
+    else:
+        part, count = _processor(machine), fleet.count or 1
+    return Hardware(
+        name=fleet.name or "this-machine",
+        pools=(Pool(part, count),),
+        node_size=max(count, 1),
+        nic=part.nvlink,
+        pod=count,
+        oversubscription=1.0,
+        failures=(0.0, 0.0),
+        restart_seconds=60.0,
+        save_seconds=1.0,
+        repair_seconds=0.0,
+        watts=part.watts,
+        usd_per_hour=fleet.usd_per_hour or 0.0,
+        usd_per_kwh=fleet.usd_per_kwh or 0.0,
+        pue=fleet.pue or 1.0,
+    )
+
+
+def _processor(machine: Machine) -> Accelerator:
+    bf16 = machine.flops_per_second("bf16")
+    fp32 = machine.flops_per_second("fp32") or machine.best.flops_per_second
+    bandwidth = machine.memory_bandwidth_bytes_per_second
+    return Accelerator(
+        name="cpu",
+        title=machine.processor,
+        device="cpu",
+        bf16=bf16 or fp32,
+        fp8=0.0,
+        fp32=fp32,
+        memory=float(machine.memory_bytes),
+        memory_bandwidth=bandwidth,
+        copy=bandwidth,
+        reachable=1.0,
+        reachable_fp8=1.0,
+        units=machine.cores,
+        nvlink=bandwidth / 4,  # ranks of one processor talk through its memory: two copies there and back
+        watts=0.0,
+        idle_watts=0.0,
+        kind="measured",
+        source=("this machine",),
+        measured=("rate of products", "memory bandwidth", "dispatch"),
+        dispatch=machine.dispatch_seconds,
+    )
+
+
+def _measured_gpu(machine: Machine) -> Accelerator:
+    """The catalogue's part whose name the driver's resembles, with what was measured of it."""
+    gpu = machine.gpus[0]
+    name = gpu.name.lower()
+    key = next((k for k in ("h200", "h100", "a100", "b200") if k in name), None)
+    known = {"h200": "h200-sxm", "h100": "h100-sxm", "a100": "a100-sxm-80", "b200": "b200-sxm"}
+    base = accelerator(known[key] if key else "h100-sxm")
+    return replace(
+        base,
+        title=gpu.name,
+        memory=float(gpu.memory_bytes),
+        reachable=min(1.0, gpu.bf16_flops_per_second / base.bf16),
+        kind="measured" if key else "assumed",
+        dispatch=machine.dispatch_seconds,
+        measured=("rate of bf16 products", *base.measured),
+    )

@@ -1,0 +1,157 @@
+"""What a ledger costs on a fleet: seconds of every row, by one model for all sources of ledgers."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import resources
+
+import numpy as np
+
+from colossus.hardware.catalogue import Accelerator
+from colossus.hardware.fleets import Hardware
+from colossus.perf import communication as comm
+from colossus.perf.ledger import Columns, Ledger
+from colossus.perf.software import Software
+
+TILE = (128.0, 256.0)  # of a product that one multiprocessor makes at once, on Hopper and later
+AMPERE_TILE = (128.0, 128.0)
+DEPTH = 256.0  # of k at which a product reaches half of its rate; twice that in float8, whose measured rates
+# still rise by a tenth from 4,096 to 16,384
+KEYS = 600.0  # that a query meets at which fused attention reaches half of its rate: an H100 makes 400
+# TFLOP/s of causal sequences of 2,048 and 616 of 16,384 (arXiv 2407.08608, figure 5)
+BACKWARD_PASSES = 2.5  # over the keys, of the forward pass's one
+FLASH2_SHARE = 0.6  # FlashAttention-2 on Hopper: 35% of the peak, where Hopper's own instructions reach up to
+# 75% forward and 55% backward (arXiv 2407.08608, figures 5 and 6)
+NIC_SHARE = 0.94  # of a card's rate that messages reach: 46 to 48 of 50 GB/s (NVIDIA/nccl-tests issue 290)
+SPREAD = 0.0  # of the nodes' speeds in published runs: none shows beyond the other losses
+SKEW_TILES = 16.0  # from so many waves on, kernels spread the last one over all multiprocessors
+
+
+@lru_cache(maxsize=1)
+def fitted() -> Mapping[str, float]:
+    """The calibrated scalars, by name."""
+    path = resources.files("colossus") / "perf" / "scalars.toml"
+    return {name: row["value"] for name, row in tomllib.loads(path.read_text(encoding="utf-8")).items()}
+
+
+@dataclass(frozen=True)
+class Pricer:
+    """Turns rows into seconds. scalars: see `scalars.toml`."""
+
+    hardware: Hardware
+    software: Software
+    scalars: Mapping[str, float]
+
+    @classmethod
+    def of(cls, hardware: Hardware, software: Software, **changed: float) -> Pricer:
+        return cls(hardware, software, {**fitted(), **changed})
+
+    def on(self, accelerator: Accelerator) -> Pricer:
+        """The same with another pool's accelerator."""
+        pool = replace(self.hardware.pools[0], accelerator=accelerator)
+        return replace(self, hardware=replace(self.hardware, pools=(pool,)))
+
+    def seconds(self, ledger: Ledger, groups: comm.Groups | None = None) -> Columns:
+        """Of each row once, [R, N]; `repeat` is not counted in. groups: by name, for rows with messages."""
+        out = np.zeros(ledger.size)
+        for kind in set(ledger.kind.tolist()):
+            mask = ledger.where(kind=kind)
+            if kind == "product":
+                out[mask] = self.products(ledger.take(mask))
+            elif kind == "fused_attention":
+                out[mask] = self.attention(ledger.take(mask))
+            elif kind in ("memory", "elementwise"):
+                moved = self.scalars[self.software.elementwise] if kind == "elementwise" else 1.0
+                out[mask] = ledger.bytes[mask] * moved / self.hardware.accelerator.copy
+            else:
+                assert groups is not None, "rows with messages need their groups"
+                for name in set(ledger.group[mask].tolist()):
+                    rows = mask & ledger.where(group=name)
+                    out[rows] = self.messages(kind, ledger.sent[rows], groups[name], ledger.count[rows])
+        return out
+
+    def products(self, ledger: Ledger) -> Columns:
+        """Matrix products: of what is measured the best, less for part-filled tiles, waves and short k."""
+        part = self.hardware.accelerator
+        rate = np.empty((ledger.size[0], 1))
+        for i, (precision, name) in enumerate(zip(ledger.precision, ledger.name, strict=True)):
+            rate[i] = self.rate(precision) * (self.scalars["experts"] if "experts." in name else 1.0)
+        flops = 2 * ledger.m * ledger.n * ledger.k * ledger.count
+        if part.device == "cpu":
+            return np.maximum(flops / rate, ledger.bytes / part.copy)
+        depth = np.where(ledger.precision == "fp8", 2 * DEPTH, DEPTH)[:, None]
+        share = product_share(ledger.m, ledger.n, ledger.k, ledger.count, part, depth)
+        return np.maximum(flops / (rate * share), ledger.bytes / part.copy)
+
+    def rate(self, precision: str) -> float:
+        """FLOP/s of a large product."""
+        part = self.hardware.accelerator
+        if part.device == "cpu":
+            return part.peak(precision)
+        generation = part.generation if f"{part.generation}_products" in self.scalars else "hopper"
+        if precision == "fp8" and part.fp8:
+            scalar = self.scalars.get(f"{generation}_fp8", self.scalars["hopper_fp8"])
+            return part.fp8 * part.reachable_fp8 * scalar
+        return part.peak(precision) * part.reachable * self.scalars[f"{generation}_products"]
+
+    def attention(self, ledger: Ledger) -> Columns:
+        """Fused attention: m queries, n keys that each meets, of width k, `count` heads."""
+        part = self.hardware.accelerator
+        share = self.scalars["attention"] if part.device == "cuda" else 0.5
+        if self.software.flash == "flash2" and part.generation not in ("ampere", "cpu"):
+            share *= FLASH2_SHARE
+        rate = np.array([[part.peak(p) * share] for p in ledger.precision])
+        # heads of 64 run at 0.85 of the rate of 128 (FlashAttention-2, arXiv 2307.08691, figures 4 to 6)
+        full = np.minimum(1.0, ledger.k / 128.0) ** 0.25
+        passes = np.where(ledger.phase == "backward", BACKWARD_PASSES, 1.0)[:, None]
+        keys = ledger.n / passes
+        long = keys / (keys + KEYS)
+        return 2 * ledger.m * ledger.n * ledger.k * ledger.count / (rate * full * long)
+
+    def messages(self, kind: str, sent: Columns, group: comm.Group, copies: Columns | float = 0.0) -> Columns:
+        """Seconds of a message; in programs whose host starts kernel by kernel at least what ranks wait for
+        each other. copies: of a token among those that go to experts."""
+        if kind == "all_to_all":
+            once = copies if self.software.sends_once else 0.0
+            return comm.exchange_seconds(sent, group, self.hardware, NIC_SHARE, once)
+        of = {
+            "all_gather": comm.gather_seconds,
+            "reduce_scatter": comm.gather_seconds,
+            "all_reduce": comm.reduce_seconds,
+            "send": comm.send_seconds,
+        }[kind]
+        seconds = of(sent, group, self.hardware, NIC_SHARE)
+        if self.software.dispatch == "eager_host" and kind != "send":
+            return np.where(seconds > 0, np.maximum(seconds, self.scalars["eager_message"]), 0.0)
+        return seconds
+
+    def dispatch(self) -> float:
+        """Seconds of the host for each kernel."""
+        if self.software.graphs:
+            return 0.0
+        if self.software.dispatch == "eager_host":
+            return self.scalars["eager_host"]
+        return self.hardware.accelerator.dispatch
+
+    def slowest(self, nodes: Columns) -> Columns:
+        """By how much the slowest of so many nodes is slower than the mean: E[max of n normals]."""
+        return 1 + SPREAD * np.sqrt(2 * np.log(np.maximum(nodes, 1.0)))
+
+
+def product_share(
+    m: Columns, n: Columns, k: Columns, count: Columns, part: Accelerator, depth: Columns | float = DEPTH
+) -> Columns:
+    """The share of the best rate that a shape reaches: full tiles, full waves, and k long enough."""
+    rows, columns = AMPERE_TILE if part.generation == "ampere" else TILE
+    # A kernel may turn its tile: the better of both ways.
+    tiles = np.minimum(
+        np.ceil(m / rows) * np.ceil(n / columns), np.ceil(m / columns) * np.ceil(n / rows)
+    ) * np.maximum(count, 1.0)
+    area = m * n * count / (rows * columns)
+    waves = tiles / part.units
+    whole = np.ceil(waves) * part.units
+    filled = area / np.where(waves > SKEW_TILES, tiles, whole)
+    return np.clip(filled, 0.02, 1.0) * k / (k + depth)

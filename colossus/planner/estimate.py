@@ -1,0 +1,450 @@
+"""Step time and memory of many layouts at once: the ledger, priced and put together.
+
+A step is the micro-batches of the slowest pipeline rank, the pipeline's bubble, what messages over the
+data-parallel ranks don't hide behind, the update, and waiting for the slowest node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from colossus.architecture import Architecture, parameter_table
+from colossus.layout import ONE_STAGE, V_SHAPED
+from colossus.perf import communication as comm
+from colossus.perf.flops import model_flops_per_token
+from colossus.perf.ledger import COMMUNICATION, Columns, Ledger
+from colossus.perf.price import Pricer
+from colossus.perf.schedule import bubble
+from colossus.planner.columns import Layouts
+from colossus.planner.formulas import TP_AXES, layer_counts, layers_ledger, piece_of
+from colossus.planner.stages import Shape, shape
+
+OVERLAP_COST = 0.1  # of the seconds of a hidden message, that it takes from what it hides behind (Calculon:
+# 0.15 over NVLink, 0.02 over network cards)
+KEYS = ("micro_batch", "tp", "cp", "ep", "etp", "sp", "recompute")
+GAP = 5e-6  # seconds between two kernels of a GPU, ramps included: what products of 1024 and 2048 lose beside
+# those of 8192, in the catalogue's measured tables (4 to 9 us)
+TOGETHER = 3.0  # power with which seconds of host and device add up where neither is much longer
+LAUNCHES_OF_MESSAGE = 4.0  # the host takes some 50 us for a collective, where a kernel takes it 10
+UPDATE_BYTES = 34.0  # AdamW a weight: gradient, weight and two moments in fp32, read and written; a copy
+LARGEST_EXACT = 4  # ranks of a pipeline whose bubble is simulated; those of longer ones grow in proportion
+RATIO = 0.2  # to which ratios of forward and backward seconds are rounded for a bubble
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained, and how it is priced. global_batch: sequences."""
+
+    arch: Architecture
+    seq_len: int
+    global_batch: int
+    precision: str
+    pricer: Pricer
+
+    @property
+    def tokens(self) -> float:
+        """Of a step."""
+        return float(self.global_batch) * self.seq_len
+
+    @property
+    def model_flops(self) -> float:
+        """Of a step, as MFU counts them."""
+        return self.tokens * model_flops_per_token(self.arch, self.seq_len)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of N layouts, seconds of a step and where they go, as columns [N]; `parts` sums to `seconds`.
+
+    phases: seconds of one layer of each kind, and of the first and last stage, for a micro-batch:
+        (phase, stage) -> [N].
+    """
+
+    layouts: Layouts
+    seconds: Columns
+    parts: dict[str, Columns]
+    micro_batches: Columns
+    phases: dict[tuple[str, str], Columns] = field(repr=False, default_factory=dict)
+    slowest: Columns = field(repr=False, default_factory=lambda: np.zeros(0))
+    send: Columns = field(repr=False, default_factory=lambda: np.zeros(0))
+
+    def mfu(self, problem: Problem) -> Columns:
+        """Over the dense bf16 peak of every accelerator (of a processor, its best rate)."""
+        part = problem.pricer.hardware.accelerator
+        peak = part.peak(problem.precision if part.device == "cpu" else "bf16")
+        return np.asarray(problem.model_flops / (self.seconds * self.layouts.ranks * peak))
+
+
+def estimate(problem: Problem, layouts: Layouts) -> Estimate:
+    """Prices layouts, which must be legal."""
+    return _Estimate(problem, layouts).run()
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Seconds of one layer of a kind, or of an edge, for a micro-batch, [N] each."""
+
+    forward: Columns
+    recompute: Columns
+    backward: Columns
+    weights: Columns
+
+    def __add__(self, other: _Layer) -> _Layer:
+        return _Layer(
+            self.forward + other.forward,
+            self.recompute + other.recompute,
+            self.backward + other.backward,
+            self.weights + other.weights,
+        )
+
+    def times(self, count: Columns | float) -> _Layer:
+        return _Layer(
+            self.forward * count, self.recompute * count, self.backward * count, self.weights * count
+        )
+
+    @property
+    def total(self) -> Columns:
+        return self.forward + self.recompute + self.backward + self.weights
+
+
+class _Estimate:
+    def __init__(self, problem: Problem, layouts: Layouts) -> None:
+        self.problem, self.layouts = problem, layouts
+        self.pricer, self.software = problem.pricer, problem.pricer.software
+        axes = {a: layouts.number(a) for a in ("dp_replicate", "dp_shard", "pp", "cp", "tp", "ep", "etp")}
+        self.groups = comm.groups_of(axes, self.software.order)
+        self.micro_batches = layouts.micro_batches(problem.global_batch)
+
+    def run(self) -> Estimate:
+        layouts, pricer = self.layouts, self.pricer
+        stages, hidden = self.stage_seconds()
+        n = len(layouts)
+        out: dict[str, Columns] = {
+            name: np.zeros(n)
+            for name in ("work", "bubble", "pipeline messages", "sharding messages", "update")
+        }
+        send = self.send()
+        for (schedule, pp, per_rank), index in shapes_of(layouts).items():
+            made = shape(self.problem.arch, schedule, pp, per_rank)
+            chosen = {name: layer_at(layer, index) for name, layer in stages.items()}
+            per = self.of_ranks(made, chosen)
+            m = self.micro_batches[index]
+            slowest = np.argmax(np.stack([rank.total for rank in per]), axis=0)
+            work = _pick(per, slowest)
+            out["work"][index] = m * work.total
+            out["bubble"][index] = self.bubble(schedule, pp, per_rank, m, per)
+            out["pipeline messages"][index] = self.pipeline_messages(pp, made, m, send[index])
+            sharding, update = self.sharding(made, chosen, index, slowest, work)
+            out["sharding messages"][index], out["update"][index] = sharding, update
+        nodes = np.ceil(layouts.ranks / pricer.hardware.node_size)
+        slow = pricer.slowest(nodes)
+        spread = (slow - 1) * (out["work"] + out["bubble"])
+        parts = self.split(stages, hidden, out) | {"slowest node": spread}
+        seconds = np.sum(np.stack(list(parts.values())), axis=0)
+        phases = {
+            (phase, name): getattr(layer, phase)
+            for name, layer in stages.items()
+            for phase in ("forward", "recompute", "backward", "weights")
+        }
+        return Estimate(layouts, seconds, parts, self.micro_batches, phases, slow, send)
+
+    # ------------------------------------------------------------------ what a micro-batch takes
+
+    def stage_seconds(self) -> tuple[dict[str, _Layer], dict[str, Columns]]:
+        """Of each kind of layer and of both edges; priced once for layouts whose micro-batches are alike.
+
+        Also the seconds of each sort of work in one micro-batch through the whole model: for the waterfall.
+        """
+        keys = np.stack([self.layouts.number(name) for name in KEYS])
+        unique, back = np.unique(keys, axis=1, return_inverse=True)
+        back = back.reshape(-1)
+        columns = dict(zip(KEYS, unique, strict=True))
+        piece = piece_of(columns, self.problem.seq_len)
+        ledger = layers_ledger(self.problem.arch, piece, self.software, self.problem.precision)
+        ones = np.ones(piece.size)
+        axes = columns | {"dp_replicate": ones, "dp_shard": ones, "pp": ones}
+        groups = comm.groups_of(axes, ("tp", "cp", "dp_shard", "dp_replicate", "pp"))
+        seconds = self.pricer.seconds(ledger, groups) * ledger.repeat
+        sorts: dict[str, Columns] = {}
+        stages = {}
+        for stage in dict.fromkeys(ledger.stage.tolist()):
+            stages[stage] = layer_at(self.one_stage(ledger, seconds, stage), back)
+        for sort, mask in self.sorts(ledger).items():
+            for stage in stages:
+                rows = mask & ledger.where(stage=stage)
+                sorts[f"{sort} {stage}"] = seconds[rows].sum(axis=0)[back]
+        return stages, sorts
+
+    def one_stage(self, ledger: Ledger, seconds: Columns, stage: str) -> _Layer:
+        """Seconds of the phases of one layer: products and what lies between them, at least as long as the
+        host needs to start them, and what messages don't hide."""
+        found = {}
+        host = self.pricer.dispatch()
+        for phase in ("forward", "recompute", "backward", "weights"):
+            rows = ledger.where(stage=stage, phase=phase)
+
+            def of(stream: str, rows: NDArray[np.bool_] = rows) -> Columns:
+                return np.asarray(seconds[rows & ledger.where(stream=stream)].sum(axis=0))
+
+            compute = of("compute")
+            kernels = np.where(ledger.where(kind=COMMUNICATION)[rows], LAUNCHES_OF_MESSAGE, 1.0)[:, None]
+            launches = (kernels * ledger.launches[rows] * ledger.repeat[rows]).sum(axis=0)
+            compute = compute + GAP * launches * (host > 0)
+            tp = of("tp") * (1 - self.software.tp_hidden * (1 - OVERLAP_COST))
+            beside = np.maximum(OVERLAP_COST * of("tp_hidden"), of("tp_hidden") - compute)
+            attention = seconds[rows & ledger.where(kind="fused_attention")].sum(axis=0)
+            keys = np.maximum(0.0, of("cp") - self.software.cp_hidden * attention)
+            experts = of("ep") * (1 - self.software.overlaps_experts)
+            device = compute + tp + beside + keys + experts
+            # Some kernels wait for the host and others for the device: more than the longer of both.
+            found[phase] = (device**TOGETHER + (host * launches) ** TOGETHER) ** (1 / TOGETHER)
+        return _Layer(**found)
+
+    def sorts(self, ledger: Ledger) -> dict[str, NDArray[np.bool_]]:
+        """Rows by what a reader of the waterfall asks for."""
+        again = ledger.where(phase="recompute")
+        return {
+            "products": ledger.where(kind="product") & ~again,
+            "attention": ledger.where(kind="fused_attention") & ~again,
+            "memory-bound": ledger.where(kind=("memory", "elementwise")) & ~again,
+        }
+
+    # ------------------------------------------------------------------ the pipeline
+
+    def of_ranks(self, made: Shape, stages: dict[str, _Layer]) -> list[_Layer]:
+        """Seconds of each pipeline rank for a micro-batch."""
+        ranks = []
+        for rank, counts in enumerate(made.counts):
+            total = stages["first"].times(made.first[rank]) + stages["last"].times(made.last[rank])
+            for kind, count in zip(made.kinds, counts, strict=True):
+                if count:
+                    total = total + stages[kind].times(count)
+            ranks.append(total)
+        return ranks
+
+    def bubble(
+        self, schedule: str, pp: int, per_rank: int, micro_batches: Columns, per: list[_Layer]
+    ) -> Columns:
+        """Waiting of a pipeline whose stages take what the mean stage does."""
+        if pp == 1:
+            return np.zeros(len(micro_batches))
+        chunks = 2 if schedule in V_SHAPED else per_rank
+        mean = _Layer(
+            *(
+                np.mean([getattr(rank, name) for rank in per], axis=0) / chunks
+                for name in ("forward", "recompute", "backward", "weights")
+            )
+        )
+        # With fewer micro-batches than ranks each waits for the round to come back, chunk after chunk.
+        waits = np.minimum(micro_batches, pp) - 1
+        rest = chunks * np.maximum(pp - micro_batches, 0.0)
+        if schedule in ("gpipe", "1f1b", "interleaved_1f1b"):
+            return np.asarray((waits + rest) * mean.total)
+        forward = mean.forward
+        backward, weights = (mean.backward + mean.recompute) / forward, mean.weights / forward
+        if schedule == "interleaved_zero_bubble":
+            f, i, w = mean.forward, mean.backward + mean.recompute, mean.weights
+            return np.asarray(waits * np.maximum(f + i - w, np.maximum(f, i)) + rest * (f + i))
+        exact = min(pp, LARGEST_EXACT)
+        at_least = np.maximum(1, micro_batches * exact // pp)
+        at_least = np.minimum(np.where(at_least > exact, at_least - at_least % exact, at_least), 4 * exact)
+        ratios = np.round(np.stack([backward, weights]) / RATIO) * RATIO
+        unique, back = np.unique(np.stack([at_least, *ratios]), axis=1, return_inverse=True)
+        found = [bubble(schedule, exact, chunks, int(m), 1.0, i, w) for m, i, w in unique.T.tolist()]
+        simulated = np.array(found)[back.reshape(-1)]
+        return np.asarray(simulated * forward * (pp - 1) / max(exact - 1, 1))
+
+    def send(self) -> Columns:
+        """Seconds of a message to the next stage."""
+        layouts, problem = self.layouts, self.problem
+        size = 4 if problem.precision == "fp32" else 2
+        tokens = layouts.number("micro_batch") * problem.seq_len / layouts.number("cp")
+        # Without sequence parallelism each rank of tp sends its part, and the next node gathers them over
+        # NVLink (the scatter-gather of arXiv 2104.04473).
+        sent = tokens * problem.arch.hidden_size * size / layouts.number("tp")
+        return self.pricer.messages("send", sent, self.groups["pp"])
+
+    def pipeline_messages(self, pp: int, made: Shape, micro_batches: Columns, send: Columns) -> Columns:
+        """There and back: for every micro-batch where they hide behind nothing, else while it fills."""
+        if pp == 1:
+            return np.zeros(len(send))
+        per_rank = len(made.by_stage) / pp
+        filling = 2 * (pp - 1) * send
+        exposed = 0.0 if self.software.overlaps_pipeline else 1.0
+        share = exposed + (1 - exposed) * OVERLAP_COST
+        return filling + 2 * per_rank * micro_batches * send * share
+
+    # ------------------------------------------------------------------ weights, gradients, the update
+
+    def sharding(
+        self,
+        made: Shape,
+        stages: dict[str, _Layer],
+        index: NDArray[np.intp],
+        slowest: NDArray[np.intp],
+        work: _Layer,
+    ) -> tuple[Columns, Columns]:
+        """Seconds that messages of weights and gradients are exposed, and of the update, on the rank that
+        has most weights."""
+        layouts = self.layouts.take(index)
+        weights = [rank_weights(self.problem.arch, layouts, made, rank) for rank in range(len(made.counts))]
+        dense = np.max(np.stack([w[0] for w in weights]), axis=0)
+        routed = np.max(np.stack([w[1] for w in weights]), axis=0)
+        layers = np.maximum(made.counts.sum(axis=1).max(), 1.0)
+        zero = layouts.number("zero")
+        groups = {
+            name: comm.Group(group.size[index], group.stride[index]) for name, group in self.groups.items()
+        }
+        size = 4.0 if self.problem.precision == "fp32" else 2.0
+        gradient = self.software.gradient_bytes
+        gather, scatter, everywhere = (np.zeros(len(index)) for _ in range(3))
+        for count, within, across in ((dense, "fsdp", "dp"), (routed, "experts", "experts_dp")):
+            messages = self.pricer.messages
+            gather = gather + messages("all_gather", count * size, groups[within])
+            scatter = scatter + messages("reduce_scatter", count * gradient, groups[within])
+            shard = count * gradient / groups[within].size
+            replicas = groups["dp_replicate"]
+            scatter = scatter + messages("all_reduce", shard, replicas)
+            everywhere = everywhere + messages("all_reduce", count * gradient, groups[across])
+        m = self.micro_batches[index]
+        hides_sums = 1.0 if self.software.overlaps_gradients else 0.0
+        hides_weights = 1.0 if self.software.overlaps_weights else 0.0
+        back = work.recompute + work.backward + work.weights
+        once = np.where(
+            zero >= 1,
+            _exposed(scatter, hides_sums * back, layers)
+            + _exposed(gather, hides_weights * work.forward, layers),
+            _exposed(everywhere, hides_sums * back, layers),
+        )
+        # FSDP gathers for the forward and again for the backward pass of every micro-batch, and sums then.
+        every = (
+            m
+            * (
+                _exposed(gather, hides_weights * work.forward, layers, first=False)
+                + _exposed(gather + scatter, hides_sums * back, layers, first=False)
+            )
+            + (gather + scatter) / layers
+        )
+        shards = np.where(zero >= 1, 1.0, 0.0)
+        dense_shards = np.where(shards > 0, groups["fsdp"].size, 1.0)
+        routed_shards = np.where(shards > 0, groups["experts"].size, 1.0)
+        updated = dense / dense_shards + routed / routed_shards
+        touched = np.where(zero >= 2, updated, dense + routed)  # gradients: scaled, measured, set to zero
+        copy = self.pricer.hardware.accelerator.copy
+        update = (updated * UPDATE_BYTES + touched * gradient * 3) / copy
+        return np.where(zero >= 3, every, once), update
+
+    # ------------------------------------------------------------------ the waterfall
+
+    def split(
+        self, stages: dict[str, _Layer], sorts: dict[str, Columns], out: dict[str, Columns]
+    ) -> dict[str, Columns]:
+        """`work` by sorts: products at peak, what they lose to shape, attention, memory, recomputation,
+        messages; scaled so that the whole model's proportions hold for the slowest rank."""
+        arch = self.problem.arch
+        made = shape(arch, "1f1b", 1, 1)
+        counts = dict(zip(made.kinds, made.counts[0], strict=True)) | {"first": 1.0, "last": 1.0}
+        total = np.sum([stages[name].total * count for name, count in counts.items()], axis=0)
+        recompute = np.sum([stages[name].recompute * count for name, count in counts.items()], axis=0)
+        scale = out["work"] / total
+        named = {"recomputation": recompute * scale}
+        for sort in ("products", "attention", "memory-bound"):
+            named[sort] = scale * np.sum(
+                [sorts[f"{sort} {name}"] * count for name, count in counts.items()], axis=0
+            )
+        rest = out["work"] - np.sum(np.stack(list(named.values())), axis=0)
+        named["tensor, context and expert messages"] = rest
+        order = ("products", "attention", "memory-bound", "recomputation")
+        return {name: named[name] for name in order} | {
+            "tensor, context and expert messages": rest,
+            **{name: out[name] for name in ("bubble", "pipeline messages", "sharding messages", "update")},
+        }
+
+
+def shapes_of(layouts: Layouts) -> dict[tuple[str, int, int], NDArray[np.intp]]:
+    """Layouts by schedule, ranks of the pipeline and stages of a rank."""
+    names, codes = np.unique(layouts["schedule"], return_inverse=True)
+    pp, per_rank = layouts["pp"].astype(np.int64), layouts["stages_per_rank"].astype(np.int64)
+    keys = (codes.reshape(-1) * 2**20 + pp) * 2**20 + per_rank
+    unique, back = np.unique(keys, return_inverse=True)
+    order = np.argsort(back.reshape(-1), kind="stable")
+    ends = np.cumsum(np.bincount(back.reshape(-1), minlength=len(unique)))
+    found: dict[tuple[str, int, int], NDArray[np.intp]] = {}
+    for key, index in zip(unique.tolist(), np.split(order, ends[:-1]), strict=True):
+        schedule, ranks, chunks = str(names[key >> 40]), (key >> 20) % 2**20, key % 2**20
+        if ranks == 1:
+            schedule, chunks = "1f1b", 1
+        elif schedule in ONE_STAGE:
+            chunks = 1
+        known = found.get((schedule, ranks, chunks))
+        found[schedule, ranks, chunks] = index if known is None else np.concatenate([known, index])
+    return found
+
+
+def layer_at(layer: _Layer, index: NDArray[np.intp]) -> _Layer:
+    return _Layer(layer.forward[index], layer.recompute[index], layer.backward[index], layer.weights[index])
+
+
+def _pick(per: list[_Layer], which: NDArray[np.intp]) -> _Layer:
+    """The rank that `which` [N] says, for each layout."""
+    at = np.arange(len(which))
+    return _Layer(
+        *(
+            np.stack([getattr(rank, name) for rank in per])[which, at]
+            for name in ("forward", "recompute", "backward", "weights")
+        )
+    )
+
+
+def _exposed(seconds: Columns, window: Columns, buckets: Columns | float, *, first: bool = True) -> Columns:
+    """Of messages in so many equal buckets behind `window` seconds of work: what is left over, the first
+    bucket, which has nothing to hide behind, and what hidden messages take from the work."""
+    alone = seconds / buckets if first else np.zeros_like(seconds)
+    behind = seconds - alone
+    left = np.maximum(behind - window, 0.0)
+    return np.asarray(alone + left + OVERLAP_COST * (behind - left))
+
+
+def rank_weights(arch: Architecture, layouts: Layouts, made: Shape, rank: int) -> tuple[Columns, Columns]:
+    """Weights that a pipeline rank works with before sharding: of all but the experts, and of these."""
+    tp, ep, etp = (layouts.number(name) for name in ("tp", "ep", "etp"))
+    dense, routed = np.zeros(len(layouts)), np.zeros(len(layouts))
+    for kind, count in zip(made.kinds, made.counts[rank], strict=True):
+        whole, divided, experts = kind_weights(arch, kind)
+        dense = dense + count * (whole + divided / tp)
+        routed = routed + count * experts / (ep * etp)
+    for name, has in (("first", made.first[rank]), ("last", made.last[rank])):
+        whole, divided, _ = kind_weights(arch, name)
+        dense = dense + has * (whole + divided / tp)
+    if arch.tie_embeddings and made.first[rank] and made.last[rank]:
+        dense = dense - arch.vocab_size * arch.hidden_size / tp
+    return dense, routed
+
+
+@lru_cache(maxsize=256)
+def kind_weights(arch: Architecture, kind: str) -> tuple[float, float, float]:
+    """Weights of one layer of a kind, or of an edge: those that every rank of tp has, those that it divides,
+    and those of experts, which ep and etp divide."""
+    layers = layer_counts(arch).get(kind)
+    whole = divided = experts = 0.0
+    for parameter in parameter_table(arch):
+        if layers is not None:
+            mine = parameter.layer == layers[0]
+        else:
+            is_first = parameter.group == "embedding"
+            mine = parameter.layer is None and is_first == (kind == "first")
+        if not mine or not parameter.trainable:
+            continue
+        if parameter.group == "expert" or ".experts." in parameter.name:
+            experts += parameter.numel
+        elif any(axis in TP_AXES for axis in parameter.axes):
+            divided += parameter.numel
+        else:
+            whole += parameter.numel
+    if kind == "last" and arch.tie_embeddings:
+        divided += arch.vocab_size * arch.hidden_size
+    return whole, divided, experts

@@ -1,0 +1,104 @@
+"""Schedules against PyTorch's own orders, and their bubbles against the published formulas."""
+
+import pytest
+
+from colossus.perf.schedule import bubble, in_flight, orders, stages_of, timeline
+
+SCHEDULES = {
+    "gpipe": (1, [(2, 4), (4, 4)]),
+    "1f1b": (1, [(2, 4), (4, 8), (4, 6)]),
+    "interleaved_1f1b": (2, [(2, 4), (4, 8), (4, 16)]),
+    "interleaved_zero_bubble": (2, [(2, 4), (4, 8), (4, 16)]),
+    "zbv_zero_bubble": (2, [(2, 4), (4, 8), (4, 12)]),
+    "dualpipe_v": (2, [(2, 4), (4, 8), (4, 12)]),
+}
+CASES = [(name, per, pp, m) for name, (per, sizes) in SCHEDULES.items() for pp, m in sizes]
+LETTERS = {"FORWARD": "F", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W", "FULL_BACKWARD": "B"}
+
+
+def torch_order(name, pp, per_rank, micro_batches, rank):
+    """What PyTorch's schedule of that name has a rank do, without its communication."""
+    schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
+    kind = {
+        "interleaved_1f1b": "ScheduleInterleaved1F1B",
+        "interleaved_zero_bubble": "ScheduleInterleavedZeroBubble",
+        "zbv_zero_bubble": "ScheduleZBVZeroBubble",
+        "dualpipe_v": "ScheduleDualPipeV",
+    }[name]
+    schedule = object.__new__(getattr(schedules, kind))
+    schedule.pp_group_size, schedule.n_local_stages, schedule._n_microbatches = pp, per_rank, micro_batches
+    schedule._num_stages = schedule.num_stages = pp * per_rank
+    schedule.number_of_rounds = max(1, micro_batches // pp)
+    schedule.microbatches_per_round = micro_batches // schedule.number_of_rounds
+    found = []
+    for action in schedule._calculate_single_rank_operations(rank):
+        parts = [] if action is None else [action] if action.sub_actions is None else action.sub_actions
+        found += [
+            (LETTERS[part.computation_type.name], part.stage_index, part.microbatch_index) for part in parts
+        ]
+    return found
+
+
+@pytest.mark.parametrize(("name", "per_rank", "pp", "micro_batches"), CASES)
+def test_orders_are_pytorchs(name, per_rank, pp, micro_batches):
+    if name in ("gpipe", "1f1b"):
+        pytest.skip("PyTorch writes down no order of schedules with one stage")
+    for rank, order in enumerate(orders(name, pp, per_rank, micro_batches)):
+        assert [tuple(action) for action in order] == torch_order(name, pp, per_rank, micro_batches, rank)
+
+
+@pytest.mark.parametrize(("name", "per_rank", "pp", "micro_batches"), CASES)
+def test_every_micro_batch_passes_every_stage_once(name, per_rank, pp, micro_batches):
+    for rank, order in enumerate(orders(name, pp, per_rank, micro_batches)):
+        wanted = {(s, i) for s in stages_of(name, rank, pp, per_rank) for i in range(micro_batches)}
+        for works in ("F", "BI", "BW"):
+            found = [(a.stage, a.micro_batch) for a in order if a.work in works]
+            assert len(found) == len(set(found)) and set(found) == wanted
+
+
+@pytest.mark.parametrize(("pp", "micro_batches"), [(2, 4), (4, 8), (8, 32)])
+def test_bubbles_are_the_published_ones(pp, micro_batches):
+    f, i, w = 1.0, 1.2, 0.9
+    assert bubble("gpipe", pp, 1, micro_batches, f, i, w) == pytest.approx((pp - 1) * (f + i + w))
+    assert bubble("1f1b", pp, 1, micro_batches, f, i, w) == pytest.approx((pp - 1) * (f + i + w))
+    # Narayanan et al. 2021: a stage takes 1/v of the time, and so does the bubble.
+    for v in (2, 4):
+        exact = bubble("interleaved_1f1b", pp, v, micro_batches, f, i, w)
+        assert exact == pytest.approx((pp - 1) * (f + i + w))
+    # Qi et al. 2024: zero bubble fills the bubble with the gradients of weights, as far as they go.
+    exact = bubble("interleaved_zero_bubble", pp, 2, micro_batches, f, i, w)
+    assert exact == pytest.approx((pp - 1) * max(f + i - w, f, i))
+    # Qi et al. 2024 (ZB-V): none where the three passes take the same.
+    assert bubble("zbv_zero_bubble", pp, 2, max(micro_batches, 2 * pp), 1.0, 1.0, 1.0) <= pp - 1
+    assert bubble("interleaved_zero_bubble", pp, 2, micro_batches, 1, 1, 1) < bubble(
+        "interleaved_1f1b", pp, 2, micro_batches, 1, 1, 1
+    )
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_a_long_step_waits_as_long_as_a_few_rounds(name):
+    per_rank, pp, m = SCHEDULES[name][0], 4, 64
+    stages = pp * per_rank
+    whole = timeline(name, pp, per_rank, m, [1.0] * stages, [1.1] * stages, [0.8] * stages)
+    exact = whole.seconds - whole.busy.max()
+    assert bubble(name, pp, per_rank, m, 1.0, 1.1, 0.8) == pytest.approx(exact, rel=0.02, abs=0.11)
+
+
+def test_activations_in_flight():
+    # 1F1B: stage i holds pp - i; GPipe all.
+    assert list(in_flight("1f1b", 4, 1, 16)) == [4, 3, 2, 1]
+    assert list(in_flight("gpipe", 4, 1, 16)) == [16] * 4
+    # Korthikanti et al. 2022: interleaving holds 1 + (p-1)/(pv) times as much on the first rank.
+    held = in_flight("interleaved_1f1b", 4, 2, 16)
+    assert (held[0] + held[4]) / 2 == pytest.approx(4 * (1 + 3 / 8), abs=0.5)
+    # Qi et al. 2024: ZB-V holds as much on every rank as 1F1B does on the first.
+    held = in_flight("zbv_zero_bubble", 4, 2, 16)
+    assert [held[r] + held[7 - r] for r in range(4)] == [8, 8, 8, 8]
+
+
+def test_a_slow_stage_and_slow_messages_count():
+    equal = timeline("1f1b", 4, 1, 8, [1.0] * 4, [1.0] * 4, [1.0] * 4)
+    slow = timeline("1f1b", 4, 1, 8, [1.0, 1.0, 1.0, 1.5], [1.0] * 4, [1.0] * 4)
+    assert slow.seconds == pytest.approx(equal.seconds + 8 * 0.5)
+    late = timeline("1f1b", 4, 1, 8, [1.0] * 4, [1.0] * 4, [1.0] * 4, send=0.1)
+    assert late.seconds > equal.seconds + 6 * 0.1 - 1e-9
