@@ -22,7 +22,8 @@ SHOWN = 8  # of the missing
 def meet(purpose: str, patience_seconds: float | None = None) -> tuple[Any, int, int]:
     """(store, this rank, how many), once all ranks are there that the launcher's variables speak of.
 
-    purpose: what they meet for; each has keys of its own.
+    purpose: what they meet for; each has keys of its own. Rank 0 keeps the store, which ends with it, for as
+        long as the others may ask for something.
 
     Raises:
         MachineError: some did not come; rank 0 names them.

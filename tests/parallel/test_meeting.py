@@ -51,10 +51,14 @@ def test_all_come_and_may_meet_again() -> None:
 
 
 def meets_twice() -> tuple[int, int]:
-    meeting.meet("one")
+    first = meeting.meet("one")
     store, rank, size = meeting.meet("other", 10.0)
+    assert first[1:] == (rank, size)
     store.set(f"said-{rank}", "")
     store.wait([f"said-{other}" for other in range(size)])
+    store.add("left", 1)
+    while rank == 0 and store.add("left", 0) < size:
+        time.sleep(0.01)
     return rank, size
 
 
