@@ -81,6 +81,7 @@ def legal(problem: Problem, layouts: Layouts, compiled: bool) -> Layouts:
         "has_symmetric_memory": 0,
         "compile": np.full(len(layouts), int(compiled)),
         "async_tp": np.zeros(len(layouts), dtype=int),
+        "reshard": (layouts["zero"] >= 3).astype(int),
     }
     holds = np.ones(len(layouts), dtype=bool)
     for rule in RULES:

@@ -10,7 +10,16 @@ import pytest
 
 from colossus.hardware.catalogue import accelerator
 from colossus.hardware.fleets import Pool
-from colossus.layout import ONE_STAGE, RULES, SCHEDULES, ZERO_BUBBLE, Layout, model_row, violations
+from colossus.layout import (
+    ONE_STAGE,
+    RECOMPUTES,
+    RULES,
+    SCHEDULES,
+    ZERO_BUBBLE,
+    Layout,
+    model_row,
+    violations,
+)
 from colossus.planner.columns import Layouts
 from colossus.planner.estimate import estimate
 from colossus.planner.memory import memory
@@ -41,8 +50,10 @@ def everything(made, compiled):
             asked = row | model_row(arch)
             asked |= {"global_batch": made.global_batch, "seq_len": made.seq_len, "node_size": 8,
                       "has_symmetric_memory": 0}  # fmt: skip
-            if all(rule.holds(asked) for rule in RULES):
-                rows += [row | {"recompute": r, "zero": z} for r in (0.0, 1.0, 2.0) for z in (2.0, 3.0)]
+            for again, zero in product((0, 1, 2), (2, 3)):
+                asked |= {"recompute": again, "reshard": int(zero == 3)}
+                if all(rule.holds(asked) for rule in RULES):
+                    rows.append(row | {"recompute": float(again), "zero": float(zero)})
     return Layouts.of(rows)
 
 
@@ -81,6 +92,7 @@ def test_columns_and_rows_agree_on_what_is_legal():
     for i in rng.integers(0, len(space), 60):
         row = space.row(int(i)) | model_row(made.arch)
         row |= {"global_batch": 48, "seq_len": made.seq_len, "node_size": 8, "has_symmetric_memory": 0}
+        row |= {"recompute": RECOMPUTES.index(row["recompute"]), "reshard": int(row["zero"] >= 3)}
         assert all(rule.holds(row) for rule in RULES)
 
 
