@@ -337,7 +337,7 @@ RULES: tuple[Rule, ...] = (
         "no-compiled-zero-bubble",
         "schedule",
         lambda row: _not(_is(row, "schedule", *ZERO_BUBBLE) & (row["pp"] > 1) & (row["compile"] == 1)),
-        lambda row: "compiled layers give wrong gradients under it (layout.compile=false allows it)",
+        lambda row: "compiled layers fail under it or give wrong gradients (layout.compile=false allows it)",
     ),
     Rule(
         "zero-bubble-keeps-weights",
@@ -440,8 +440,10 @@ def _pool_violations(layout: Layout, row: Row) -> list[str]:
         share = pool.share or row["global_batch"] // replicas
         own = {**row, "dp_replicate": 1, "global_batch": share}
         own["micro_batch"] = pool.micro_batch or row["micro_batch"]
-        broken = (rule.message(own) for rule in RULES if rule.field in OF_POOLS and not rule.holds(own))
-        found += [f"layout.pools[{number}]: {message}" for message in broken]
+        own["recompute"] = RECOMPUTES.index(pool.recompute) if pool.recompute else row["recompute"]
+        broken = [rule for rule in RULES if not rule.holds(own)]
+        of_pool = [rule.message(own) for rule in broken if rule.field in OF_POOLS or rule.holds(row)]
+        found += [f"layout.pools[{number}]: {message}" for message in of_pool]
     return found
 
 

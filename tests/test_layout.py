@@ -126,9 +126,20 @@ def test_schedules_that_split_the_backward_pass_are_not_compiled_and_keep_weight
         pp=2, stages_per_rank=2, schedule="dualpipe_v", compile=True, reshard=True, recompute="selective"
     )
     text = said(layout, architecture(vocab_size=64, num_layers=4))
-    assert "layout.schedule=dualpipe_v: compiled layers give wrong gradients" in text
+    assert "layout.schedule=dualpipe_v: compiled layers fail under it" in text
     assert "layout.schedule=dualpipe_v: has two backward passes, and selective recomputation allows" in text
     assert "layout.reshard=1: layout.schedule=dualpipe_v needs the weights" in text
+
+
+def test_what_a_pool_has_for_itself_is_judged_with_it() -> None:
+    arch = architecture(vocab_size=64, num_layers=4)
+    common = {"dp_replicate": 2, "pp": 2, "stages_per_rank": 2, "schedule": "dualpipe_v", "reshard": False}
+    text = said(Layout(**common, pools=[Pool(replicas=1), Pool(replicas=1, recompute="selective")]), arch)
+    assert text.startswith("layout.pools[1]: layout.schedule=dualpipe_v: has two backward passes")
+    text = said(
+        Layout(**common, pools=[Pool(replicas=1, share=60), Pool(replicas=1, share=4, micro_batch=2)]), arch
+    )
+    assert text.startswith("layout.pools[1]: layout.micro_batch=2: gives 2 micro batches a rank")
 
 
 def test_pools_have_the_replicas_that_there_are() -> None:
