@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,6 @@ class Meshes:
     sequence: Group
     sums: tuple[Group, ...]
     ends: Group | None
-    ranks_of_pp: list[int] = field(default_factory=list)
 
     @classmethod
     def build(cls, layout: Layout, device: str, *, experts: bool, rank: int) -> Meshes:
@@ -94,7 +93,6 @@ class Meshes:
             sums=groups.for_sums(world),
             # At last: groups are named by how many a rank has, and only some ranks have this one.
             ends=groups.of([pipe[0], pipe[-1]]) if is_end else None,
-            ranks_of_pp=pipe,
         )
 
 
