@@ -108,7 +108,7 @@ def test_each_group_has_the_ranks_that_differ_in_its_axes_alone(layout: Layout, 
     with fake_world(layout.num_ranks, rank):
         meshes = Meshes.build(layout, "cpu", experts=True, rank=rank)
         assert {name: ranks_of(group) for name, group in groups_of(meshes).items()} == expected
-        assert meshes.tp is meshes.dense.get_group("tp") and dist.get_process_group_ranks(meshes.pp) == expected["pp"]
+        assert meshes.tp is meshes.dense.get_group("tp")
         here = places[rank]
         assert meshes.place == Place(*(here[axis] for axis in ORDER))
         of_fsdp = here["dp_shard"] * layout.cp + here["cp"]
