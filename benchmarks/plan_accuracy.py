@@ -1,9 +1,11 @@
-"""How well `plan` predicts published runs: `python -m benchmarks.plan_accuracy [--rows FILE] [--fit]`.
+"""How well `plan` predicts published runs.
 
 Rows are split by a hash of their (publisher, model): one half calibrates the scalars of
 `colossus/perf/scalars.toml` (`--fit` writes it), the other half is scored. Blanks of a row are averaged over
 what its program does by default. Per set: the mean, median and 90th percentile of the absolute error of step
 time, the rank correlation, and the regret of the layout that we would have chosen.
+
+python -m benchmarks.plan_accuracy [--quick] [--out] [--rows] [--fit] [--scalars] [--rounds] [--worst] [--blind]
 """
 
 from __future__ import annotations
