@@ -5,7 +5,7 @@ Rows are split by a hash of their (publisher, model): one half calibrates the sc
 what its program does by default. Per set: the mean, median and 90th percentile of the absolute error of step
 time, the rank correlation, and the regret of the layout that we would have chosen.
 
-python -m benchmarks.plan_accuracy [--quick] [--out] [--rows] [--fit] [--scalars] [--rounds] [--worst] [--blind]
+python -m benchmarks.plan_accuracy [--quick] [--out] [--rows] [--fit] [--scalars] [--worst] [--blind]
 """
 
 from __future__ import annotations
@@ -327,7 +327,6 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help="score this file, all of its complete rows")
     parser.add_argument("--fit", action="store_true", help="calibrate, and write scalars.toml")
     parser.add_argument("--scalars", help="fit these alone, with commas between; the others stay")
-    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--worst", type=int, default=0, help="show so many of the worst calibration rows")
     parser.add_argument("--blind", action="store_true", help="show no figure of a held-out row")
     parser.add_argument("--quick", action="store_true", help="score no single-node rows")
@@ -342,7 +341,7 @@ def main() -> None:
         print(
             f"fitting {len(names)} scalars to {len(chosen)} rows of {len({r.group for r in chosen})} groups"
         )
-        write_scalars(fit(chosen, names, arguments.rounds))
+        write_scalars(fit(chosen, names))
         fitted.cache_clear()
     began = time.perf_counter()
     scored = predict(runs)
