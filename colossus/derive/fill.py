@@ -13,6 +13,7 @@ from colossus.derive.machine import (
     check_memory,
     compiling_pays,
     derive_machine,
+    letting_go_pays,
     longest_sample,
     measured_rates,
     memory_bytes,
@@ -184,6 +185,7 @@ def _derive_optimizer(job: Job, plan: Plan) -> Job:
 def _derive_layout(job: Job, machine: Machine) -> Job:
     share = -(-min(batch for _, batch in job.run.batch_schedule) // job.layout.dp)
     job = job.derive(**{"layout.micro_batch": micro_batch(job, share, machine)})
+    job = job.derive(**{"layout.reshard": letting_go_pays(job, machine)})
     return job.derive(**{"layout.compile": compiling_pays(job, machine)})
 
 

@@ -18,11 +18,13 @@ from colossus.measure.machine import free_memory_bytes
 from colossus.measure.training import training_flops_per_second
 from colossus.optim.optimizer import MUON_GROUPS
 from colossus.perf.flops import model_flops_per_token, saved_bytes_per_token
+from colossus.precision import torch_type
 from colossus.words import count, size
 
 USABLE = 0.85  # of the minutes goes into training steps; the rest into validation, saving, compiling
 COMPILED_GAIN = 1.15  # of compiled blocks over eager ones: 1.14 at width 128, 1.26 at 192, 1.18 at 256
 COMPILE_SECONDS = 35.0  # of the first step on two cores; blocks are alike, so it hardly depends on the model
+KEPT_WEIGHTS = 0.05  # of a rank's memory, that gathered weights may take through a step
 MEASURED_WIDTH = 1024  # rates hardly grow beyond it
 
 
@@ -50,7 +52,6 @@ def derive_machine(job: Job, machine: Machine) -> Job:
             "layout.stages_per_rank": 2 if several and job.layout.pp > 1 else 1,
             "layout.cp_method": "gather",
             "layout.recompute": "none",
-            "layout.reshard": job.layout.pp == 1,  # stages would gather their weights for every micro batch
             "layout.async_tp": False,
             "layout.pools": [],
         }
@@ -133,6 +134,14 @@ def _is_scheduled(job: Job, micro_batch: int) -> bool:
     smallest = min(batch for _, batch in job.run.batch_schedule)
     row = layout.layout_row(job.layout) | {"micro_batch": micro_batch, "global_batch": smallest}
     return all(rule.holds(row) for rule in layout.RULES if rule.name in ("pp-micro-batches", "pp-rounds"))
+
+
+def letting_go_pays(job: Job, machine: Machine) -> bool:
+    """Whether gathered weights are worth a second gathering: where they would take much memory. Stages of a
+    pipeline would gather theirs for every micro batch."""
+    layout = job.layout
+    gathered = num_parameters(job.model) * torch_type(job.precision.type).itemsize / layout.tp
+    return layout.pp == 1 and gathered > KEPT_WEIGHTS * memory_bytes(job, machine) / layout.num_ranks
 
 
 def longest_sample(job: Job) -> int:
