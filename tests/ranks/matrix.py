@@ -159,12 +159,14 @@ IN_FP32 = [
     Case.of(pp=2, dp_shard=2, type="fp32", steps=5),
     Case.of(dp_shard=2, tp=2, ep=2, type="fp32", steps=5, **EXPERTS),
 ]
+# As wide as in the runs in which the noise of bf16 was measured; wider ones make first steps chaotic.
+SMALL_VALUES: dict[str, Any] = {"initializer_range": 0.05}
 IN_BF16 = [
-    Case.of(dp_shard=2, type="bf16", steps=5),
-    Case.of(tp=2, type="bf16", steps=5),
-    Case.of(pp=2, cp=2, type="bf16", steps=5, packed=True),
-    Case.of(dp_shard=2, ep=2, type="bf16", steps=5, **EXPERTS),
-    Case.of(tp=2, ep=2, cp=2, type="bf16", steps=5, **EXPERTS),
+    Case.of(SMALL_VALUES, dp_shard=2, type="bf16", steps=5),
+    Case.of(SMALL_VALUES, tp=2, type="bf16", steps=5),
+    Case.of(SMALL_VALUES, pp=2, cp=2, type="bf16", steps=5, packed=True),
+    Case.of(SMALL_VALUES, dp_shard=2, ep=2, type="bf16", steps=5, **EXPERTS),
+    Case.of(SMALL_VALUES, tp=2, ep=2, cp=2, type="bf16", steps=5, **EXPERTS),
 ]
 COMPILED = [
     Case.of(dp_shard=2, tp=2, compile=True),
