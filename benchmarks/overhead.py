@@ -23,11 +23,12 @@ import torch
 from benchmarks.ranks import Ranks
 from colossus.architecture import Architecture, num_parameters
 from colossus.data.loader import Batch
-from colossus.job import Data, Job, Optimizer, Precision, RunSection
+from colossus.job import Job
 from colossus.layout import Layout
 from colossus.measure.machine import this_machine
 from colossus.parallel.world import World
 from colossus.perf.receipts import Figure, print_figures, write_receipt
+from colossus.sections import Data, Optimizer, Precision, RunSection
 from colossus.trainer.state import TrainState
 from colossus.trainer.step import train_step
 

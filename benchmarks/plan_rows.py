@@ -20,9 +20,9 @@ from colossus.architecture import Architecture, Experts, Latent
 from colossus.errors import UserError
 from colossus.hardware.catalogue import accelerator
 from colossus.hardware.fleets import Hardware, Pool, hardware_of
-from colossus.job import Fleet
 from colossus.perf import software as programs
 from colossus.perf.software import Software
+from colossus.sections import Fleet
 
 FOLDER = Path(__file__).parent / "published"
 GPUS = {

@@ -32,13 +32,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.memory import private_bytes
 from benchmarks.tree_memory import TreeMemory
-from colossus.job import Data, Job, Precision, RunSection, load_job
+from colossus.job import Job, load_job
 from colossus.layout import Layout
 from colossus.measure.machine import this_machine
 from colossus.parallel.apply import build
 from colossus.parallel.mesh import Meshes
 from colossus.parallel.world import World
 from colossus.perf.receipts import Figure, print_figures, write_receipt
+from colossus.sections import Data, Precision, RunSection
 
 GIB = 2**30
 SECONDS = 300.0  # until real ranks have answered

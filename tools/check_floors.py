@@ -39,6 +39,7 @@ FLOORS = {
     "layout": 0,
     "job": 0,
     "section": 0,
+    "sections": 0,
     "events": 0,
     "errors": 0,
     "words": 0,

@@ -18,8 +18,9 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from colossus.job import SECTIONS, Names, Pair, Weights, fields  # noqa: E402
+from colossus.job import SECTIONS, fields  # noqa: E402
 from colossus.section import Section  # noqa: E402
+from colossus.sections import Names, Pair, Weights  # noqa: E402
 
 PAGE = ROOT / "docs" / "job.md"
 ROW = re.compile(r"^\| `(\w+(?:\.\w+){1,2})` \|([^|]*)\|(.*)$")

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from colossus.errors import UserError
 from colossus.hardware.catalogue import Accelerator, Node, accelerator, node, node_names, table
 from colossus.hardware.machine import Machine
-from colossus.job import Fleet, preset_facts
+from colossus.job import preset_facts
+from colossus.sections import Fleet
 
 NIC = 50e9  # bytes/s: 400 Gb/s, what every H100 and H200 server of the catalogue has for each GPU
 RESTART_MINUTES = 10.0  # detection, replacement, start and load; published runs lie between 3 and 15

@@ -16,9 +16,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from colossus.architecture import Architecture, Group, parameter_table
-from colossus.job import Optimizer as Settings
 from colossus.models.init import logical_name
 from colossus.optim.muon import Muon
+from colossus.sections import Optimizer as Settings
 
 MUON_GROUPS: tuple[Group, ...] = ("matrix", "expert")
 DECAYED_GROUPS: tuple[Group, ...] = (*MUON_GROUPS, "router")

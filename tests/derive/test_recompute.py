@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from colossus.derive.recompute import derive_recompute, layer_bytes, layers_to_recompute
 from colossus.errors import UserError
-from colossus.job import Fleet, Job, Precision, RunSection
+from colossus.job import Job
 from colossus.layout import Layout
 from colossus.models import build
 from colossus.parallel.recompute import recompute_layers
+from colossus.sections import Fleet, Precision, RunSection
 from tests.models.reference import random_tokens
 from tests.perf.test_parts import kept_bytes
 from tests.perf.tiny import tiny

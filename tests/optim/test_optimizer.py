@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor
 
 from colossus import optim
 from colossus.architecture import Architecture, Experts
-from colossus.job import Optimizer as Settings
 from colossus.layout import Layout
 from colossus.models import Decoder, build, initialise
 from colossus.optim.muon import Muon
@@ -18,6 +17,7 @@ from colossus.parallel.data import shard
 from colossus.parallel.grad_norm import clip
 from colossus.parallel.recompute import recompute_layers
 from colossus.parallel.world import World
+from colossus.sections import Optimizer as Settings
 from tests.models.reference import architecture, random_tokens
 from tests.parallel.real_ranks import in_ranks
 

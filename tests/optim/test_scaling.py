@@ -9,10 +9,10 @@ import torch
 
 from colossus import optim
 from colossus.architecture import Architecture, Parameter, parameter_table
-from colossus.job import Optimizer as Settings
 from colossus.models import Decoder, build
 from colossus.optim.optimizer import Optimizer
 from colossus.scaling import depth_scale
+from colossus.sections import Optimizer as Settings
 from tests.models.reference import architecture, random_tokens
 
 BASE, RATE = 32, 0.01

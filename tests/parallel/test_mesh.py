@@ -17,11 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from colossus.job import Data, Job, Precision, RunSection
+from colossus.job import Job
 from colossus.layout import AXES, Layout
 from colossus.parallel.apply import build
 from colossus.parallel.mesh import Meshes, Place, shared_slices
 from colossus.parallel.world import World
+from colossus.sections import Data, Precision, RunSection
 from tests.parallel.meeting import groups_of, meet
 from tests.parallel.real_ranks import in_ranks
 from tests.perf.tiny import tiny

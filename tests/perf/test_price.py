@@ -7,11 +7,11 @@ import pytest
 
 from colossus.hardware.catalogue import accelerator, table
 from colossus.hardware.fleets import hardware_of
-from colossus.job import Fleet
 from colossus.perf import communication as comm
 from colossus.perf.ledger import Ledger, Row
 from colossus.perf.price import Pricer, fitted, product_share
 from colossus.perf.software import MEGATRON_CORE, OURS
+from colossus.sections import Fleet
 
 H100 = hardware_of(Fleet(accelerator="h100-sxm", count=64))
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from colossus.hardware.catalogue import accelerator
 from colossus.hardware.fleets import Hardware, Pool, hardware_of
-from colossus.job import Fleet, load_job
+from colossus.job import load_job
 from colossus.perf.price import Pricer
 from colossus.perf.software import OURS
 from colossus.planner.estimate import Problem
+from colossus.sections import Fleet
 
 
 def hardware(count: int = 8, part: str = "h100-sxm", **changed: Any) -> Hardware:

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from colossus.architecture import Architecture
-from colossus.job import Data, Job, Optimizer, Precision, RunSection
+from colossus.job import Job
 from colossus.layout import Layout
 from colossus.models.box import box, local
 from colossus.models.init import logical_name
 from colossus.parallel.program import clip_gradients, forward_backward
 from colossus.parallel.world import World
+from colossus.sections import Data, Optimizer, Precision, RunSection
 from colossus.trainer.state import TrainState
 from tests.perf.tiny import tiny
 from tests.ranks.pool import Pool
