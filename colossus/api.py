@@ -114,9 +114,10 @@ def train(
         UserError: the job cannot be; MachineError: the machine or its storage failed.
     """
     from colossus.data.prepare import is_prepared, prepare_data
-    from colossus.launcher.local import check_started, first_rank_prepares, is_first_rank, launch
+    from colossus.launcher.local import first_rank_prepares, is_first_rank, launch
     from colossus.monitor.log import LogText
     from colossus.monitor.report import has_report, write_report
+    from colossus.parallel.world import check_started
     from colossus.trainer import folder as folders
     from colossus.trainer.decisions import to_follow
     from colossus.trainer.run import Run
@@ -125,7 +126,8 @@ def train(
         folder = Path(job.run.folder) if job.run.folder else None
         begun = folder is not None and folders.is_run(folder)
         job = resolve(job, exact=follow is not None)
-        check_started(job.layout)
+        if "RANK" in os.environ:  # else the launcher starts as many as it takes
+            check_started(job.layout)
         if folder is not None and begun:
             if Run(folder).outcome != "finished":
                 job = job if is_prepared(job) else prepare_data(job, progress)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from colossus.errors import MachineError, UserError
 from colossus.events import Listener, Tail
 from colossus.job import Job
-from colossus.layout import Layout
 
 if TYPE_CHECKING:
     from colossus.trainer.hooks import Hook
@@ -76,16 +75,6 @@ def first_rank_prepares(prepare: Callable[[], Prepared]) -> Iterator[Prepared]:
                 store.wait([f"colossus/told-{other}" for other in range(1, size)], TELLING)
         raise prepared
     yield prepared
-
-
-def check_started(layout: Layout) -> None:
-    """Raises `UserError` where torchrun started another number of processes than `layout` has ranks."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if "RANK" in os.environ and started != layout.num_ranks:
-        raise UserError(
-            f"layout: needs {layout.num_ranks} ranks (dp_replicate x dp_shard x pp x cp x tp), but {started} "
-            f"were started; start {layout.num_ranks}, or set layout.dp_shard={started}"
-        )
 
 
 def launch(job: Job, folder: Path, hooks: Sequence[Hook] = (), listeners: Iterable[Listener] = ()) -> None:

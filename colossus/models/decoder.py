@@ -98,11 +98,8 @@ class Decoder(nn.Module):
         if targets_BT is not None:
             share, keep = None, False
             if self.whole is not None:
-                targets_BT, share, keep = (
-                    self.whole.own(targets_BT),
-                    self.whole.vocab,
-                    self.whole.keep_gradients,
-                )
+                targets_BT = self.whole.own(targets_BT)
+                share, keep = self.whole.vocab, self.whole.keep_gradients
             return cross_entropy(
                 x_BTD.flatten(0, 1), output.weight, targets_BT.flatten(), z_loss, cap, share, keep
             )

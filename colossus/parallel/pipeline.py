@@ -17,10 +17,11 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 from torch.distributed.tensor import DTensor
 
 from colossus.job import Job
-from colossus.layout import ONE_STAGE, V_SHAPED, ZERO_BUBBLE, Layout
+from colossus.layout import ZERO_BUBBLE, Layout
 from colossus.models import Decoder
 from colossus.parallel.collectives import Group, all_reduce
 from colossus.parallel.world import World
+from colossus.perf.schedule import stages_of
 from colossus.perf.stages import stages
 
 CLASSES = {
@@ -45,11 +46,7 @@ def cut(job: Job, world: World) -> list[Decoder]:
 
 def own_stages(layout: Layout, rank: int) -> list[int]:
     """Which stages rank `rank` of a pipeline has."""
-    if layout.schedule in ONE_STAGE:
-        return [rank]
-    if layout.schedule in V_SHAPED:
-        return [rank, layout.num_stages - 1 - rank]
-    return [rank + turn * layout.pp for turn in range(layout.stages_per_rank)]
+    return stages_of(layout.schedule, rank, layout.pp, layout.stages_per_rank)
 
 
 class _Stage(PipelineStage):

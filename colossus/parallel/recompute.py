@@ -19,7 +19,8 @@ from torch.utils.checkpoint import (
 from colossus.layout import Recompute
 from colossus.models import Decoder
 
-KEPT = ("mm", "addmm", "_scaled_dot_product", "grouped_product", "_c10d_functional")  # outputs of operators
+KEPT = ("mm", "addmm", "_scaled_dot_product", "grouped_product")  # how names of operators begin
+COLLECTIVES = "_c10d_functional"  # the space of the others
 
 
 def recompute_layers(model: Decoder, recompute: Recompute = "full", num_layers: int | None = None) -> None:
@@ -64,5 +65,5 @@ class _Gathered:
 def _keeps_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Batched products are recomputed: of attention's scores there are tokens x tokens."""
     space, _, name = str(operator).partition(".")
-    kept = space in KEPT or name.split(".")[0].startswith(tuple(k for k in KEPT if k != "_c10d_functional"))
+    kept = space == COLLECTIVES or name.startswith(KEPT)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

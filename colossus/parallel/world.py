@@ -22,6 +22,16 @@ TIMEOUT = timedelta(minutes=10)
 LETTING_GO_SECONDS = 0.1
 
 
+def check_started(layout: Layout) -> None:
+    """Raises `UserError` where another number of processes was started than `layout` has ranks."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != layout.num_ranks:
+        raise UserError(
+            f"layout: needs {layout.num_ranks} ranks (dp_replicate x dp_shard x pp x cp x tp), but {started} "
+            f"were started; start {layout.num_ranks}, or set layout.dp_shard={started}"
+        )
+
+
 @dataclass(frozen=True)
 class World:
     """This process among the ranks of its job. A world of one has no process group and no mesh.
@@ -46,17 +56,12 @@ class World:
             UserError: so many processes were not started as the layout has ranks.
             MachineError: not all of them came.
         """
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        if started != layout.num_ranks:
-            raise UserError(
-                f"layout: needs {layout.num_ranks} ranks (dp_replicate x dp_shard x pp x cp x tp), "
-                f"but {started} were started; start {layout.num_ranks}, or set layout.dp_shard={started}"
-            )
+        check_started(layout)
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
         if device == "cuda":
             torch.cuda.set_device(place)
-        if started == 1:
+        if layout.num_ranks == 1:
             yield cls(0, 1, place)
             return
         # Ranks connect when they first talk: else each of 200,000 would connect with every other at once.
