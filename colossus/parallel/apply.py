@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from colossus.job import Job
@@ -20,7 +22,9 @@ from colossus.precision import apply_precision, torch_type
 
 
 def build(job: Job, world: World) -> Decoder | Pipeline:
-    """This rank's part of the model that `job` describes: nothing is allocated twice, or for other ranks."""
+    """This rank's part of the model that `job` describes: nothing is allocated twice, or for other ranks.
+    What a layout leaves open is the simplest."""
+    job = dataclasses.replace(job, layout=job.layout.filled())
     with torch.device("meta"):
         parts = cut(job, world)
     with shared_slices():
