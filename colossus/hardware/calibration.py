@@ -1,0 +1,101 @@
+"""A calibration: what single operations of a training step took on one machine, kept as JSON.
+
+`measure.calibrate` writes it, `perf.measured` reads it: between the shapes that were timed it interpolates.
+Those of accelerators that come with the project lie beside the catalogue; each machine keeps its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from colossus.hardware.machine import Machine, Positive, cache_folder, slug
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one operation, the quickest of several runs.
+
+    kind: "product", "attention", "elementwise", "loss", "update", "copy", or the kind of a message.
+    variant: of attention the kernel; of elementwise work "fused" or "eager"; else "".
+    phase: "forward", "backward", "weights", or "" where that makes no difference.
+    shape: of a product m, n, k and how many at once; of attention queries, keys that each meets, width of a
+        head, heads; of the others bytes; of a message ranks and bytes of the full tensor.
+    """
+
+    kind: str
+    variant: str
+    precision: str
+    phase: str
+    shape: tuple[float, ...]
+    seconds: Positive
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Timings of one device. threads: of a processor, that each took. seconds: what measuring took.
+
+    held: the rate that products keep up for seconds on end over that of a short burst, 1 where power never
+    limits them.
+    """
+
+    device: str
+    title: str
+    threads: int
+    timings: tuple[Timing, ...]
+    versions: dict[str, str]
+    date: str
+    seconds: float
+    held: float = 1.0
+
+    def to_json(self) -> str:
+        """One timing a line: such a file can be compared and read."""
+        head = {name: value for name, value in asdict(self).items() if name != "timings"}
+        rows = ",\n ".join(json.dumps(asdict(timing)) for timing in self.timings)
+        return json.dumps(head)[:-1] + ', "timings": [\n ' + rows + "\n]}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Calibration:
+        """Reads what `to_json` wrote. Raises ValueError where that is damaged."""
+        return TypeAdapter(cls).validate_json(text)
+
+    def with_more(self, timings: Iterable[Timing]) -> Calibration:
+        return Calibration(**{**self.__dict__, "timings": (*self.timings, *timings)})
+
+
+def kept_file(machine: Machine) -> Path:
+    """Where the calibration of this machine is kept."""
+    gpus = f"{len(machine.gpus)} {machine.gpus[0].name}" if machine.gpus else "no gpus"
+    name = f"{machine.processor} {machine.cores} cores {gpus} torch {machine.versions.get('torch', '')}"
+    return cache_folder() / "calibrations" / f"{slug(name)}.json"
+
+
+def keep(calibration: Calibration, machine: Machine) -> Path:
+    """Writes it whole or not at all."""
+    path = kept_file(machine)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(calibration.to_json())
+    temporary.replace(path)
+    return path
+
+
+def kept(machine: Machine) -> Calibration | None:
+    """This machine's, if it was calibrated with this PyTorch."""
+    try:
+        return Calibration.from_json(kept_file(machine).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+@lru_cache(maxsize=16)
+def of_accelerator(name: str) -> Calibration | None:
+    """That of an accelerator of the catalogue, where one was measured."""
+    path = resources.files("colossus") / "hardware" / "catalogue" / "calibrations" / f"{name}.json"
+    return Calibration.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -1,0 +1,86 @@
+"""What was measured over what the formulas say, by shape: near a measured shape a price is the measured one.
+
+A formula knows the trend, and single shapes differ from it: by tiles, caches, and which kernel a library
+picks. Ratios are interpolated in octaves of the shape, by inverse squared distance, so that at a measured
+shape the price is what was measured, and far from all of them it is the formula times the mean ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from colossus.perf.ledger import Columns
+
+Key = tuple[str, str, str, str]  # kind, variant, precision, phase
+NEIGHBOURS = 6
+SOFT = 0.02  # squared octaves: nearer than that is the same shape
+NEAR = 1.0  # octaves: farther from all measured shapes a price is extrapolated
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Ratios at points: [S, D] in octaves, [S] in octaves."""
+
+    points: NDArray[np.float64]
+    ratios: NDArray[np.float64]
+
+    def at(self, points: NDArray[np.float64]) -> tuple[Columns, Columns]:
+        """Ratio and distance in octaves to the nearest measured shape, of points [P, D]."""
+        unique, back = np.unique(np.round(points, 3), axis=0, return_inverse=True)
+        squared = ((unique[:, None, :] - self.points[None]) ** 2).sum(-1)
+        few = min(NEIGHBOURS, len(self.ratios))
+        nearest = np.argpartition(squared, few - 1, axis=1)[:, :few]
+        distances = np.take_along_axis(squared, nearest, axis=1)
+        weights = 1 / (distances + SOFT) ** 2
+        ratios = (weights * self.ratios[nearest]).sum(1) / weights.sum(1)
+        back = back.reshape(-1)
+        return 2.0 ** ratios[back], np.sqrt(distances.min(1))[back]
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """Surfaces by kind of work. held: see `hardware.calibration.Calibration`."""
+
+    surfaces: Mapping[Key, Surface]
+    held: float = 1.0
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, ratios: Mapping[Key, Sequence[tuple[tuple[float, ...], float]]], held: float = 1.0
+    ) -> Corrections:
+        """From (shape, measured over formula) by key."""
+        surfaces = {
+            key: Surface(np.log2(np.array([s for s, _ in rows], dtype=float)), np.log2([r for _, r in rows]))
+            for key, rows in ratios.items()
+        }
+        counts: dict[str, int] = {}
+        for (kind, *_), rows in ratios.items():
+            counts[kind] = counts.get(kind, 0) + len(rows)
+        return cls(surfaces, held, counts)
+
+    def has(self, key: Key) -> bool:
+        return self._find(key) is not None
+
+    def _find(self, key: Key) -> Surface | None:
+        """Of the key itself, else of its kind for any phase."""
+        kind, variant, precision, _ = key
+        return self.surfaces.get(key) or self.surfaces.get((kind, variant, precision, ""))
+
+    def ratio(self, key: Key, *shape: Columns) -> Columns:
+        """Measured over formula, of the shape of the columns; 1 where nothing of the kind was measured."""
+        return self.ratio_and_distance(key, *shape)[0]
+
+    def ratio_and_distance(self, key: Key, *shape: Columns) -> tuple[Columns, Columns]:
+        """Also the octaves to the nearest measured shape; infinite where there is none."""
+        surface = self._find(key)
+        columns = np.broadcast_arrays(*shape)
+        if surface is None:
+            return np.ones(columns[0].shape), np.full(columns[0].shape, np.inf)
+        points = np.stack([np.log2(np.maximum(c, 1e-3)).reshape(-1) for c in columns], axis=1)
+        ratio, distance = surface.at(points)
+        return ratio.reshape(columns[0].shape), distance.reshape(columns[0].shape)
