@@ -1,5 +1,8 @@
 """Training throughput of a model of 12M parameters, beside `transformers` on the same shapes.
 
+On a GPU the model has 0.6 billion, steps have 4 sequences of 4,096 tokens, and shares are of products of
+8,192.
+
 Both take whole steps: forward, backward, gradients clipped by their norm, fused AdamW; 8 sequences of 512
 tokens. Each first looks for its best setting here: ours compiled or not; the peer in fp32 or under bf16
 autocast, with either of its attentions, the best two of these compiled as well. bf16 is left out where its
@@ -89,17 +92,19 @@ class Shape:
     def num_tokens(self) -> int:
         return self.sequences * self.arch.max_seq_len
 
-    def ids(self) -> torch.Tensor:
+    def ids(self, device: torch.device) -> torch.Tensor:
         """Random tokens and one more a sequence."""
         generator = torch.Generator().manual_seed(0)
         size = (self.sequences, self.arch.max_seq_len + 1)
-        return torch.randint(self.arch.vocab_size, size, generator=generator)
+        return torch.randint(self.arch.vocab_size, size, generator=generator).to(device)
 
 
-def shape(quick: bool) -> Shape:
+def shape(quick: bool, device: str) -> Shape:
     width, layers, ffn, sequences, seq_len = (64, 2, 192, 2, 128) if quick else (384, 6, 1024, 8, 512)
+    if device == "cuda" and not quick:
+        width, layers, ffn, sequences, seq_len = (2048, 8, 8192, 4, 4096)
     arch = Architecture(
-        vocab_size=4096,
+        vocab_size=32_000 if device == "cuda" else 4096,
         hidden_size=width,
         num_layers=layers,
         num_heads=width // 64,
@@ -134,11 +139,25 @@ def ours(shape: Shape, setting: Setting) -> Contestant:
         "run.seed": 0,
     }
     job = Job().put(values, "argument")
-    world = World(0, 1, torch.device("cpu"))
+    device = torch.device(this_machine().device)
+    world = World(0, 1, device)
     state = TrainState.build(job, world)
-    ids_BT, num = shape.ids(), shape.num_tokens
+    ids_BT, num = shape.ids(device), shape.num_tokens
     batch = Batch(0, 0, ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].contiguous(), None, num, num)
-    return Contestant(setting, lambda: train_step(state, batch, num, 1.0, job, world).seconds)
+
+    def step() -> float:
+        started = time.perf_counter()
+        train_step(state, batch, num, 1.0, job, world)
+        finish(device)
+        return time.perf_counter() - started
+
+    return Contestant(setting, step)
+
+
+def finish(device: torch.device) -> None:
+    """Waits for what a GPU still does."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def peer(shape: Shape, setting: Setting) -> Contestant:
@@ -157,7 +176,8 @@ def peer(shape: Shape, setting: Setting) -> Contestant:
         use_cache=False,
         attn_implementation=setting.attention,  # type: ignore[call-arg]
     )
-    model = LlamaForCausalLM(config).train()
+    device = torch.device(this_machine().device)
+    model = LlamaForCausalLM(config).train().to(device)
     if setting.type == "bf16":
         model = model.to(torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == num_parameters(arch)
@@ -165,17 +185,18 @@ def peer(shape: Shape, setting: Setting) -> Contestant:
         model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
     )
     forward = torch.compile(model, dynamic=False) if setting.compile else model
-    ids_BT = shape.ids()[:, :-1].contiguous()
+    ids_BT = shape.ids(device)[:, :-1].contiguous()
 
     def step() -> float:
         started = time.perf_counter()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=setting.type == "autocast"):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=setting.type == "autocast"):
             loss = forward(input_ids=ids_BT, labels=ids_BT).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
+        finish(device)
         return time.perf_counter() - started
 
     return Contestant(setting, step)
@@ -192,40 +213,46 @@ def tried(
     return sorted(contestants, key=lambda contestant: contestant.seconds)
 
 
-def product_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.15) -> float:
+def product_rate(dtype: torch.dtype, seconds: float = 0.15) -> float:
     """FLOP/s of square products: the quickest of those that fit into `seconds`."""
-    left, right = (torch.ones(size, size, dtype=dtype) for _ in range(2))
+    device = torch.device(this_machine().device)
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         started = time.perf_counter()
         torch.mm(left, right, out=out)
+        finish(device)
         times.append(time.perf_counter() - started)
     return 2 * size**3 / min(times)
 
 
 def measure(quick: bool, turns: int) -> list[Figure]:
-    size, machine, steps = shape(quick), this_machine(), 1 if quick else 3
-    bf16 = machine.best.type == "bf16"
+    machine, steps = this_machine(), 1 if quick else 3
+    size, cuda = shape(quick, machine.device), machine.device == "cuda"
+    bf16 = cuda or machine.best.type == "bf16"
     compile_too = machine.compiler is not None and not quick
 
     def best_peer(types: Iterable[str]) -> Contestant:
-        plain = [Setting(t, False, attention) for t in types for attention in ("sdpa", "eager")]
+        attentions = ("sdpa",) if cuda else ("sdpa", "eager")
+        plain = [Setting(t, False, attention) for t in types for attention in attentions]
         found = tried(peer, size, plain, steps)
         if compile_too:
-            quickest = [replace(contestant.setting, compile=True) for contestant in found[:2]]
+            quickest = [replace(contestant.setting, compile=True) for contestant in found[: 1 if cuda else 2]]
             found = sorted([found[0], *tried(peer, size, quickest, steps)], key=lambda c: c.seconds)
         return found[0]
 
     print("transformers")
-    peers = [best_peer(("fp32", "autocast") if bf16 else ("fp32",))]
+    peers = [best_peer(("autocast",) if cuda else ("fp32", "autocast") if bf16 else ("fp32",))]
     if bf16:
         peers.append(best_peer(("bf16",)))
     print("colossus")
-    settings = [Setting(machine.best.type, compile_) for compile_ in (False, True)[: 1 + compile_too]]
+    best = "bf16" if bf16 else machine.best.type
+    settings = [Setting(best, compile_) for compile_ in (False, True)[: 1 + compile_too]]
     mine = tried(ours, size, settings, steps)[0]
-    return in_turns(mine, peers, size, {"fp32", machine.best.type}, turns)
+    return in_turns(mine, peers, size, {"bf16"} if cuda else {"fp32", best}, turns)
 
 
 def in_turns(
@@ -246,11 +273,11 @@ def in_turns(
     model = model_flops_per_token(size.arch, size.arch.max_seq_len)
     full = executed_flops_per_token(size.arch, size.arch.max_seq_len)
     product = {name: statistics.median(found) for name, found in rates.items()}
-    fast_bf16 = product.get("bf16", 0.0) > FAST_BF16 * product["fp32"]
+    fast_bf16 = product.get("bf16", 0.0) > FAST_BF16 * product.get("fp32", 0.0)
     our_rate, our_share = median(lambda row: row[1]), median(lambda row: row[1] / row[0])
     figures = [
         Figure("parameters", num_parameters(size.arch), "parameters"),
-        *(Figure(f"products 1024^3 in {name}", rate, "FLOP/s") for name, rate in product.items()),
+        *(Figure(f"square products in {name}", rate, "FLOP/s") for name, rate in product.items()),
         Figure(f"training ({mine.setting})", our_rate, "tokens/s"),
         Figure("first step, with compilation", mine.first_seconds, "s"),
         Figure("model FLOPs", our_rate * model, "FLOP/s"),

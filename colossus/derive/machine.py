@@ -13,11 +13,11 @@ from colossus.derive.dial import complete
 from colossus.errors import UserError
 from colossus.hardware.machine import Machine
 from colossus.job import Job
-from colossus.measure.counter import kernel_of
 from colossus.measure.machine import free_memory_bytes
 from colossus.measure.training import training_flops_per_second
 from colossus.optim.optimizer import MUON_GROUPS
 from colossus.perf.flops import model_flops_per_token, saved_bytes_per_token
+from colossus.perf.parts import kernel_of
 from colossus.precision import torch_type
 from colossus.words import count, size
 

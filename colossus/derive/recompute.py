@@ -7,8 +7,7 @@ import math
 from colossus.architecture import Architecture
 from colossus.errors import UserError
 from colossus.job import Job
-from colossus.measure.counter import kernel_of
-from colossus.perf.parts import parts
+from colossus.perf.parts import kernel_of, parts
 from colossus.perf.stages import stages
 
 TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}

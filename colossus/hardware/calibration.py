@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -41,15 +41,15 @@ class Timing:
 class Calibration:
     """Timings of one device. threads: of a processor, that each took. seconds: what measuring took.
 
-    held: the rate that products keep up for seconds on end over that of a short burst, 1 where power never
-    limits them.
+    held: the rate that a large product keeps up for seconds on end over that of its timing, 1 where power
+    never limits it.
     """
 
     device: str
     title: str
     threads: int
     timings: tuple[Timing, ...]
-    versions: dict[str, str]
+    versions: dict[str, str] = field(hash=False)
     date: str
     seconds: float
     held: float = 1.0

@@ -25,7 +25,8 @@ class Accelerator:
     bf16, fp8, fp32: peaks (0: the part has no such units). reachable: the share of the bf16 peak that the
     best of many measured shapes came to; reachable_fp8 likewise. memory: what a program can allocate from.
     copy: the memory bandwidth that a copy was measured at, reads and writes counted. dispatch: seconds that
-    the host needs to start one kernel. measured, assumed: what of it is not the datasheet's.
+    the host needs to start one kernel. measured, assumed: what of it is not the datasheet's. shared_by: ranks
+    that share it, each with an equal part of its cores.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Accelerator:
     measured: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
     dispatch: float = 5e-6
+    shared_by: int = 1
 
     @property
     def generation(self) -> str:

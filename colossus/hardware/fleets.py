@@ -70,8 +70,11 @@ class Hardware:
         return replace(self, pools=pools)
 
 
-def hardware_of(fleet: Fleet, machine: Machine | None = None) -> Hardware:
-    """What a fleet is made of. machine: this one, as measured, for a fleet that names no accelerator.
+def hardware_of(fleet: Fleet, machine: Machine | None = None, ranks: int = 1) -> Hardware:
+    """What a fleet is made of.
+
+    machine: this one, as measured, for a fleet that names no accelerator. ranks: that share its processor,
+        where it has no GPU.
 
     Raises:
         UserError: an unknown accelerator or server, two accounts of what there is, or none.
@@ -83,7 +86,7 @@ def hardware_of(fleet: Fleet, machine: Machine | None = None) -> Hardware:
                 "fleet: says no accelerators; name a preset (fleet=dgx-h100-1), or fleet.accelerator and "
                 "fleet.count; this machine is known once it was measured (colossus doctor)"
             )
-        return _this_machine(fleet, machine)
+        return _this_machine(fleet, machine, ranks)
     facts = preset_facts("fleet", fleet.preset) if fleet.preset else {}
     assumptions: list[str] = [facts["assumed"]] if "assumed" in facts else []
     server = _server(fleet, pools[0].accelerator, assumptions)
@@ -167,12 +170,12 @@ def _watts(pools: tuple[Pool, ...]) -> float:
     return POWER_SHARE * (max(pool.accelerator.watts for pool in pools) + outside)
 
 
-def _this_machine(fleet: Fleet, machine: Machine) -> Hardware:
-    """One accelerator: the processor, or each GPU that was found."""
+def _this_machine(fleet: Fleet, machine: Machine, ranks: int) -> Hardware:
+    """One accelerator: a rank's part of the processor, or each GPU that was found."""
     if machine.gpus:
         part, count = _measured_gpu(machine), len(machine.gpus)
     else:
-        part, count = _processor(machine), fleet.count or 1
+        part, count = _processor(machine, ranks), ranks
     return Hardware(
         name=fleet.name or "this-machine",
         pools=(Pool(part, count),),
@@ -191,7 +194,7 @@ def _this_machine(fleet: Fleet, machine: Machine) -> Hardware:
     )
 
 
-def _processor(machine: Machine) -> Accelerator:
+def _processor(machine: Machine, ranks: int) -> Accelerator:
     bf16 = machine.flops_per_second("bf16")
     fp32 = machine.flops_per_second("fp32") or machine.best.flops_per_second
     bandwidth = machine.memory_bandwidth_bytes_per_second
@@ -202,7 +205,7 @@ def _processor(machine: Machine) -> Accelerator:
         bf16=bf16 or fp32,
         fp8=0.0,
         fp32=fp32,
-        memory=float(machine.memory_bytes),
+        memory=machine.memory_bytes / ranks,
         memory_bandwidth=bandwidth,
         copy=bandwidth,
         reachable=1.0,
@@ -215,6 +218,7 @@ def _processor(machine: Machine) -> Accelerator:
         source=("this machine",),
         measured=("rate of products", "memory bandwidth", "dispatch"),
         dispatch=machine.dispatch_seconds,
+        shared_by=ranks,
     )
 
 

@@ -2,16 +2,18 @@
 predictions read (`hardware.calibration`).
 
 What else runs only makes a probe slower, so each takes the quickest of several runs. A processor's own speed
-wanders too, so there a product is timed before and after each probe, and seconds are those of a processor that
-makes it at its best rate. Operations are those of the trainer: the same products, attention, loss and update, and whole layers, whose rest beside products and
-attention is what lies between them.
+wanders too, so there a product is timed before and after each probe, and seconds are those of a processor
+that makes it at its best rate. Operations are those of the trainer: the same products, attention, loss and
+update, and whole layers, whose rest beside products and attention is what lies between them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product as pairs
 from typing import Any
 
@@ -47,15 +49,29 @@ GPU_MATRICES: Shapes = ((768, 768), (768, 3072), (1024, 1024), (2048, 2048), (20
                         (2048, 16384), (16384, 6656), (6656, 16384), (16384, 16384),
                         (4096, 32768))  # fmt: skip
 GPU_TOKENS = (1024, 2048, 4096, 8192, 16384)
-GROUPED: Shapes = ((8, 2048, 4096, 14336), (8, 512, 6144, 16384), (64, 512, 2048, 1024), (16, 2048, 2048, 1408),
-                   (32, 1024, 7168, 2048), (8, 4096, 7168, 2048), (8, 8192, 4096, 2048))  # fmt: skip
+# (experts, rows of each, inputs, outputs)
+GROUPED: Shapes = (
+    (8, 2048, 4096, 14336),
+    (8, 512, 6144, 16384),
+    (64, 512, 2048, 1024),
+    (16, 2048, 2048, 1408),
+    (32, 1024, 7168, 2048),
+    (8, 4096, 7168, 2048),
+    (8, 8192, 4096, 2048),
+)
 # (samples, queries, heads, width of a head)
 CPU_ATTENTION: Shapes = ((4, 128, 4, 32), (8, 256, 4, 64), (2, 256, 2, 64), (4, 512, 6, 64), (1, 512, 8, 64),
                          (2, 1024, 8, 64), (2, 512, 8, 128), (1, 2048, 8, 64))  # fmt: skip
 GPU_ATTENTION: Shapes = tuple((max(1, 16384 // t), t, 16, e) for t, e in
                               pairs((512, 1024, 2048, 4096, 8192, 16384, 32768), (64, 128)))  # fmt: skip
 # (samples, tokens, width, heads) of whole layers
-CPU_LAYERS: Shapes = ((2, 128, 128, 2), (8, 256, 128, 2), (2, 256, 256, 4), (8, 256, 256, 4), (4, 512, 512, 8))
+CPU_LAYERS: Shapes = (
+    (2, 128, 128, 2),
+    (8, 256, 128, 2),
+    (2, 256, 256, 4),
+    (8, 256, 256, 4),
+    (4, 512, 512, 8),
+)
 GPU_LAYERS: Shapes = ((8, 1024, 1024, 16), (2, 4096, 2048, 32), (1, 8192, 4096, 32), (2, 8192, 8192, 64))
 COMPILED_LAYERS = {"cpu": 4, "cuda": 3}  # so many of the first, and the others not: each costs half a minute
 # (tokens, width, vocabulary)
@@ -65,7 +81,7 @@ UPDATES = {"cpu": (2.0e5, 2.0e6, 2.0e7), "cuda": (1e7, 1e8, 1e9)}  # weights
 COPIES = {"cpu": (2**16, 2**20, 2**24, 2**27), "cuda": (2**20, 2**24, 2**27, 2**30)}  # bytes
 PROBE_SECONDS = {"cpu": 0.03, "cuda": 0.006}
 LONG_SECONDS = {"cpu": 0.1, "cuda": 0.03}  # of whole layers, whose rest is a difference
-HELD_SECONDS = 3.0
+HELD_SECONDS, HELD_SIZE = 3.0, 8192
 ATTEMPTS = 4  # at a probe beside which the reference wandered by more than WANDERED
 WANDERED = 0.08
 REFERENCE_SIZE, REFERENCE_RUNS = 1024, 2
@@ -83,10 +99,9 @@ class _Bench:
     def device(self) -> str:
         return self.machine.device
 
-    def add(
-        self, kind: str, precision: str, phase: str, shape: tuple[float, ...], seconds: float, variant: str = ""
-    ) -> None:
-        self.timings.append(Timing(kind, variant, precision, phase, shape, max(seconds, 1e-9)))
+    def add(self, key: tuple[str, str, str, str], shape: tuple[float, ...], seconds: float) -> None:
+        """key: kind, variant, precision, phase."""
+        self.timings.append(Timing(*key, shape, max(seconds, 1e-9)))
 
     def seconds(self, act: Callable[[], Any], budget: float | None = None) -> float:
         """The quickest run; of a GPU, of runs in a row that are long enough for its clock."""
@@ -150,7 +165,7 @@ def calibrate(machine: Machine, say: Say = lambda line: None, *, quick: bool = F
             say(f"attention in {precision}")
             _attention(bench, precision, quick)
             say(f"loss in {precision}")
-            _losses(bench, precision, quick)
+            _losses(bench, precision, quick, machine.compiler is not None and not quick)
             say(f"layers in {precision}")
             _layers(bench, precision, quick, machine.compiler is not None and not quick)
         if machine.device == "cuda":
@@ -204,10 +219,17 @@ def _products(bench: _Bench, precision: str, quick: bool) -> None:
     cpu, dtype = bench.device == "cpu", TYPES[precision]
     matrices = _some(CPU_MATRICES if cpu else GPU_MATRICES, quick)
     for (inputs, outputs), tokens in pairs(matrices, CPU_TOKENS if cpu else GPU_TOKENS):
-        x, w, g = (bench.randn(*s, dtype=dtype) for s in ((tokens, inputs), (outputs, inputs), (tokens, outputs)))
-        bench.add("product", precision, "forward", (tokens, outputs, inputs, 1), bench.seconds(lambda: F.linear(x, w)))  # noqa: B023, E501
-        bench.add("product", precision, "backward", (tokens, inputs, outputs, 1), bench.seconds(lambda: g @ w))  # noqa: B023, E501
-        bench.add("product", precision, "weights", (outputs, inputs, tokens, 1), bench.seconds(lambda: g.t() @ x))  # noqa: B023, E501
+        x = bench.randn(tokens, inputs, dtype=dtype)
+        w = bench.randn(outputs, inputs, dtype=dtype)
+        g = bench.randn(tokens, outputs, dtype=dtype)
+        forward, backward, weights = (
+            bench.seconds(partial(F.linear, x, w)),
+            bench.seconds(partial(torch.mm, g, w)),
+            bench.seconds(partial(torch.mm, g.t(), x)),
+        )
+        bench.add(("product", "", precision, "forward"), (tokens, outputs, inputs, 1), forward)
+        bench.add(("product", "", precision, "backward"), (tokens, inputs, outputs, 1), backward)
+        bench.add(("product", "", precision, "weights"), (outputs, inputs, tokens, 1), weights)
 
 
 def _fp8_products(bench: _Bench, quick: bool) -> None:
@@ -222,7 +244,7 @@ def _fp8_products(bench: _Bench, quick: bool) -> None:
             def act(x: torch.Tensor = x, w: torch.Tensor = w) -> torch.Tensor:
                 return torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
-            bench.add("product", "fp8", "", (m, n, k, 1), bench.seconds(act))
+            bench.add(("product", "", "fp8", ""), (m, n, k, 1), bench.seconds(act))
 
 
 def _grouped(bench: _Bench, quick: bool) -> None:
@@ -233,12 +255,11 @@ def _grouped(bench: _Bench, quick: bool) -> None:
         y = grouped_product(x, w, ends)
         g = torch.randn_like(y)
         with torch.no_grad():
-            forward = bench.seconds(lambda: grouped_product(x, w, ends))  # noqa: B023
-        backward = bench.seconds(lambda: torch.autograd.grad(y, x, g, retain_graph=True))  # noqa: B023
-        weights = bench.seconds(lambda: torch.autograd.grad(y, w, g, retain_graph=True))  # noqa: B023
-        bench.add("grouped", "bf16", "forward", (rows, outputs, inputs, experts), forward)
-        bench.add("grouped", "bf16", "backward", (rows, inputs, outputs, experts), backward)
-        bench.add("grouped", "bf16", "weights", (outputs, inputs, rows, experts), weights)
+            forward = bench.seconds(partial(grouped_product, x, w, ends))
+        both = bench.seconds(partial(torch.autograd.grad, y, (x, w), g, retain_graph=True))
+        bench.add(("grouped", "", "bf16", "forward"), (rows, outputs, inputs, experts), forward)
+        bench.add(("grouped", "", "bf16", "backward"), (rows, inputs, outputs, experts), both / 2)
+        bench.add(("grouped", "", "bf16", "weights"), (outputs, inputs, rows, experts), both / 2)
 
 
 # ---------------------------------------------------------------------------------------- attention
@@ -251,33 +272,32 @@ def _attention(bench: _Bench, precision: str, quick: bool) -> None:
     if not cpu:
         kernels = {"flash2": [SDPBackend.FLASH_ATTENTION], "hopper": [SDPBackend.CUDNN_ATTENTION]}
     for samples, tokens, heads, width in _some(CPU_ATTENTION if cpu else GPU_ATTENTION, quick):
-        q, k, v = (bench.randn(samples, heads, tokens, width, dtype=dtype).requires_grad_() for _ in range(3))
+        qkv = [bench.randn(samples, heads, tokens, width, dtype=dtype).requires_grad_() for _ in range(3)]
         shape = (tokens, tokens / 2, width, samples * heads)
         for variant, backends in kernels.items():
+            with contextlib.suppress(RuntimeError):  # no such kernel for this shape, or on this part
+                forward, backward = _attention_passes(bench, qkv, backends)
+                bench.add(("attention", variant, precision, "forward"), shape, forward)
+                bench.add(("attention", variant, precision, "backward"), shape, backward)
 
-            def act(q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v, on: Any = backends) -> torch.Tensor:
-                if not on:
-                    return attend(q, k, v)
-                with sdpa_kernel(on):
-                    return attend(q, k, v)
 
-            try:
-                y = act()
-            except RuntimeError:  # no such kernel for this shape, or on this part
-                continue
-            g = torch.randn_like(y)
-            with torch.no_grad():
-                forward = bench.seconds(act)
-            backward = bench.seconds(lambda: torch.autograd.grad(y, (q, k, v), g, retain_graph=True))  # noqa: B023
-            bench.add("attention", precision, "forward", shape, forward, variant)
-            bench.add("attention", precision, "backward", shape, backward, variant)
-            del y
+def _attention_passes(
+    bench: _Bench, qkv: list[torch.Tensor], backends: list[SDPBackend]
+) -> tuple[float, float]:
+    """Seconds forward and backward."""
+    with sdpa_kernel(backends) if backends else contextlib.nullcontext():
+        y = attend(qkv[0], qkv[1], qkv[2])
+        g = torch.randn_like(y)
+        with torch.no_grad():
+            forward = bench.seconds(partial(attend, qkv[0], qkv[1], qkv[2]))
+        backward = bench.seconds(partial(torch.autograd.grad, y, qkv, g, retain_graph=True))
+    return forward, backward
 
 
 # ---------------------------------------------------------------------------------------- loss, layers
 
 
-def _losses(bench: _Bench, precision: str, quick: bool) -> None:
+def _losses(bench: _Bench, precision: str, quick: bool, compiled: bool) -> None:
     """Loss and both gradients, products included: the shape is tokens, width, vocabulary."""
     shapes = _some(CPU_LOSSES if bench.device == "cpu" else GPU_LOSSES, quick)
     for tokens, width, vocabulary in shapes:
@@ -286,10 +306,10 @@ def _losses(bench: _Bench, precision: str, quick: bool) -> None:
         targets = torch.randint(vocabulary, (tokens,), device=bench.device)
 
         def act(x: torch.Tensor = x, w: torch.Tensor = w, targets: torch.Tensor = targets) -> None:
-            cross_entropy(x, w, targets)[0].backward()
+            cross_entropy(x, w, targets, compiled=compiled)[0].backward()
             x.grad = w.grad = None
 
-        bench.add("loss", precision, "", (tokens, width, vocabulary), bench.seconds(act))
+        bench.add(("loss", "", precision, ""), (tokens, width, vocabulary), bench.seconds(act))
 
 
 def _layers(bench: _Bench, precision: str, quick: bool, compiler: bool) -> None:
@@ -312,8 +332,8 @@ def _layers(bench: _Bench, precision: str, quick: bool, compiler: bool) -> None:
                 layer.compile(dynamic=False)
             forward, backward = _passes(bench, layer, x, seen)
             shape = (samples, tokens, width, heads, arch.intermediate_size)
-            bench.add("layer", precision, "forward", shape, forward, variant)
-            bench.add("layer", precision, "backward", shape, backward, variant)
+            bench.add(("layer", variant, precision, "forward"), shape, forward)
+            bench.add(("layer", variant, precision, "backward"), shape, backward)
 
 
 def _passes(bench: _Bench, layer: nn.Module, x: torch.Tensor, seen: Any) -> tuple[float, float]:
@@ -368,7 +388,7 @@ def _updates(bench: _Bench, quick: bool) -> None:
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
 
-        bench.add("update", "fp32", "", (float(32 * rows * 512),), bench.seconds(act))
+        bench.add(("update", "", "fp32", ""), (float(32 * rows * 512),), bench.seconds(act))
         del parameters, optimizer, act
 
 
@@ -377,20 +397,24 @@ def _copies(bench: _Bench) -> None:
     for size in COPIES[bench.device]:
         source = torch.ones(size // 4, device=bench.device)
         target = torch.empty_like(source)
-        bench.add("copy", "fp32", "", (2.0 * size,), bench.seconds(lambda: target.copy_(source)))  # noqa: B023
+        bench.add(("copy", "", "fp32", ""), (2.0 * size,), bench.seconds(partial(target.copy_, source)))
 
 
 def _held(bench: _Bench) -> float:
-    """What large products keep up for some seconds over what they reach in a burst: power limits a GPU."""
-    x, w = bench.randn(8192, 8192), bench.randn(8192, 8192)
-    burst = bench.seconds(lambda: x @ w)
+    """What a large product keeps up for some seconds over what it reached among the others: power limits a
+    GPU."""
+    size = HELD_SIZE
+    x, w = bench.randn(size, size), bench.randn(size, size)
+    among = next(
+        t.seconds for t in bench.timings if t.shape == (size, size, size, 1) and t.precision == "bf16"
+    )
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < HELD_SECONDS:
         for _ in range(50):
             _ = x @ w
         torch.cuda.synchronize()
         count += 50
-    return min(1.0, burst / ((time.perf_counter() - began) / count))
+    return min(1.0, among / ((time.perf_counter() - began) / count))
 
 
 def shapes_of(timings: tuple[Timing, ...]) -> Iterator[str]:

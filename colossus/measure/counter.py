@@ -9,9 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import colossus.models.grouped  # noqa: F401 (makes the operators)
-from colossus.architecture import Architecture
-from colossus.models.attend import MAX_BLOCKED, ROWS
-from colossus.perf.parts import FUSED, SQUARE, Kernel, product_flops
+from colossus.perf.parts import product_flops
 
 Shape = tuple[int, ...]
 
@@ -27,15 +25,6 @@ def flop_counter() -> FlopCounterMode:
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }
     return FlopCounterMode(display=False, custom_mapping=formulas)
-
-
-def kernel_of(arch: Architecture, seq_len: int, device: str) -> Kernel:
-    """How `models.attend` computes attention without a cache."""
-    special = arch.attention_soft_cap or arch.attention_temperature_len or arch.attention_sinks
-    if special or (device == "cpu" and 1 < seq_len <= MAX_BLOCKED):
-        return Kernel(rows=ROWS)
-    unequal = arch.latent is not None and arch.latent.v_dim != arch.head_dim
-    return SQUARE if device == "cpu" and unequal else FUSED  # a processor's kernel wants one width of heads
 
 
 def _product_added(total: Shape, left: Shape, right: Shape, **_: Any) -> int:

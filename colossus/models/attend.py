@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-ROWS = 256  # queries whose scores exist at once: 128 to 512 are alike, and fewer blocks compile quicker
-MAX_BLOCKED = 1024  # tokens; the plain products keep T^2 probabilities a head for the backward pass
+from colossus.perf.parts import MAX_BLOCKED, ROWS
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Decoder(nn.Module):
     part: the layers that this is, a stage of a pipeline; with the embeddings if it is the first, with the
         output if it is the last. None: all.
     compute_dtype: type of activations and matrix products. The weights keep their own (see `precision`).
+    compiled: layers are, and on a GPU the loss is too.
     loads: of the layers of experts, one a forward pass in training, until `Balance` takes them.
     whole: how what this rank computes is part of a whole; None where it computes all.
     """
@@ -34,7 +35,7 @@ class Decoder(nn.Module):
         part = range(arch.num_layers) if part is None else part
         self.arch, self.part = arch, part
         self.is_first, self.is_last = part.start == 0, part.stop == arch.num_layers
-        self.compute_dtype = torch.float32
+        self.compute_dtype, self.compiled = torch.float32, False
         looked_up = self.is_first or (self.is_last and arch.tie_embeddings)
         self.embedding = Embedding(arch.vocab_size, arch.hidden_size) if looked_up else None
         learned = self.is_first and arch.position == "learned"
@@ -100,9 +101,8 @@ class Decoder(nn.Module):
             if self.whole is not None:
                 targets_BT = self.whole.own(targets_BT)
                 share, keep = self.whole.vocab, self.whole.keep_gradients
-            return cross_entropy(
-                x_BTD.flatten(0, 1), output.weight, targets_BT.flatten(), z_loss, cap, share, keep
-            )
+            x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+            return cross_entropy(x_ND, output.weight, targets_N, z_loss, cap, share, keep, self.compiled)
         logits_BTV = product(x_BTD[:, -1:] if only_last else x_BTD, output.weight, None, output.packed)
         if self.whole is not None:
             logits_BTV = self.whole.all_logits(logits_BTV)[:, :num_tokens]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 
 from colossus.architecture import IGNORED
-
-CHUNK_LOGITS = 2**21  # that exist at once, unless that is less than MIN_CHUNK tokens: 8 MiB stay in a cache
-MIN_CHUNK = 512
+from colossus.perf.parts import chunk_tokens
 
 
 class VocabShare(Protocol):
@@ -30,6 +29,7 @@ def cross_entropy(
     soft_cap: float | None = None,
     share: VocabShare | None = None,
     keep_gradients: bool = False,
+    compiled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed cross entropy (nats) of the logits x W^T, and the number of targets that are not ignored.
 
@@ -41,17 +41,14 @@ def cross_entropy(
 
     share: `weight_VD` is this rank's part; x's gradient is of that part, to be summed over ranks.
     keep_gradients: for a backward pass that asks for the two gradients one after the other.
+    compiled: on a GPU, what is made of a chunk's logits is one compiled kernel or two, not a dozen.
     """
     with_gradient = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
+    compiled = compiled and share is None and x_ND.device.type == "cuda"
     loss = _ChunkedCrossEntropy.apply(
-        x_ND, weight_VD, targets_N, z_loss, soft_cap, share, keep_gradients, with_gradient
+        x_ND, weight_VD, targets_N, z_loss, soft_cap, share, keep_gradients, compiled, with_gradient
     )
     return loss, (targets_N != IGNORED).sum()
-
-
-def chunk_tokens(vocab_size: int) -> int:
-    """Tokens of a chunk: enough that adding to the weight's gradient once a chunk costs little."""
-    return max(MIN_CHUNK, CHUNK_LOGITS // vocab_size)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -67,6 +64,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         soft_cap: float | None,
         share: VocabShare | None,
         keep_gradients: bool,
+        compiled: bool,
         with_gradient: bool,
     ) -> torch.Tensor:
         exact = torch.promote_types(x_ND.dtype, torch.float32)
@@ -74,12 +72,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=exact, device=x_ND.device)
         grad_x_ND = torch.empty_like(x_ND) if with_gradient else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if with_gradient else None
-        for start in range(0, x_ND.shape[0], chunk_tokens(weight_VD.shape[0])):
-            rows = slice(start, start + chunk_tokens(weight_VD.shape[0]))
+        num = x_ND.shape[0]
+        size = chunk_tokens(num, weight_VD.shape[0], x_ND.device.type)
+        for start in range(0, num, size):
+            rows = slice(start, start + size)
             x_CD = x_ND[rows]
-            chunk_loss, grad_logits_CV = _loss_and_gradient(
-                torch.mm(x_CD, product_VD.t()).to(exact), targets_N[rows], z_loss, soft_cap, share
-            )
+            logits_CV = torch.mm(x_CD, product_VD.t())
+            if compiled:
+                chunk_loss, grad_logits_CV = _compiled()(logits_CV, targets_N[rows], z_loss, soft_cap)
+            else:
+                chunk_loss, grad_logits_CV = _loss_and_gradient(
+                    logits_CV.to(exact), targets_N[rows], z_loss, soft_cap, share
+                )
+            del logits_CV
             loss = loss + chunk_loss
             if grad_x_ND is not None and grad_weight_VD is not None:
                 grad_logits_CV = grad_logits_CV.to(x_ND.dtype)
@@ -95,10 +100,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         assert ctx.gradients is not None, "this loss was propagated back already"
         grad_x_ND, grad_weight_VD = ctx.gradients
         if ctx.keep:
-            return grad_x_ND * grad_loss, (grad_weight_VD * grad_loss).to(ctx.weight_type), *6 * (None,)
+            return grad_x_ND * grad_loss, (grad_weight_VD * grad_loss).to(ctx.weight_type), *7 * (None,)
         ctx.gradients = None
         # In place: at a vocabulary of 128k and width 4,096 a second copy would be 2 GiB.
-        return grad_x_ND.mul_(grad_loss), grad_weight_VD.mul_(grad_loss).to(ctx.weight_type), *6 * (None,)
+        return grad_x_ND.mul_(grad_loss), grad_weight_VD.mul_(grad_loss).to(ctx.weight_type), *7 * (None,)
 
 
 def _loss_and_gradient(
@@ -141,6 +146,31 @@ def _loss_and_gradient(
     if slope_CV is not None:
         grad_CV.mul_(slope_CV)
     return loss_C1.where(scored_C1, 0).sum(), grad_CV
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    return torch.compile(loss_and_gradient, dynamic=False)
+
+
+def loss_and_gradient(
+    logits_CV: torch.Tensor, targets_C: torch.Tensor, z_loss: float, soft_cap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same written for a compiler, which reads the logits in their own type, keeps nothing in a wider one
+    and writes the gradient in theirs."""
+    scored_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    if soft_cap is not None:
+        scored_CV = soft_cap * torch.tanh(scored_CV / soft_cap)
+    is_scored_C1 = (targets_C != IGNORED).unsqueeze(1)
+    index_C1 = targets_C.unsqueeze(1).where(is_scored_C1, 0)
+    log_sum_C1 = scored_CV.logsumexp(-1, keepdim=True)
+    loss_C1 = log_sum_C1 - scored_CV.gather(1, index_C1) + z_loss * log_sum_C1.square()
+    scale_C1 = (1 + 2 * z_loss * log_sum_C1) * is_scored_C1
+    is_target_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == index_C1
+    grad_CV = (scored_CV - log_sum_C1).exp() * scale_C1 - (is_target_CV & is_scored_C1).to(scored_CV.dtype)
+    if soft_cap is not None:
+        grad_CV = grad_CV * (1 - (scored_CV / soft_cap).square())
+    return loss_C1.where(is_scored_C1, 0).sum(), grad_CV.to(logits_CV.dtype)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

@@ -62,5 +62,6 @@ def compile_layers(model: Decoder) -> None:
     """Compiles layer by layer: they are alike, so one compilation serves all."""
     choose_cache()
     drop_torn_binaries()
+    model.compiled = True
     for layer in model.layers:
         layer.compile(dynamic=False)

@@ -43,15 +43,16 @@ class Surface:
 
 @dataclass(frozen=True)
 class Corrections:
-    """Surfaces by kind of work. held: see `hardware.calibration.Calibration`."""
+    """Surfaces by kind of work. held: see `hardware.calibration.Calibration`; None: it is of a machine like
+    this one, not of this one."""
 
     surfaces: Mapping[Key, Surface]
-    held: float = 1.0
+    held: float | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, ratios: Mapping[Key, Sequence[tuple[tuple[float, ...], float]]], held: float = 1.0
+        cls, ratios: Mapping[Key, Sequence[tuple[tuple[float, ...], float]]], held: float | None = None
     ) -> Corrections:
         """From (shape, measured over formula) by key."""
         surfaces = {

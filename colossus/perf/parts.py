@@ -15,6 +15,7 @@ from colossus.architecture import Architecture, Experts, Parameter, parameter_ta
 
 EXACT_BYTES = 4  # of what is computed in fp32 or better: norms and routers
 MULTIPLIED = ("matrix", "expert", "router", "head")  # groups that a token is multiplied with
+GATE_TENSORS = {"gelu": 1, "swiglu": 2, "geglu": 2, "clamped_swiglu": 5}  # saved: see `models.mlp.gated`
 ATTENTION = ("attention.scores", "attention.values")  # products without parameters
 
 
@@ -30,8 +31,23 @@ class Kernel:
     fused: bool = False
 
 
+ROWS = 256  # queries whose scores exist at once on a processor: 128 to 512 are alike, fewer compile quicker
+MAX_BLOCKED = 1024  # tokens; the plain products keep T^2 probabilities a head for the backward pass
+# Logits that exist at once, unless that is less than MIN_CHUNK tokens: 8 MiB stay in a processor's cache; on
+# a GPU each chunk costs a pass over the weight's gradient, as much as a product of some hundred tokens.
+CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**29}
+MIN_CHUNK = 512
 SQUARE = Kernel()  # plain products of all queries with all keys
 FUSED = Kernel(fused=True)  # as PyTorch counts its own kernels: none skips what a mask hides
+
+
+def kernel_of(arch: Architecture, seq_len: int, device: str) -> Kernel:
+    """How `models.attend` computes attention without a cache."""
+    special = arch.attention_soft_cap or arch.attention_temperature_len or arch.attention_sinks
+    if special or (device == "cpu" and 1 < seq_len <= MAX_BLOCKED):
+        return Kernel(rows=ROWS)
+    unequal = arch.latent is not None and arch.latent.v_dim != arch.head_dim
+    return SQUARE if device == "cpu" and unequal else FUSED  # a processor's kernel wants one width of heads
 
 
 class LayerKind(NamedTuple):
@@ -62,6 +78,13 @@ class Part:
     weight_bytes: float
     written_bytes: float
     saved_bytes: float
+
+
+def chunk_tokens(num_tokens: int, vocab_size: int, device: str) -> int:
+    """Tokens whose logits exist at once: so few that these are small, so many that adding to the gradient of
+    the output matrix once a chunk costs little. Chunks are alike, so that one compilation serves all."""
+    most = max(MIN_CHUNK, CHUNK_LOGITS[device] // vocab_size)
+    return -(-num_tokens // -(-num_tokens // most)) if num_tokens else most
 
 
 def product_flops(rows: int, inner: int, columns: int) -> int:
@@ -100,14 +123,15 @@ def layer_kinds(arch: Architecture) -> dict[LayerKind, list[int]]:
 
 @lru_cache(maxsize=64)
 def parts(
-    arch: Architecture, seq_len: int, *, kernel: Kernel = SQUARE, type_bytes: int = 4
+    arch: Architecture, seq_len: int, *, kernel: Kernel = SQUARE, type_bytes: int = 4, compiled: bool = False
 ) -> tuple[Part, ...]:
     """The table, in the order of the forward pass; of several kinds of layers, one after another.
 
     seq_len: tokens of a sequence. type_bytes: of an element of activations and of the weights that they are
-    multiplied with; norms and routers compute in fp32 or better.
+    multiplied with; norms and routers compute in fp32 or better. compiled: what PyTorch's compiler saves of a
+    layer: it makes again what follows from one tensor element by element.
     """
-    return tuple(_Parts(arch, seq_len, kernel, type_bytes).rows())
+    return tuple(_Parts(arch, seq_len, kernel, type_bytes, compiled).rows())
 
 
 class _Bytes(NamedTuple):
@@ -116,8 +140,11 @@ class _Bytes(NamedTuple):
 
 
 class _Parts:
-    def __init__(self, arch: Architecture, seq_len: int, kernel: Kernel, type_bytes: int) -> None:
+    def __init__(
+        self, arch: Architecture, seq_len: int, kernel: Kernel, type_bytes: int, compiled: bool
+    ) -> None:
         self.arch, self.seq_len, self.kernel, self.size = arch, seq_len, kernel, type_bytes
+        self.compiled = compiled
         self.exact = max(EXACT_BYTES, type_bytes)
         self.casts = type_bytes < EXACT_BYTES
 
@@ -279,7 +306,7 @@ class _Parts:
 
     def mlp(self, name: str, width: int, visits: int) -> Iterator[tuple[str, _Bytes]]:
         """All but the last product. Gates save what they multiply: see `models.mlp.gated`."""
-        tensors = {"gelu": 1, "swiglu": 2, "geglu": 2, "clamped_swiglu": 5}[self.arch.mlp]
+        tensors = 1 if self.compiled else GATE_TENSORS[self.arch.mlp]
         if self.arch.mlp != "gelu":
             yield f"{name}.w_gate", self.kept(visits * width)
         yield f"{name}.w_up", self.kept(visits * width)
@@ -291,6 +318,10 @@ class _Parts:
         """An RMS norm saves its input, divided, and a number a row; a layer norm two numbers a row. Both
         save the input in fp32, which is a copy only of a narrower type."""
         rms = self.arch.norm == "rms" if rms is None else rms
+        if self.compiled:  # its input as it is, and the numbers
+            kept = self.size * width + self.exact * rows * (1 if rms else 2)
+            output = float(self.size * width)
+            return _Bytes(kept + output, kept + output * int(saves_output))
         kept = self.exact * (width * (int(rms) + int(self.casts)) + rows * (1 if rms else 2))
         output = float(self.size * width)
         return _Bytes(kept + output, kept + output * int(saves_output))
@@ -306,8 +337,8 @@ class _Parts:
         return _Bytes(float(self.size * elements), float(self.size * elements))
 
     def normed(self, elements: float) -> _Bytes:
-        """What a norm reads, which saves its own copy in fp32 of a narrower type."""
-        return self.passed(elements) if self.casts else self.kept(elements)
+        """What a norm reads, which saves its own copy in fp32 of a narrower type, or, compiled, its input."""
+        return self.passed(elements) if self.casts or self.compiled else self.kept(elements)
 
     def passed(self, elements: float) -> _Bytes:
         return _Bytes(float(self.size * elements), 0.0)

@@ -13,6 +13,7 @@ import numpy as np
 from colossus.hardware.catalogue import Accelerator
 from colossus.hardware.fleets import Hardware
 from colossus.perf import communication as comm
+from colossus.perf.corrections import Corrections
 from colossus.perf.ledger import Columns, Ledger
 from colossus.perf.software import Software
 
@@ -20,14 +21,21 @@ TILE = (128.0, 256.0)  # of a product that one multiprocessor makes at once, on 
 AMPERE_TILE = (128.0, 128.0)
 DEPTH = 256.0  # of k at which a product reaches half of its rate; twice that in float8, whose measured rates
 # still rise by a tenth from 4,096 to 16,384
+CPU_ATTENTION = 0.5  # of the peak that a processor's attention reaches, where it was not measured
 KEYS = 600.0  # that a query meets at which fused attention reaches half of its rate: an H100 makes 400
 # TFLOP/s of causal sequences of 2,048 and 616 of 16,384 (arXiv 2407.08608, figure 5)
 BACKWARD_PASSES = 2.5  # over the keys, of the forward pass's one
 FLASH2_SHARE = 0.6  # FlashAttention-2 on Hopper: 35% of the peak, where Hopper's own instructions reach up to
 # 75% forward and 55% backward (arXiv 2407.08608, figures 5 and 6)
+GAP = 5e-6  # seconds between two kernels of a GPU, ramps included: what products of 1024 and 2048 lose beside
+# those of 8192, in the catalogue's measured tables (4 to 9 us)
 NIC_SHARE = 0.94  # of a card's rate that messages reach: 46 to 48 of 50 GB/s (NVIDIA/nccl-tests issue 290)
 SPREAD = 0.0  # of the nodes' speeds in published runs: none shows beyond the other losses
 SKEW_TILES = 16.0  # from so many waves on, kernels spread the last one over all multiprocessors
+
+
+UPDATE_BYTES = 34.0  # AdamW a weight: gradient, weight and two moments in fp32, read and written; a copy
+CLIP_BYTES = 3.0  # times a gradient's own: its norm, and it scaled
 
 
 @lru_cache(maxsize=1)
@@ -39,15 +47,18 @@ def fitted() -> Mapping[str, float]:
 
 @dataclass(frozen=True)
 class Pricer:
-    """Turns rows into seconds. scalars: see `scalars.toml`."""
+    """Turns rows into seconds. scalars: see `scalars.toml`. corrections: what of it was measured."""
 
     hardware: Hardware
     software: Software
     scalars: Mapping[str, float]
+    corrections: Corrections | None = None
 
     @classmethod
-    def of(cls, hardware: Hardware, software: Software, **changed: float) -> Pricer:
-        return cls(hardware, software, {**fitted(), **changed})
+    def of(
+        cls, hardware: Hardware, software: Software, corrections: Corrections | None = None, **changed: float
+    ) -> Pricer:
+        return cls(hardware, software, {**fitted(), **changed}, corrections)
 
     def on(self, accelerator: Accelerator) -> Pricer:
         """The same with another pool's accelerator."""
@@ -57,15 +68,15 @@ class Pricer:
     def seconds(self, ledger: Ledger, groups: comm.Groups | None = None) -> Columns:
         """Of each row once, [R, N]; `repeat` is not counted in. groups: by name, for rows with messages."""
         out = np.zeros(ledger.size)
+        shared = self.hardware.accelerator.shared_by
         for kind in set(ledger.kind.tolist()):
             mask = ledger.where(kind=kind)
             if kind == "product":
-                out[mask] = self.products(ledger.take(mask))
+                out[mask] = shared * self.products(ledger.take(mask))
             elif kind == "fused_attention":
-                out[mask] = self.attention(ledger.take(mask))
+                out[mask] = shared * self.attention(ledger.take(mask))
             elif kind in ("memory", "elementwise"):
-                moved = self.scalars[self.software.elementwise] if kind == "elementwise" else 1.0
-                out[mask] = ledger.bytes[mask] * moved / self.hardware.accelerator.copy
+                out[mask] = shared * self.moves(kind, ledger.take(mask))
             else:
                 assert groups is not None, "rows with messages need their groups"
                 for name in set(ledger.group[mask].tolist()):
@@ -73,12 +84,51 @@ class Pricer:
                     out[rows] = self.messages(kind, ledger.sent[rows], groups[name], ledger.count[rows])
         return out
 
+    def moves(self, kind: str, ledger: Ledger) -> Columns:
+        """What moves bytes and computes little."""
+        plain = ledger.bytes / self.hardware.accelerator.copy
+        found, habit = self.corrections, self.software.elementwise
+        if found is None:
+            return plain * (self.scalars[habit] if kind == "elementwise" else 1.0)
+        out = np.empty_like(plain)
+        for i, (name, phase, precision) in enumerate(
+            zip(ledger.name, ledger.phase, ledger.precision, strict=True)
+        ):
+            if kind == "elementwise" and self.software.measured:
+                side = "forward" if phase in ("forward", "recompute") else "backward"
+                out[i] = plain[i] * found.ratio(("elementwise", habit, precision, side), ledger.bytes[i])
+            elif kind == "elementwise":
+                out[i] = plain[i] * self.scalars[habit]
+            elif name == "loss" and self.software.measured:
+                out[i] = plain[i] * found.ratio(("loss", "", precision, ""), ledger.bytes[i])
+            else:
+                out[i] = plain[i] * found.ratio(("copy", "", "fp32", ""), ledger.bytes[i])
+        return out
+
     def products(self, ledger: Ledger) -> Columns:
-        """Matrix products: of what is measured the best, less for part-filled tiles, waves and short k."""
+        """Matrix products: by formula times what was measured of shapes like these, else what was fitted."""
+        seconds, found = self.plain_products(ledger), self.corrections
+        for i, (precision, name, phase) in enumerate(
+            zip(ledger.precision, ledger.name, ledger.phase, strict=True)
+        ):
+            side = "forward" if phase == "recompute" else phase
+            shape = [column[i] for column in (ledger.m, ledger.n, ledger.k, ledger.count)]
+            kind = "grouped" if "experts." in name else "product"
+            if found is not None and found.has(key := (kind, "", precision, side)):
+                seconds[i] = seconds[i] * found.ratio(key, *shape)
+                continue
+            if kind == "grouped":
+                seconds[i] = seconds[i] / self.scalars["experts"]
+            if found is not None and found.has(key := ("product", "", precision, side)):
+                seconds[i] = seconds[i] * found.ratio(key, *shape)
+        return seconds
+
+    def plain_products(self, ledger: Ledger) -> Columns:
+        """By formula: of what is measured the best, less for part-filled tiles, waves and short k."""
         part = self.hardware.accelerator
         rate = np.empty((ledger.size[0], 1))
-        for i, (precision, name) in enumerate(zip(ledger.precision, ledger.name, strict=True)):
-            rate[i] = self.rate(precision) * (self.scalars["experts"] if "experts." in name else 1.0)
+        for i, precision in enumerate(ledger.precision):
+            rate[i] = self.rate(precision)
         flops = 2 * ledger.m * ledger.n * ledger.k * ledger.count
         if part.device == "cpu":
             return np.maximum(flops / rate, ledger.bytes / part.copy)
@@ -94,13 +144,31 @@ class Pricer:
         generation = part.generation if f"{part.generation}_products" in self.scalars else "hopper"
         if precision == "fp8" and part.fp8:
             scalar = self.scalars.get(f"{generation}_fp8", self.scalars["hopper_fp8"])
-            return part.fp8 * part.reachable_fp8 * scalar
-        return part.peak(precision) * part.reachable * self.scalars[f"{generation}_products"]
+            return part.fp8 * part.reachable_fp8 * self.held(scalar)
+        return part.peak(precision) * part.reachable * self.held(self.scalars[f"{generation}_products"])
+
+    def held(self, scalar: float) -> float:
+        """What long runs keep of products' rate: as measured on this machine, else as in published runs."""
+        found = self.corrections
+        return scalar if found is None or found.held is None else found.held
 
     def attention(self, ledger: Ledger) -> Columns:
-        """Fused attention: m queries, n keys that each meets, of width k, `count` heads."""
-        part = self.hardware.accelerator
-        share = self.scalars["attention"] if part.device == "cuda" else 0.5
+        """Fused attention: by formula times what was measured of the same kernel, else what was fitted."""
+        seconds, found = self.plain_attention(ledger), self.corrections
+        variant = "" if self.hardware.accelerator.device == "cpu" else self.software.flash
+        for i, (precision, phase) in enumerate(zip(ledger.precision, ledger.phase, strict=True)):
+            side = "backward" if phase == "backward" else "forward"
+            keys = ledger.n[i] / (BACKWARD_PASSES if side == "backward" else 1.0)
+            key = ("attention", variant, precision, side)
+            if found is not None and found.has(key):
+                seconds[i] = seconds[i] * found.ratio(key, ledger.m[i], keys, ledger.k[i], ledger.count[i])
+            else:
+                seconds[i] = seconds[i] / (self.scalars["attention"] if variant else CPU_ATTENTION)
+        return seconds
+
+    def plain_attention(self, ledger: Ledger) -> Columns:
+        """m queries, n keys that each meets, of width k, `count` heads, if long ones ran at the peak."""
+        part, share = self.hardware.accelerator, 1.0
         if self.software.flash == "flash2" and part.generation not in ("ampere", "cpu"):
             share *= FLASH2_SHARE
         rate = np.array([[part.peak(p) * share] for p in ledger.precision])
@@ -124,13 +192,30 @@ class Pricer:
             "send": comm.send_seconds,
         }[kind]
         seconds = of(sent, group, self.hardware, NIC_SHARE)
+        if self.corrections is not None and self.corrections.has(key := (kind, "", "", "")):
+            return seconds * self.corrections.ratio(key, group.size, np.maximum(sent, 1.0))
         if self.software.dispatch == "eager_host" and kind != "send":
             return np.where(seconds > 0, np.maximum(seconds, self.scalars["eager_message"]), 0.0)
         return seconds
 
+    def update(self, weights: Columns, gradients: Columns) -> Columns:
+        """Seconds to clip so many gradient elements by their norm, and to update so many weights by AdamW."""
+        part = self.hardware.accelerator
+        if self.corrections is not None and self.corrections.has(key := ("update", "", "fp32", "")):
+            return part.shared_by * UPDATE_BYTES * weights / part.copy * self.corrections.ratio(key, weights)
+        clipped = gradients * self.software.gradient_bytes * CLIP_BYTES
+        return part.shared_by * (weights * UPDATE_BYTES + clipped) / part.copy
+
+    @property
+    def gap(self) -> float:
+        """Seconds between two kernels of a GPU; measured layers have them in what lies between products."""
+        return 0.0 if self.corrections is not None or self.hardware.accelerator.device == "cpu" else GAP
+
     def dispatch(self) -> float:
-        """Seconds of the host for each kernel."""
-        if self.software.graphs:
+        """Seconds of the host for each kernel. A processor's own operations were timed with it."""
+        if self.software.graphs or (
+            self.corrections is not None and self.hardware.accelerator.device == "cpu"
+        ):
             return 0.0
         if self.software.dispatch == "eager_host":
             return self.scalars["eager_host"]

@@ -34,6 +34,9 @@ class Software:
     sends_once: a token goes to each node of its experts once (DeepEP).
     order: of the axes over ranks, the quickest-varying first.
     graphs: kernels are replayed without the host.
+    measured: elementwise work, loss and update are ours, which calibrations time.
+    casts_weights: each micro-batch's products read copies of fp32 weights in their own type, and gradients
+        are cast back; FSDP copies them in and out of its buffers in their place.
     fp32_weights: the weights that are kept are fp32, and products read copies (FSDP); else they are of the
         products' type, and the optimizer has fp32 ones beside its moments.
     """
@@ -56,25 +59,20 @@ class Software:
     order: tuple[str, ...] = ("tp", "cp", "dp_shard", "dp_replicate", "pp")
     graphs: bool = False
     fp32_weights: bool = False
+    measured: bool = False
+    casts_weights: bool = False
     dispatch: Literal["host", "eager_host"] = "host"
 
 
 OURS = Software(
     "colossus",
     fp32_weights=True,
-    flash="flash2",
+    measured=True,
+    casts_weights=True,
     joins_inputs=False,
     order=("tp", "cp", "pp", "dp_shard", "dp_replicate"),
 )
-OURS_EAGER = Software(
-    "colossus, not compiled",
-    fp32_weights=True,
-    flash="flash2",
-    joins_inputs=False,
-    elementwise="eager",
-    eager=3.0,
-    order=("tp", "cp", "pp", "dp_shard", "dp_replicate"),
-)
+OURS_EAGER = replace(OURS, name="colossus, not compiled", elementwise="eager", eager=3.0)
 MEGATRON_2021 = Software(
     "Megatron-LM of 2021",  # softmax, bias and gelu are fused; gradients are summed after the last batch
     fused_attention=False,

@@ -17,20 +17,19 @@ from colossus.layout import ONE_STAGE, V_SHAPED
 from colossus.perf import communication as comm
 from colossus.perf.flops import model_flops_per_token
 from colossus.perf.ledger import COMMUNICATION, Columns, Ledger
+from colossus.perf.parts import kernel_of
 from colossus.perf.price import Pricer
 from colossus.perf.schedule import bubble
 from colossus.planner.columns import Layouts
-from colossus.planner.formulas import TP_AXES, layer_counts, layers_ledger, piece_of
+from colossus.planner.formulas import TP_AXES, Piece, layer_counts, layers_ledger, piece_of
 from colossus.planner.stages import Shape, shape
 
 OVERLAP_COST = 0.1  # of the seconds of a hidden message, that it takes from what it hides behind (Calculon:
 # 0.15 over NVLink, 0.02 over network cards)
 KEYS = ("micro_batch", "tp", "cp", "ep", "etp", "sp", "recompute")
-GAP = 5e-6  # seconds between two kernels of a GPU, ramps included: what products of 1024 and 2048 lose beside
-# those of 8192, in the catalogue's measured tables (4 to 9 us)
 TOGETHER = 3.0  # power with which seconds of host and device add up where neither is much longer
 LAUNCHES_OF_MESSAGE = 4.0  # the host takes some 50 us for a collective, where a kernel takes it 10
-UPDATE_BYTES = 34.0  # AdamW a weight: gradient, weight and two moments in fp32, read and written; a copy
+ACCUMULATE_BYTES = 12.0  # a weight's gradient in fp32 to those of the micro-batches before
 LARGEST_EXACT = 4  # ranks of a pipeline whose bubble is simulated; those of longer ones grow in proportion
 RATIO = 0.2  # to which ratios of forward and backward seconds are rounded for a bubble
 
@@ -44,6 +43,13 @@ class Problem:
     global_batch: int
     precision: str
     pricer: Pricer
+
+    def ledger(self, piece: Piece) -> Ledger:
+        """Of one micro-batch: see `formulas.layers_ledger`."""
+        software, kernel = self.pricer.software, None
+        if software.measured:  # ours
+            kernel = kernel_of(self.arch, self.seq_len, self.pricer.hardware.accelerator.device)
+        return layers_ledger(self.arch, piece, software, self.precision, kernel)
 
     @property
     def tokens(self) -> float:
@@ -75,7 +81,7 @@ class Estimate:
     def mfu(self, problem: Problem) -> Columns:
         """Over the dense bf16 peak of every accelerator (of a processor, its best rate)."""
         part = problem.pricer.hardware.accelerator
-        peak = part.peak(problem.precision if part.device == "cpu" else "bf16")
+        peak = part.peak(problem.precision if part.device == "cpu" else "bf16") / part.shared_by
         return np.asarray(problem.model_flops / (self.seconds * self.layouts.ranks * peak))
 
 
@@ -164,7 +170,7 @@ class _Estimate:
         back = back.reshape(-1)
         columns = dict(zip(KEYS, unique, strict=True))
         piece = piece_of(columns, self.problem.seq_len)
-        ledger = layers_ledger(self.problem.arch, piece, self.software, self.problem.precision)
+        ledger = self.problem.ledger(piece)
         ones = np.ones(piece.size)
         axes = columns | {"dp_replicate": ones, "dp_shard": ones, "pp": ones}
         groups = comm.groups_of(axes, ("tp", "cp", "dp_shard", "dp_replicate", "pp"))
@@ -193,7 +199,7 @@ class _Estimate:
             compute = of("compute")
             kernels = np.where(ledger.where(kind=COMMUNICATION)[rows], LAUNCHES_OF_MESSAGE, 1.0)[:, None]
             launches = (kernels * ledger.launches[rows] * ledger.repeat[rows]).sum(axis=0)
-            compute = compute + GAP * launches * (host > 0)
+            compute = compute + self.pricer.gap * launches * (host > 0)
             tp = of("tp") * (1 - self.software.tp_hidden * (1 - OVERLAP_COST))
             beside = np.maximum(OVERLAP_COST * of("tp_hidden"), of("tp_hidden") - compute)
             attention = seconds[rows & ledger.where(kind="fused_attention")].sum(axis=0)
@@ -311,8 +317,10 @@ class _Estimate:
             scatter = scatter + messages("all_reduce", shard, replicas)
             everywhere = everywhere + messages("all_reduce", count * gradient, groups[across])
         m = self.micro_batches[index]
-        hides_sums = 1.0 if self.software.overlaps_gradients else 0.0
-        hides_weights = 1.0 if self.software.overlaps_weights else 0.0
+        # A processor's ranks compute with the same cores that carry their messages.
+        apart = self.pricer.hardware.accelerator.device != "cpu"
+        hides_sums = 1.0 if apart and self.software.overlaps_gradients else 0.0
+        hides_weights = 1.0 if apart and self.software.overlaps_weights else 0.0
         back = work.recompute + work.backward + work.weights
         once = np.where(
             zero >= 1,
@@ -334,8 +342,10 @@ class _Estimate:
         routed_shards = np.where(shards > 0, groups["experts"].size, 1.0)
         updated = dense / dense_shards + routed / routed_shards
         touched = np.where(zero >= 2, updated, dense + routed)  # gradients: scaled, measured, set to zero
-        copy = self.pricer.hardware.accelerator.copy
-        update = (updated * UPDATE_BYTES + touched * gradient * 3) / copy
+        update = self.pricer.update(updated, touched)
+        if self.software.casts_weights:  # the others' products add to what is there
+            part = self.pricer.hardware.accelerator
+            update = update + (m - 1) * (dense + routed) * ACCUMULATE_BYTES / part.copy * part.shared_by
         return np.where(zero >= 3, every, once), update
 
     # ------------------------------------------------------------------ the waterfall

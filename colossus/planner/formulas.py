@@ -125,7 +125,9 @@ class _Formulas:
         self.wide = "fp32" if precision == "fp32" else "bf16"  # of what float8 leaves alone
         if kernel is None:
             kernel = FUSED if software.fused_attention else SQUARE
-        self.parts = parts(arch, piece.seq_len, kernel=kernel, type_bytes=self.size)
+        self.kernel = kernel
+        compiled = software.measured and software.elementwise == "fused"
+        self.parts = parts(arch, piece.seq_len, kernel=kernel, type_bytes=self.size, compiled=compiled)
         self.kinds = layer_kinds(arch)
 
     def rows(self) -> Iterator[Row]:
@@ -232,6 +234,10 @@ class _Formulas:
             name, "weights", kind="product", m=n, n=k, k=m, executed=half, model=flops * forward,
             bytes=moved + count * k * n * 2 * self.software.gradient_bytes, **common,
         )  # fmt: skip
+        if self.software.casts_weights and self.size < 4 and name != "head":
+            cast = count * k * n * (4 + width)
+            yield Row(f"{name} cast", "forward", stage, "memory", bytes=cast)
+            yield Row(f"{name} gradient cast", "weights", stage, "memory", bytes=cast)
         if self.software.sums_gradients:  # into those of the micro-batches before
             summed = count * k * n * (2 * self.software.gradient_bytes + self.size)  # read, read, written
             yield Row(f"{name} gradient", "weights", stage, "memory", bytes=summed)
@@ -240,8 +246,8 @@ class _Formulas:
         if name == "head":
             # softmax in fp32 over the logits: written once more, read twice, and their gradient
             moved = piece.tokens * n * (self.size + 4 + 4)
-            yield Row("loss", "forward", stage, "memory", bytes=moved)
-            yield Row("loss", "backward", stage, "memory", bytes=moved)
+            yield Row("loss", "forward", stage, "memory", precision=self.wide, bytes=moved)
+            yield Row("loss", "backward", stage, "memory", precision=self.wide, bytes=moved)
 
     def casts(self, name: str, stage: str, inputs: Columns, outputs: Columns) -> Iterator[Row]:
         """To float8: written twice in a byte, as it is and transposed for the backward pass, by the kernel
@@ -267,7 +273,7 @@ class _Formulas:
         backward = part.executed_backward * piece.tokens / piece.tp
         common: dict[str, Any] = {"stage": stage, "precision": self.wide, "count": heads}
         saved = self.kept(part)
-        if self.software.fused_attention:
+        if self.kernel != SQUARE:
             # A fused kernel skips blocks that the mask hides: n is the keys that a query meets, for the
             # backward pass as often as the pass multiplies with them.
             again = part.executed_backward / part.executed
@@ -308,10 +314,10 @@ class _Formulas:
             "memory" if part.name.startswith("moe.experts.") and "gated" not in part.name else "elementwise"
         )
         yield Row(
-            part.name, "forward", stage, kind, bytes=moved, saved=self.kept(part), launches=eager,
-            model=part.model * self.piece.tokens / self.piece.tp,
+            part.name, "forward", stage, kind, precision=self.wide, bytes=moved, saved=self.kept(part),
+            launches=eager, model=part.model * self.piece.tokens / self.piece.tp,
         )  # fmt: skip
-        yield Row(part.name, "backward", stage, kind, bytes=1.5 * moved, launches=eager,
+        yield Row(part.name, "backward", stage, kind, precision=self.wide, bytes=1.5 * moved, launches=eager,
                   model=2 * part.model * self.piece.tokens / self.piece.tp)  # fmt: skip
 
     # ------------------------------------------------------------------ messages

@@ -10,17 +10,17 @@ from numpy.typing import NDArray
 from colossus.hardware.catalogue import Accelerator
 from colossus.layout import V_SHAPED
 from colossus.perf.ledger import Columns
+from colossus.perf.parts import chunk_tokens
 from colossus.perf.schedule import in_flight
 from colossus.planner.columns import Layouts
-from colossus.planner.estimate import KEYS, Problem, rank_weights, shapes_of
-from colossus.planner.formulas import layers_ledger, piece_of
+from colossus.planner.estimate import KEYS, Problem, kind_weights, rank_weights, shapes_of
+from colossus.planner.formulas import piece_of
 from colossus.planner.stages import Shape, shape
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB  # of CUDA and its libraries' workspaces
 BUFFERS = 0.25 * GIB  # of NCCL, for each group of several ranks that a rank is in
 SLACK = 0.06  # of what is reserved, that no tensor fills: SimuMax measures 0.94 on B200
-LOSS_TOKENS = 1024.0  # of a piece of the chunked loss
 LIVE_LAYERS = 2.0  # layers whose gathered weights are there at once, where they are let go of
 
 
@@ -43,7 +43,8 @@ def memory(problem: Problem, layouts: Layouts) -> Memory:
     n = len(layouts)
     saved = _saved(problem, layouts)
     found = {name: np.zeros(n) for name in
-             ("weights", "gradients", "optimizer", "activations", "logits", "gathered weights")}  # fmt: skip
+             ("weights", "gradients", "optimizer", "activations", "loss or one layer's gradients",
+              "copies of weights")}  # fmt: skip
     rank_of = np.zeros(n, dtype=np.intp)
     micro_batches = layouts.micro_batches(problem.global_batch)
     for (schedule, pp, per_rank), index in shapes_of(layouts).items():
@@ -51,7 +52,15 @@ def memory(problem: Problem, layouts: Layouts) -> Memory:
         chosen = layouts.take(index)
         held = _held(schedule, pp, per_rank, micro_batches[index], len(made.by_stage))
         ranks = [
-            _rank(problem, chosen, made, rank, {k: v[index] for k, v in saved.items()}, held)
+            _rank(
+                problem,
+                chosen,
+                made,
+                rank,
+                {k: v[index] for k, v in saved.items()},
+                held,
+                micro_batches[index],
+            )
             for rank in range(pp)
         ]
         totals = np.stack([sum(parts.values()) for parts in ranks])  # type: ignore[arg-type]
@@ -80,11 +89,9 @@ def _saved(problem: Problem, layouts: Layouts) -> dict[str, Columns]:
     back = back.reshape(-1)
     columns = dict(zip(KEYS, unique, strict=True))
     piece = piece_of(columns, problem.seq_len)
-    software, arch = problem.pricer.software, problem.arch
-    ledger = layers_ledger(arch, piece, software, problem.precision)
-    whole = layers_ledger(
-        arch, replace(piece, recompute=np.zeros_like(piece.recompute)), software, problem.precision
-    )
+    arch = problem.arch
+    ledger = problem.ledger(piece)
+    whole = problem.ledger(replace(piece, recompute=np.zeros_like(piece.recompute)))
     size = 4 if problem.precision == "fp32" else 2
     inputs = piece.tokens * arch.hidden_size * size / np.where(piece.sp == 1, piece.tp, 1.0)
     found = {}
@@ -123,6 +130,7 @@ def _rank(
     rank: int,
     saved: dict[str, Columns],
     held: list[Columns],
+    micro_batches: Columns,
 ) -> dict[str, Columns]:
     arch, software = problem.arch, problem.pricer.software
     dense, routed = rank_weights(arch, layouts, made, rank)
@@ -132,6 +140,9 @@ def _rank(
     over_experts = np.maximum(over_experts, 1.0)
     shards = dense / over + routed / over_experts
     everything = dense + routed
+    head = made.last[rank] * kind_weights(arch, "last")[1] / tp
+    edges = made.first[rank] * sum(kind_weights(arch, "first")) + head
+    edges = edges - made.first[rank] * head * float(arch.tie_embeddings)
     size = 4.0 if problem.precision == "fp32" else 2.0
     layers = max(made.counts[rank].sum(), 1.0)
     if software.fp32_weights:
@@ -140,9 +151,12 @@ def _rank(
         gradients = np.where(zero >= 2, shards, everything) * 4
         optimizer = np.where(zero >= 1, shards, everything) * 8
         live = np.where(zero >= 3, np.minimum(1.0, LIVE_LAYERS / layers), 1.0)
-        copies = (size if size < 4 else 0.0) * everything * live + np.where(
-            over > 1, 4 * everything * live * 0.5, 0
-        )
+        copied = everything - edges if software.measured else everything
+        again_live = np.where(
+            layouts.number("recompute") == 2, 1.0 / layers, live
+        )  # made again with the layer
+        copies = (size if size < 4 else 0.0) * copied * np.minimum(live, again_live)
+        copies = copies + np.where(over > 1, 4 * everything * live * 0.5, 0)
     else:
         # half weights, gradients of their own type, and fp32 weights and moments of the optimizer
         weights = np.where(zero >= 3, shards, everything) * size
@@ -162,18 +176,37 @@ def _rank(
         activations = activations + held[stage] * layer_bytes
     if made.first[rank]:
         activations = activations + saved["first"]
+    activations = activations + again
     logits = np.zeros(len(layouts))
+    tokens = layouts.number("micro_batch") * problem.seq_len / layouts.number("cp")
     if made.last[rank]:
         activations = activations + saved["last"]
-        tokens = layouts.number("micro_batch") * problem.seq_len / layouts.number("cp")
-        logits = np.minimum(tokens, LOSS_TOKENS) * arch.vocab_size / tp * (size + 8)
-        if not software.fp32_weights:
-            logits = tokens * arch.vocab_size / tp * (size + 4)
+        logits = tokens * arch.vocab_size / tp * (size + 4)
+        if software.fp32_weights:
+            logits = _loss_bytes(problem, tokens, tp) + (4.0 if size == 4 else 8.0) * head
+    if software.measured:
+        # What a layer's backward pass has at once beside what was saved: gradients of its widest tensors.
+        widest = 3 * arch.intermediate_size + 4 * arch.hidden_size
+        layer = tokens * widest * size / tp + 4 * head
+        logits = np.maximum(logits, layer)
+        # With one micro-batch, gradients take the place of the activations that made them.
+        gradients = np.where(micro_batches > 1, gradients, np.maximum(0.0, gradients - activations - logits))
     return {
         "weights": weights,
         "gradients": gradients,
         "optimizer": optimizer,
-        "activations": activations + again,
-        "logits": logits,
-        "gathered weights": copies,
+        "activations": activations,
+        "loss or one layer's gradients": logits,
+        "copies of weights": copies,
     }
+
+
+def _loss_bytes(problem: Problem, tokens: Columns, tp: Columns) -> Columns:
+    """The logits of one piece of the chunked loss and what is made of them (`models.loss`)."""
+    device, software = problem.pricer.hardware.accelerator.device, problem.pricer.software
+    each = [chunk_tokens(int(n), problem.arch.vocab_size, device) for n in np.unique(tokens)]
+    chunk = np.array(each)[np.unique(tokens, return_inverse=True)[1].reshape(-1)]
+    half = problem.precision != "fp32"
+    fused = device == "cuda" and software.elementwise == "fused"
+    per_logit = 4.0 if fused or not half else 6.0  # theirs and the gradient's; in fp32 both in one place
+    return np.asarray(chunk * problem.arch.vocab_size / tp * per_logit)

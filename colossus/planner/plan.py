@@ -16,10 +16,12 @@ from colossus.hardware.catalogue import table
 from colossus.hardware.fleets import Hardware, hardware_of
 from colossus.hardware.machine import Machine
 from colossus.job import Job
+from colossus.layout import AXES
 from colossus.perf.price import Pricer
 from colossus.perf.software import OURS
 from colossus.planner.estimate import Problem
 from colossus.planner.goodput import DAY, Goodput, goodput, spare_nodes
+from colossus.planner.measured import corrections_for
 from colossus.planner.search import Choice, Found, Limits, fixed_of, search
 
 AIMS = ("time", "cost", "energy")
@@ -119,7 +121,8 @@ def make_plan(job: Job, machine: Machine | None = None, aim: str = "time") -> Pl
     if aim not in AIMS:
         raise UserError.field("--for", aim, f"one of {', '.join(AIMS)}", AIMS)
     arch = _arch(job)
-    hardware = hardware_of(job.fleet, machine)
+    hardware = hardware_of(job.fleet, machine, ranks=_ranks(job))
+    corrections = corrections_for(hardware, machine)
     assumptions = list(hardware.assumptions)
     seq_len = job.data.seq_len or min(arch.max_seq_len or SEQ_LEN, SEQ_LEN)
     precision: str = job.precision.type or ("fp32" if hardware.accelerator.device == "cpu" else "bf16")
@@ -132,8 +135,10 @@ def make_plan(job: Job, machine: Machine | None = None, aim: str = "time") -> Pl
         batch = _batch(usable, seq_len, num_active(arch))
         assumptions.append(f"run.global_batch={batch:,}: {batch * seq_len:,} tokens of a step")
     tokens = _tokens(job, arch, batch * seq_len, assumptions)
-    problem = Problem(arch, seq_len, batch, precision, Pricer.of(hardware, OURS))
+    problem = Problem(arch, seq_len, batch, precision, Pricer.of(hardware, OURS, corrections))
     fixed = fixed_of({name: getattr(job.layout, name) for name in FIELDS})
+    compiles = machine is None or machine.device == "cuda" or machine.compiler is not None
+    fixed |= {"compile": job.layout.compile if job.layout.compile is not None or compiles else False}
     found, hardware = _search(problem, Limits(fixed, spares), aim, tokens)
     best = found.choices[0]
     low, high = (costs_of(hardware, best, tokens, batch * seq_len, rate) for rate in hardware.failures)
@@ -159,6 +164,11 @@ def make_plan(job: Job, machine: Machine | None = None, aim: str = "time") -> Pl
         assumptions=tuple(assumptions),
         problem=problem,
     )
+
+
+def _ranks(job: Job) -> int:
+    """That the layout asks for, where it does; of a processor, which any number of ranks can share."""
+    return math.prod(getattr(job.layout, axis) or 1 for axis in AXES)
 
 
 def _arch(job: Job) -> Architecture:

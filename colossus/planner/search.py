@@ -107,7 +107,8 @@ def search(problem: Problem, limits: Limits) -> Found:
         return _mixed(problem, limits)
     found: list[Choice] = []
     priced, quickest, skipped = 0, float("inf"), 0
-    for compiled in (True, False):
+    wanted = limits.fixed.get("compile")
+    for compiled in (True, False) if wanted is None else (bool(wanted),):
         mine = replace(problem, pricer=_pricer(problem, compiled))
         space = layouts_of(mine, hardware.count, limits, compiled=compiled)
         if not len(space):
@@ -125,10 +126,7 @@ def search(problem: Problem, limits: Limits) -> Found:
 
 
 def _pricer(problem: Problem, compiled: bool) -> Pricer:
-    pricer = problem.pricer
-    if pricer.hardware.accelerator.device == "cpu":
-        return replace(pricer, software=OURS_EAGER)
-    return replace(pricer, software=OURS if compiled else OURS_EAGER)
+    return replace(problem.pricer, software=OURS if compiled else OURS_EAGER)
 
 
 def _seconds(problem: Problem, space: Layouts) -> NDArray[np.float64]:
@@ -185,7 +183,7 @@ def refined(problem: Problem, one: Layouts, compiled: bool) -> Choice:
     seconds = sum(parts.values())
     ranks = float(one.ranks[0])
     part = problem.pricer.hardware.accelerator
-    peak = part.peak(problem.precision if part.device == "cpu" else "bf16")
+    peak = part.peak(problem.precision if part.device == "cpu" else "bf16") / part.shared_by
     return Choice(
         row=_row(one),
         ranks=int(ranks),

@@ -145,7 +145,9 @@ def _block(
         pairs = [(int(fixed["dp_replicate"]), int(fixed["dp_shard"]))]
     schedules = [
         pair
-        for pair in _schedules(problem.arch.num_layers, pp, compiled, whole)
+        for pair in _schedules(
+            problem.arch.num_layers, pp, compiled, whole, only=fixed.get("compile") is not None
+        )
         if all(
             fixed.get(name) in (None, value)
             for name, value in zip(("schedule", "stages_per_rank"), pair, strict=True)
@@ -196,17 +198,20 @@ def data_parallel(most: int, global_batch: int, whole: bool) -> list[tuple[int, 
     return found
 
 
-def _schedules(num_layers: int, pp: int, compiled: bool, whole: bool) -> list[tuple[str, int]]:
+def _schedules(num_layers: int, pp: int, compiled: bool, whole: bool, only: bool) -> list[tuple[str, int]]:
+    """Not compiled, those alone that can't be: others are quicker compiled. only: nothing else is asked."""
     if pp == 1:
-        return [("1f1b", 1)] if compiled else []
+        return [("1f1b", 1)] if compiled or only else []
     most = num_layers // pp
     several = list(range(2, min(most, MOST_STAGES) + 1))
     if not whole:  # those that layers divide by, or as many stages as there can be
         even = [v for v in several if num_layers % (pp * v) in (0, pp * v - 2)]
         several = sorted({*even[-3:], *even[:1], *several[-1:]})
+    plain = [("1f1b", 1), *(("interleaved_1f1b", v) for v in several)]
     if compiled:
-        return [("1f1b", 1), *(("interleaved_1f1b", v) for v in several)]
+        return plain
     return [
+        *(plain if only else []),
         *(("interleaved_zero_bubble", v) for v in several),
         *((name, 2) for name in ZERO_BUBBLE if name != "interleaved_zero_bubble" and most >= 2),
     ]

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from colossus.models import loss as loss_module
-from colossus.models.loss import cross_entropy
+from colossus.models.loss import cross_entropy, loss_and_gradient
+from colossus.perf import parts
 
 
 def plain(
@@ -34,8 +35,8 @@ def sample(
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 def test_loss_and_gradients_in_float64(monkeypatch: pytest.MonkeyPatch, tokens: int, z_loss: float) -> None:
     """Chunks of 16 tokens: fewer, exactly one, several, and a last one that is not full."""
-    monkeypatch.setattr(loss_module, "MIN_CHUNK", 16)
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 0)
+    monkeypatch.setattr(parts, "MIN_CHUNK", 16)
+    monkeypatch.setitem(parts.CHUNK_LOGITS, "cpu", 0)
     x_ND, weight_VD, targets_N = sample(tokens, 12, 37)
     loss, num_targets = cross_entropy(x_ND, weight_VD, targets_N, z_loss)
     assert int(num_targets) == int((targets_N != -100).sum())
@@ -89,8 +90,8 @@ def test_a_second_backward_is_refused() -> None:
 
 @pytest.mark.parametrize("tokens", [48, 50])
 def test_bf16_activations_sum_in_fp32(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    monkeypatch.setattr(loss_module, "MIN_CHUNK", 16)
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 0)
+    monkeypatch.setattr(parts, "MIN_CHUNK", 16)
+    monkeypatch.setitem(parts.CHUNK_LOGITS, "cpu", 0)
     x_ND, weight_VD, targets_N = sample(tokens, 16, 32, torch.bfloat16)
     weight32_VD = weight_VD.detach().float().requires_grad_()
     loss, _ = cross_entropy(x_ND, weight32_VD, targets_N)
@@ -102,3 +103,14 @@ def test_bf16_activations_sum_in_fp32(monkeypatch: pytest.MonkeyPatch, tokens: i
     torch.testing.assert_close(loss.double(), exact, rtol=1e-2, atol=0)
     assert torch.linalg.norm(x_ND.grad - grad_x) < 2e-2 * torch.linalg.norm(grad_x)
     assert torch.linalg.norm(weight32_VD.grad - grad_weight) < 2e-2 * torch.linalg.norm(grad_weight)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_what_is_written_for_the_compiler_is_the_same(soft_cap: float | None, z_loss: float) -> None:
+    x_ND, weight_VD, targets_N = sample(50, 12, 37)
+    logits_NV = (x_ND @ weight_VD.t()).detach()
+    want = loss_module._loss_and_gradient(logits_NV.clone(), targets_N, z_loss, soft_cap, None)
+    got = loss_and_gradient(logits_NV, targets_N, z_loss, soft_cap)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
 
-from colossus.architecture import Architecture
+from colossus.architecture import IGNORED, Architecture
 from colossus.data.tokenizer import BytesTokenizer
 from colossus.generation import generate
 from colossus.models import build
 from colossus.models.attend import Scores, attend, attend_by_products
 from colossus.models.grouped import grouped_product
 from colossus.models.loss import cross_entropy
+from colossus.parallel.apply import compile_layers
+from colossus.perf.parts import CHUNK_LOGITS
 from colossus.precision import apply_precision
 from tests.generation.families import tiny as decided
 from tests.models.reference import random_tokens
@@ -29,22 +32,23 @@ BATCH, TOKENS = 2, 24
 def loss_and_gradients(
     arch: Architecture, device: str, type: str, *, compiled: bool = False
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    model = apply_precision(build(arch, seed=0, device=device), type)
+    model = apply_precision(build(arch, seed=0).to(device), type)  # a GPU draws other last digits
     if compiled:
-        for layer in model.layers:
-            layer.compile(dynamic=False)
+        compile_layers(model)
     tokens_BT = random_tokens(arch, BATCH, TOKENS).to(device)
     targets_BT = random_tokens(arch, BATCH, TOKENS, seed=1).to(device)
     loss, count = model(tokens_BT, targets_BT)
     (loss / count).backward()
     gradients = {n: p.grad.cpu().double() for n, p in model.named_parameters() if p.grad is not None}
-    return float(loss / count), gradients
+    return float((loss / count).detach()), gradients
 
 
 def assert_near(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], allowed: float) -> None:
+    """By norm; of gradients that are all but zero, as those of the keys' biases are, beside the largest."""
     assert got.keys() == want.keys()
+    largest = max(float(gradient.norm()) for gradient in want.values())
     for name, gradient in want.items():
-        error = float((got[name] - gradient).norm() / gradient.norm().clamp_min(1e-12))
+        error = float((got[name] - gradient).norm() / gradient.norm().clamp_min(1e-3 * largest))
         assert error < allowed, f"{name}: {error:.2g}"
 
 
@@ -53,8 +57,9 @@ def test_every_family_has_the_losses_and_gradients_of_a_processor(preset: str) -
     arch = tiny(preset)
     want, want_gradients = loss_and_gradients(arch, "cpu", "fp64")
     got, gradients = loss_and_gradients(arch, "cuda", "fp64")
-    assert got == pytest.approx(want, rel=1e-10)
-    assert_near(gradients, want_gradients, 1e-8)
+    # angles of positions are computed in fp32 on both, and differ in the last digit
+    assert got == pytest.approx(want, rel=1e-7)
+    assert_near(gradients, want_gradients, 1e-6)
 
 
 @pytest.mark.parametrize("preset", ["llama3.1-8b", "mixtral-8x7b", "deepseek-v3", "gpt-oss-20b"])
@@ -64,7 +69,11 @@ def test_bf16_is_as_near_as_its_rounding(preset: str, compiled: bool) -> None:
     want, want_gradients = loss_and_gradients(arch, "cpu", "fp64")
     got, gradients = loss_and_gradients(arch, "cuda", "bf16", compiled=compiled)
     assert got == pytest.approx(want, rel=2e-3)
-    matrices = {n: g for n, g in want_gradients.items() if g.ndim == 2 and "router" not in n}
+    matrices = {
+        n: g
+        for n, g in want_gradients.items()
+        if g.ndim == 2 and not n.endswith("_bias") and "router" not in n
+    }
     assert_near({n: gradients[n] for n in matrices}, matrices, 0.08)
 
 
@@ -108,8 +117,8 @@ def test_grouped_products_are_products() -> None:
     ends = torch.tensor([10, 10, 100, 260, 300], device="cuda", dtype=torch.int32)
     y = grouped_product(x, w, ends)
     cuts = [0, *ends.tolist()]
-    pairs = zip(cuts, cuts[1:], strict=False)
-    want = torch.cat([x[a:b].double() @ w[i].double().t() for i, (a, b) in enumerate(pairs)])
+    pairs = enumerate(itertools.pairwise(cuts))
+    want = torch.cat([x[a:b].double() @ w[i].double().t() for i, (a, b) in pairs])
     assert float((y.double() - want).norm() / want.norm()) < 1e-2
     g = torch.randn_like(y)
     found = torch.autograd.grad(y, (x, w), g)
@@ -118,17 +127,20 @@ def test_grouped_products_are_products() -> None:
         assert float((a.double() - b.double()).norm() / b.double().norm()) < 1e-2
 
 
-def test_the_chunked_loss_is_the_loss() -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_chunked_loss_is_the_loss(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHUNK_LOGITS, "cuda", 600_000)
     x = torch.randn(1500, 64, device="cuda", requires_grad=True)
     w = (0.1 * torch.randn(1000, 64, device="cuda")).requires_grad_()
     targets = torch.randint(1000, (1500,), device="cuda")
-    loss, count = cross_entropy(x, w, targets, z_loss=1e-4)
+    targets[::7] = IGNORED
+    loss, count = cross_entropy(x, w, targets, z_loss=1e-4, compiled=compiled)
     found = torch.autograd.grad(loss, (x, w))
     logits = x.double() @ w.double().t()
     want = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    want = want + 1e-4 * logits.logsumexp(-1).square().sum()
-    assert int(count) == 1500
-    assert float(loss) == pytest.approx(float(want), rel=1e-3)
+    want = want + 1e-4 * (logits.logsumexp(-1).square() * (targets != IGNORED)).sum()
+    assert int(count) == int((targets != IGNORED).sum())
+    assert float(loss.detach()) == pytest.approx(float(want.detach()), rel=1e-3)
     for a, b in zip(found, torch.autograd.grad(want, (x, w)), strict=True):
         assert float((a - b).norm() / b.norm()) < 1e-2
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from colossus.architecture import Architecture
 from colossus.job import load_job
-from colossus.measure.counter import flop_counter, kernel_of
+from colossus.measure.counter import flop_counter
 from colossus.models import Decoder, build
 from colossus.models.attend import attend
 from colossus.models.sight import document_mask
@@ -24,7 +24,7 @@ from colossus.perf.flops import (
     matrix_parameters,
     model_flops_per_token,
 )
-from colossus.perf.parts import ATTENTION, FUSED, parts
+from colossus.perf.parts import ATTENTION, FUSED, kernel_of, parts
 from tests.models.reference import architecture, random_tokens
 from tests.perf.tiny import PRESETS, tiny
 

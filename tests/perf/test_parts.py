@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from colossus.architecture import num_active, parameter_table
 from colossus.derive.dial import shape
-from colossus.measure.counter import kernel_of
 from colossus.models import Decoder, build
 from colossus.models.rope import rotations
 from colossus.perf.flops import saved_bytes_per_token
-from colossus.perf.parts import FUSED, Kernel, executed_keys, layer_kinds, model_keys, parts
+from colossus.perf.parts import FUSED, Kernel, executed_keys, kernel_of, layer_kinds, model_keys, parts
 from tests.models.reference import architecture, random_tokens
 from tests.perf.tiny import PRESETS, tiny
 

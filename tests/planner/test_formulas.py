@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from colossus.measure.counter import flop_counter, kernel_of
+from colossus.measure.counter import flop_counter
 from colossus.models import build
 from colossus.perf.flops import model_flops_per_token, saved_bytes_per_token
 from colossus.perf.ledger import COMMUNICATION
-from colossus.perf.parts import FUSED
+from colossus.perf.parts import FUSED, kernel_of
 from colossus.perf.software import MEGATRON_CORE, OURS
 from colossus.planner.formulas import Piece, layer_counts, layers_ledger
 from tests.models.reference import random_tokens
