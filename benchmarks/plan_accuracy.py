@@ -30,6 +30,7 @@ from colossus.perf.price import Pricer, fitted
 from colossus.perf.receipts import Figure, print_figures, write_receipt
 from colossus.planner.columns import Layouts
 from colossus.planner.estimate import Problem, estimate
+from colossus.planner.measured import corrections_for
 
 SCALARS = Path(colossus.perf.__file__).parent / "scalars.toml"
 ROWS_OF_A_GROUP = 40  # that calibrate: a publisher who prints forty rows of one model weighs no more
@@ -63,7 +64,7 @@ def predict(runs: Sequence[Run], scalars: Mapping[str, float] | None = None) -> 
     found: dict[int, Scored] = {}
     for members in problems.values():
         first = runs[members[0]]
-        pricer = Pricer(first.hardware, first.software, scalars or fitted())
+        pricer = Pricer(first.hardware, first.software, scalars or fitted(), corrections_for(first.hardware))
         problem = Problem(first.arch, first.seq_len, first.global_batch, first.precision, pricer)
         rows = [(i, row) for i in members for row in runs[i].variants]
         seconds = estimate(problem, Layouts.of([row for _, row in rows])).seconds
@@ -298,7 +299,7 @@ def llama3() -> list[tuple[str, float, float]]:
         ("16,384 GPUs", 16384, 1, 128, 8192, 2048),
         ("16,384 GPUs, context 131,072", 16384, 16, 8, 131072, 128),
     ):
-        pricer = Pricer(fleet.with_count(count), software.META, fitted())
+        pricer = Pricer(fleet.with_count(count), software.META, fitted(), corrections_for(fleet))
         problem = Problem(base, seq_len, batch, "bf16", pricer)
         layouts = Layouts.of(
             [

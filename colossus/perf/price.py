@@ -209,7 +209,8 @@ class Pricer:
     @property
     def gap(self) -> float:
         """Seconds between two kernels of a GPU; measured layers have them in what lies between products."""
-        return 0.0 if self.corrections is not None or self.hardware.accelerator.device == "cpu" else GAP
+        timed = self.corrections is not None and self.software.measured
+        return 0.0 if timed or self.hardware.accelerator.device == "cpu" else GAP
 
     def dispatch(self) -> float:
         """Seconds of the host for each kernel. A processor's own operations were timed with it."""

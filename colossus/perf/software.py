@@ -22,7 +22,8 @@ class Software:
         compiled programs move fewer.
     eager: kernels for each row of the ledger; what the host has to start.
     joins_inputs: queries, keys and values are one product, gate and up another.
-    tp_hidden: the share of tensor-parallel messages that hides behind products.
+    tp_hidden: whether products overlap with tensor-parallel messages, piece by piece: all but the first of tp
+        pieces hides.
     cp_hidden: of attention's seconds, how many hide the messages of keys and values.
     gradient_bytes: of an element as gradients are summed over ranks.
     sums_gradients: whether each micro-batch's gradients are added to a buffer of `gradient_bytes` by a kernel
@@ -96,7 +97,7 @@ MEGATRON_DEEPSPEED = Software(
 )
 MEGATRON_CORE = Software(
     "Megatron-Core and NeMo",  # Transformer Engine; user buffers overlap tensor-parallel messages
-    tp_hidden=0.7,
+    tp_hidden=1.0,
     cp_hidden=0.9,
 )
 NEMO_2023 = replace(

@@ -178,14 +178,14 @@ class _Estimate:
         sorts: dict[str, Columns] = {}
         stages = {}
         for stage in dict.fromkeys(ledger.stage.tolist()):
-            stages[stage] = layer_at(self.one_stage(ledger, seconds, stage), back)
+            stages[stage] = layer_at(self.one_stage(ledger, seconds, stage, piece.tp), back)
         for sort, mask in self.sorts(ledger).items():
             for stage in stages:
                 rows = mask & ledger.where(stage=stage)
                 sorts[f"{sort} {stage}"] = seconds[rows].sum(axis=0)[back]
         return stages, sorts
 
-    def one_stage(self, ledger: Ledger, seconds: Columns, stage: str) -> _Layer:
+    def one_stage(self, ledger: Ledger, seconds: Columns, stage: str, tp_ranks: Columns) -> _Layer:
         """Seconds of the phases of one layer: products and what lies between them, at least as long as the
         host needs to start them, and what messages don't hide."""
         found = {}
@@ -200,7 +200,9 @@ class _Estimate:
             kernels = np.where(ledger.where(kind=COMMUNICATION)[rows], LAUNCHES_OF_MESSAGE, 1.0)[:, None]
             launches = (kernels * ledger.launches[rows] * ledger.repeat[rows]).sum(axis=0)
             compute = compute + self.pricer.gap * launches * (host > 0)
-            tp = of("tp") * (1 - self.software.tp_hidden * (1 - OVERLAP_COST))
+            # Beside a product that takes its input piece by piece, a rank's own first, or gives its output so.
+            hidden = self.software.tp_hidden * (1 - 1 / tp_ranks)
+            tp = of("tp") * (1 - hidden * (1 - OVERLAP_COST))
             beside = np.maximum(OVERLAP_COST * of("tp_hidden"), of("tp_hidden") - compute)
             attention = seconds[rows & ledger.where(kind="fused_attention")].sum(axis=0)
             keys = np.maximum(0.0, of("cp") - self.software.cp_hidden * attention)
