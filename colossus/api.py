@@ -175,6 +175,21 @@ def _measured() -> Machine | None:
     return this_machine()
 
 
+def calibrate(say: Callable[[str], None] = lambda line: None) -> str:
+    """Times the operations of training on this machine, some minutes long, and keeps the table, which `plan`
+    reads from then on. Returns what was done, in words.
+
+    say: is told what is being timed.
+    """
+    from colossus.hardware.calibration import keep
+    from colossus.measure.calibrate import calibrate, in_words
+    from colossus.measure.machine import this_machine
+
+    machine = this_machine()
+    made = calibrate(machine, say)
+    return f"{in_words(made)}\nkept in {keep(made, machine)}"
+
+
 def planned(job: Job, plan: Plan) -> Job:
     """The job with what a plan found: layout, batch and length."""
     values: dict[str, Any] = {f"layout.{name}": value for name, value in plan.layout().items()}

@@ -27,6 +27,9 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     hardware: Annotated[bool, typer.Option("--hardware", help="List accelerators and servers.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Time this machine for its plans; some minutes.")
+    ] = False,
 ) -> int:
     """Find the best layout for a model on a fleet.
 
@@ -40,6 +43,10 @@ def plan(
         return 0
 
     from colossus import api
+
+    if calibrate:
+        print(api.calibrate(lambda line: print(line, file=sys.stderr)))
+        return 0
     from colossus.planner import report
     from colossus.planner.search import NothingFits
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product as pairs
+from math import prod
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from colossus.architecture import Architecture
 from colossus.hardware.calibration import Calibration, Timing
 from colossus.hardware.machine import Machine
+from colossus.measure.loopback import message_timings
 from colossus.measure.machine import HOPELESS
 from colossus.models.attend import attend
 from colossus.models.block import Block
@@ -34,6 +36,7 @@ from colossus.models.init import initialise
 from colossus.models.loss import cross_entropy
 from colossus.models.sight import sight
 from colossus.precision.policy import TYPES
+from colossus.words import rate
 
 Say = Callable[[str], None]
 Shapes = tuple[tuple[int, ...], ...]
@@ -175,6 +178,8 @@ def calibrate(machine: Machine, say: Say = lambda line: None, *, quick: bool = F
         say("updates and copies")
         _updates(bench, quick)
         _copies(bench)
+        say("messages between ranks")
+        bench.timings += message_timings(machine.device, _ranks(machine))
         held = _held(bench) if machine.device == "cuda" and not quick else 1.0
     finally:
         torch.set_num_threads(before)
@@ -199,6 +204,11 @@ def reference_rate(precision: str, runs: int = REFERENCE_RUNS) -> float:
     for _ in range(runs):
         torch.mm(left, right, out=out)
     return runs * 2.0 * REFERENCE_SIZE**3 / (time.perf_counter() - began)
+
+
+def _ranks(machine: Machine) -> int:
+    """That share this machine: its GPUs, or two on a processor; 1: there is nothing to time."""
+    return len(machine.gpus) if machine.gpus else min(2, machine.cores)
 
 
 def _precisions(machine: Machine) -> list[str]:
@@ -417,8 +427,17 @@ def _held(bench: _Bench) -> float:
     return min(1.0, among / ((time.perf_counter() - began) / count))
 
 
-def shapes_of(timings: tuple[Timing, ...]) -> Iterator[str]:
-    """How many shapes were timed, by kind, in words."""
-    kinds = dict.fromkeys(timing.kind for timing in timings)
-    for kind in kinds:
-        yield f"{sum(timing.kind == kind for timing in timings)} of {kind}"
+def in_words(made: Calibration) -> str:
+    """What was timed, and what came of it: one row a kind."""
+    lines = [f"{made.title}: {len(made.timings)} timings in {made.seconds:.0f} s"]
+    for kind in dict.fromkeys(timing.kind for timing in made.timings):
+        mine = [timing for timing in made.timings if timing.kind == kind]
+        words = f"  {kind:15} {len(mine):4} timings"
+        if kind in ("product", "grouped"):
+            for precision in dict.fromkeys(timing.precision for timing in mine):
+                of = [2 * prod(t.shape) / t.seconds for t in mine if t.precision == precision]
+                words += f"; {precision} {rate(min(of))} to {rate(max(of))}"
+        lines.append(words)
+    if made.held < 1:
+        lines.append(f"  products keep up {100 * made.held:.0f}% of that for seconds on end")
+    return "\n".join(lines)

@@ -18,7 +18,7 @@ from colossus.perf.ledger import Columns
 Key = tuple[str, str, str, str]  # kind, variant, precision, phase
 NEIGHBOURS = 6
 SOFT = 0.02  # squared octaves: nearer than that is the same shape
-NEAR = 1.0  # octaves: farther from all measured shapes a price is extrapolated
+SAME, NEAR = 0.3, 1.5  # octaves to a measured shape: a price is that one's; between them; and beyond
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class Surface:
     ratios: NDArray[np.float64]
 
     def at(self, points: NDArray[np.float64]) -> tuple[Columns, Columns]:
-        """Ratio and distance in octaves to the nearest measured shape, of points [P, D]."""
+        """Ratio and distance in octaves to the nearest measured shape, of points [P, D]. What is larger than
+        all that was measured is as good as the largest: rates no longer change."""
+        points = np.minimum(points, self.points.max(axis=0))
         unique, back = np.unique(np.round(points, 3), axis=0, return_inverse=True)
         squared = ((unique[:, None, :] - self.points[None]) ** 2).sum(-1)
         few = min(NEIGHBOURS, len(self.ratios))
@@ -43,16 +45,22 @@ class Surface:
 
 @dataclass(frozen=True)
 class Corrections:
-    """Surfaces by kind of work. held: see `hardware.calibration.Calibration`; None: it is of a machine like
-    this one, not of this one."""
+    """Surfaces by kind of work. source: what was measured, and when.
+
+    held: see `hardware.calibration.Calibration`; None: it is of a machine like this one, not of this one.
+    """
 
     surfaces: Mapping[Key, Surface]
     held: float | None = None
+    source: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, ratios: Mapping[Key, Sequence[tuple[tuple[float, ...], float]]], held: float | None = None
+        cls,
+        ratios: Mapping[Key, Sequence[tuple[tuple[float, ...], float]]],
+        held: float | None = None,
+        source: str = "",
     ) -> Corrections:
         """From (shape, measured over formula) by key."""
         surfaces = {
@@ -62,7 +70,7 @@ class Corrections:
         counts: dict[str, int] = {}
         for (kind, *_), rows in ratios.items():
             counts[kind] = counts.get(kind, 0) + len(rows)
-        return cls(surfaces, held, counts)
+        return cls(surfaces, held, source, counts)
 
     def has(self, key: Key) -> bool:
         return self._find(key) is not None

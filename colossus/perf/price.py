@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
@@ -13,7 +13,7 @@ import numpy as np
 from colossus.hardware.catalogue import Accelerator
 from colossus.hardware.fleets import Hardware
 from colossus.perf import communication as comm
-from colossus.perf.corrections import Corrections
+from colossus.perf.corrections import Corrections, Key
 from colossus.perf.ledger import Columns, Ledger
 from colossus.perf.software import Software
 
@@ -108,20 +108,36 @@ class Pricer:
     def products(self, ledger: Ledger) -> Columns:
         """Matrix products: by formula times what was measured of shapes like these, else what was fitted."""
         seconds, found = self.plain_products(ledger), self.corrections
-        for i, (precision, name, phase) in enumerate(
-            zip(ledger.precision, ledger.name, ledger.phase, strict=True)
-        ):
-            side = "forward" if phase == "recompute" else phase
-            shape = [column[i] for column in (ledger.m, ledger.n, ledger.k, ledger.count)]
-            kind = "grouped" if "experts." in name else "product"
-            if found is not None and found.has(key := (kind, "", precision, side)):
-                seconds[i] = seconds[i] * found.ratio(key, *shape)
-                continue
-            if kind == "grouped":
+        for i, (key, shape) in enumerate(self.keys(ledger)):
+            if "experts." in ledger.name[i] and (key is None or key[0] != "grouped"):
                 seconds[i] = seconds[i] / self.scalars["experts"]
-            if found is not None and found.has(key := ("product", "", precision, side)):
+            if found is not None and key is not None:
                 seconds[i] = seconds[i] * found.ratio(key, *shape)
         return seconds
+
+    def keys(self, ledger: Ledger) -> Iterator[tuple[Key | None, list[Columns]]]:
+        """Of each product and attention, under which key it was measured, and its shape as that has it."""
+        found = self.corrections
+        variant = "" if self.hardware.accelerator.device == "cpu" else self.software.flash
+        for i, (name, kind, phase) in enumerate(zip(ledger.name, ledger.kind, ledger.phase, strict=True)):
+            side, precision = "forward" if phase == "recompute" else phase, ledger.precision[i]
+            shape = [ledger.m[i], ledger.n[i], ledger.k[i], ledger.count[i]]
+            if kind == "fused_attention":
+                shape[1] = ledger.n[i] / (BACKWARD_PASSES if side == "backward" else 1.0)
+                shape[3] = ledger.m[i] * ledger.count[i]  # all queries: what can be done at once
+                keys: list[Key] = [("attention", variant, precision, side)]
+            else:
+                kinds = ("grouped", "product") if "experts." in name else ("product",)
+                keys = [(kind, "", precision, side) for kind in kinds]
+            yield next((key for key in keys if found is not None and found.has(key)), None), shape
+
+    def distances(self, ledger: Ledger) -> Columns:
+        """Of each product and attention, octaves to the nearest shape that was measured: [R, N]."""
+        out = np.full(ledger.size, np.inf)
+        for i, (key, shape) in enumerate(self.keys(ledger)):
+            if self.corrections is not None and key is not None:
+                out[i] = self.corrections.ratio_and_distance(key, *shape)[1]
+        return out
 
     def plain_products(self, ledger: Ledger) -> Columns:
         """By formula: of what is measured the best, less for part-filled tiles, waves and short k."""
@@ -155,15 +171,10 @@ class Pricer:
     def attention(self, ledger: Ledger) -> Columns:
         """Fused attention: by formula times what was measured of the same kernel, else what was fitted."""
         seconds, found = self.plain_attention(ledger), self.corrections
-        variant = "" if self.hardware.accelerator.device == "cpu" else self.software.flash
-        for i, (precision, phase) in enumerate(zip(ledger.precision, ledger.phase, strict=True)):
-            side = "backward" if phase == "backward" else "forward"
-            keys = ledger.n[i] / (BACKWARD_PASSES if side == "backward" else 1.0)
-            key = ("attention", variant, precision, side)
-            if found is not None and found.has(key):
-                seconds[i] = seconds[i] * found.ratio(key, ledger.m[i], keys, ledger.k[i], ledger.count[i])
-            else:
-                seconds[i] = seconds[i] / (self.scalars["attention"] if variant else CPU_ATTENTION)
+        usual = CPU_ATTENTION if self.hardware.accelerator.device == "cpu" else self.scalars["attention"]
+        for i, (key, shape) in enumerate(self.keys(ledger)):
+            known = found is not None and key is not None
+            seconds[i] = seconds[i] * (found.ratio(key, *shape) if known else 1 / usual)  # type: ignore[union-attr, arg-type]
         return seconds
 
     def plain_attention(self, ledger: Ledger) -> Columns:

@@ -200,7 +200,7 @@ class _Estimate:
             kernels = np.where(ledger.where(kind=COMMUNICATION)[rows], LAUNCHES_OF_MESSAGE, 1.0)[:, None]
             launches = (kernels * ledger.launches[rows] * ledger.repeat[rows]).sum(axis=0)
             compute = compute + self.pricer.gap * launches * (host > 0)
-            # Beside a product that takes its input piece by piece, a rank's own first, or gives its output so.
+            # A product takes its input piece by piece, a rank's own first, or gives its output so.
             hidden = self.software.tp_hidden * (1 - 1 / tp_ranks)
             tp = of("tp") * (1 - hidden * (1 - OVERLAP_COST))
             beside = np.maximum(OVERLAP_COST * of("tp_hidden"), of("tp_hidden") - compute)

@@ -18,12 +18,14 @@ from colossus.hardware.catalogue import Accelerator
 from colossus.hardware.fleets import Hardware, Pool
 from colossus.hardware.machine import Machine
 from colossus.perf import communication as comm
-from colossus.perf.corrections import Corrections, Key
+from colossus.perf.corrections import NEAR, SAME, Corrections, Key
 from colossus.perf.ledger import COMMUNICATION, PHASES, Ledger, Phase, Row
 from colossus.perf.parts import ATTENTION, MAX_BLOCKED, kernel_of
 from colossus.perf.price import UPDATE_BYTES, Pricer
 from colossus.perf.software import OURS
-from colossus.planner.formulas import Piece, layers_ledger
+from colossus.planner.columns import Layouts
+from colossus.planner.estimate import KEYS, Problem
+from colossus.planner.formulas import Piece, layers_ledger, piece_of
 
 MESSAGES = ("all_gather", "reduce_scatter", "all_reduce")
 WHOLES = ("layer", "loss")
@@ -43,6 +45,38 @@ def corrections_for(hardware: Hardware, machine: Machine | None = None) -> Corre
         return corrections_of(calibration, replace(part, shared_by=1), here=True)
     calibration = of_accelerator(ALIKE.get(part.name, part.name)) if part.device == "cuda" else None
     return None if calibration is None else corrections_of(calibration, part, here=False)
+
+
+def basis(problem: Problem, layout: Layouts) -> list[tuple[str, str]]:
+    """What one layout's seconds rest on: (what, whether it was measured, interpolated, fitted or assumed)."""
+    found = problem.pricer.corrections
+    if found is None:
+        words = "formulas, and scalars that were fitted to published runs"
+        return [("products", words), ("messages", "formulas")]
+    piece = piece_of({name: layout.number(name) for name in KEYS}, problem.seq_len)
+    ledger = problem.ledger(piece)
+    rows = [("products", _sure(problem, found, ledger, "product"))]
+    rows.append(("attention", _sure(problem, found, ledger, "fused_attention")))
+    ours = any(kind == "elementwise" for kind, *_ in found.surfaces)
+    rows.append(("between them", "measured in whole layers" if ours else "a scalar fitted to published runs"))
+    talks = any(kind in MESSAGES for kind, *_ in found.surfaces)
+    if layout.ranks[0] > 1:
+        rows.append(("messages", "measured between two ranks" if talks else "formulas"))
+    return rows
+
+
+def _sure(problem: Problem, found: Corrections, ledger: Ledger, kind: str) -> str:
+    """Of the FLOPs of a kind: how near the shapes are that were measured."""
+    taken = ledger.take(ledger.where(kind=kind))
+    distances = problem.pricer.distances(taken)[:, 0]
+    flops = (taken.executed * taken.repeat)[:, 0]
+    known = np.isfinite(distances)
+    if not flops[known].sum():
+        return "formulas, and scalars that were fitted to published runs"
+    total = flops.sum()
+    at, near = (flops[known & (distances <= reach)].sum() / total for reach in (SAME, NEAR))
+    words = f"{100 * at:.0f}% of FLOPs at shapes measured on {found.source}, {100 * (near - at):.0f}% between"
+    return words + (f", {100 * (1 - near):.0f}% beyond them" if near < 0.995 else "")
 
 
 @lru_cache(maxsize=32)
@@ -86,12 +120,17 @@ class _Comparison:
                 self.rest(timing, "elementwise", self.of_layer(timing), so_far)
             elif timing.kind == "loss":
                 self.rest(timing, "loss", self.of_loss(timing), so_far)
-        return Corrections.of(self.found, held=self.calibration.held if self.here else None)
+        made = self.calibration
+        source = f"{made.title}, {made.date}"
+        return Corrections.of(self.found, held=made.held if self.here else None, source=source)
 
     def add(self, timing: Timing, plain: float) -> None:
         """plain: seconds by formula."""
         key = (timing.kind, timing.variant, timing.precision, timing.phase)
-        self.found[key].append((timing.shape, timing.seconds / plain))
+        shape = timing.shape
+        if timing.kind == "attention":  # as `Pricer.keys` has it
+            shape = (*shape[:3], shape[0] * shape[3])
+        self.found[key].append((shape, timing.seconds / plain))
 
     def rest(self, timing: Timing, kind: str, ledger: Ledger, so_far: Corrections) -> None:
         """What is left of a whole, for the rows of a ledger that are elementwise, or the loss."""

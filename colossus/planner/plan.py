@@ -19,9 +19,11 @@ from colossus.job import Job
 from colossus.layout import AXES
 from colossus.perf.price import Pricer
 from colossus.perf.software import OURS
+from colossus.planner.columns import Layouts
 from colossus.planner.estimate import Problem
+from colossus.planner.formulas import RECOMPUTE
 from colossus.planner.goodput import DAY, Goodput, goodput, spare_nodes
-from colossus.planner.measured import corrections_for
+from colossus.planner.measured import basis, corrections_for
 from colossus.planner.search import Choice, Found, Limits, fixed_of, search
 
 AIMS = ("time", "cost", "energy")
@@ -54,6 +56,7 @@ class Plan:
     """What `colossus plan` answers. best: the layout and what it costs; table: the best few, `best` first.
 
     low, high: costs where failures are rare and where they are many. assumptions: what nobody measured.
+    basis: what the seconds rest on, and whether that was measured.
     """
 
     best: Choice
@@ -71,6 +74,7 @@ class Plan:
     runner_up: str
     nearest: str
     assumptions: tuple[str, ...]
+    basis: tuple[tuple[str, str], ...]
     problem: Problem
 
     @property
@@ -108,6 +112,7 @@ class Plan:
             "tokens": self.tokens,
             "global_batch": self.global_batch,
             "seq_len": self.seq_len,
+            "rests_on": dict(self.basis),
             "assumptions": list(self.assumptions),
         }
 
@@ -162,7 +167,15 @@ def make_plan(job: Job, machine: Machine | None = None, aim: str = "time") -> Pl
         runner_up=_runner_up(found),
         nearest=nearest_published(arch, hardware),
         assumptions=tuple(assumptions),
+        basis=tuple(basis(problem, layouts_of_row(best.row))),
         problem=problem,
+    )
+
+
+def layouts_of_row(row: Mapping[str, Any]) -> Layouts:
+    """One layout as columns."""
+    return Layouts.of(
+        [{**row, "recompute": RECOMPUTE[row["recompute"]], "zero": 3.0 if row["reshard"] else 2.0}]
     )
 
 

@@ -33,6 +33,7 @@ def text(plan: Plan) -> str:
         _memory(plan),
         _costs(plan),
         _sensitivity(plan),
+        _basis(plan),
         _tail(plan),
     )
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
@@ -154,6 +155,11 @@ def _sensitivity(plan: Plan) -> list[str]:
         return []
     rows = [f"{_days(better):>12}  to {_days(worse):>12}  {what}" for what, better, worse in days_if(plan)]
     return ["the run, if", *rows]
+
+
+def _basis(plan: Plan) -> list[str]:
+    """What was measured, interpolated or assumed."""
+    return ["the seconds rest on", *(f"  {what:13} {words}" for what, words in plan.basis)]
 
 
 def _tail(plan: Plan) -> list[str]:

@@ -6,11 +6,9 @@ from dataclasses import replace
 
 from colossus.errors import UserError
 from colossus.hardware.fleets import Hardware
-from colossus.planner.columns import Layouts
 from colossus.planner.estimate import Problem
-from colossus.planner.formulas import RECOMPUTE
 from colossus.planner.goodput import DAY, goodput
-from colossus.planner.plan import BAND, Plan, costs_of
+from colossus.planner.plan import BAND, Plan, costs_of, layouts_of_row
 from colossus.planner.search import Limits, refined, search
 
 SHARES = (1, 2, 4, 8)  # of the fleet: all, a half, and so on
@@ -64,7 +62,5 @@ def days_if(plan: Plan) -> list[tuple[str, float, float]]:
 
 def _again(plan: Plan, hardware: Hardware) -> float:
     """Seconds of the winner's step on other hardware."""
-    row = plan.best.row | {"recompute": RECOMPUTE[plan.best.row["recompute"]]}
-    one = Layouts.of([row | {"zero": 3.0 if row["reshard"] else 2.0}])
     problem: Problem = replace(plan.problem, pricer=replace(plan.problem.pricer, hardware=hardware))
-    return refined(problem, one, plan.best.compiled).seconds
+    return refined(problem, layouts_of_row(plan.best.row), plan.best.compiled).seconds
