@@ -305,13 +305,14 @@ def _held(schedule: str, pp: int, per_rank: int, micro_batches: int) -> tuple[in
     for order in orders(schedule, pp, per_rank, micro_batches):
         # what counts is the most that a rank holds over its stages at once
         peak, now = 0, 0
+        own = {action.stage for action in order}
         for work, stage, _ in order:
             change = {"F": 1, "B": -1, "W": -1}.get(work, 0)
             held[stage] += change
             now += change
             if now > peak:
                 peak = now
-                for s in {a.stage for a in order}:
+                for s in own:
                     most[s] = held[s]
     return tuple(most[s] for s in range(stages))
 

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from colossus.architecture import num_active, parameter_table
 from colossus.derive.dial import shape
+from colossus.measure.machine import this_machine
 from colossus.models import Decoder, build
 from colossus.models.rope import rotations
+from colossus.models.sight import sight
 from colossus.perf.flops import saved_bytes_per_token
 from colossus.perf.parts import FUSED, Kernel, executed_keys, kernel_of, layer_kinds, model_keys, parts
 from tests.models.reference import architecture, random_tokens
@@ -125,3 +127,34 @@ def test_the_default_model_keeps_about_what_korthikanti_et_al_count(width: int) 
     published = 4 * arch.num_layers * (16 * width + 4 * arch.intermediate_size)
     found = saved_bytes_per_token(arch, 256, kernel=Kernel(rows=256))
     assert found == pytest.approx(published, rel=0.12)
+
+
+@pytest.mark.skipif(this_machine().compiler is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_what_the_compiler_saves_of_a_layer(qk_norm: bool) -> None:
+    """Counted on a compiled layer, by the storages that wait for its backward pass."""
+    tokens = 1152  # beyond those whose attention is made of plain products
+    arch = tiny(
+        "llama3.1-8b", hidden_size=64, head_dim=16, intermediate_size=160, num_layers=1, qk_norm=qk_norm
+    )
+    layer = build(arch, seed=0).layers[0]
+    layer.compile(dynamic=False)
+    seen = sight(arch, torch.zeros(1, tokens, dtype=torch.long), None, None, torch.float32)
+    x_BTD = torch.randn(1, tokens, arch.hidden_size).bfloat16().requires_grad_()
+    saved: dict[int, int] = {}
+    weights = {tuple(weight.shape) for weight in layer.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        angles = tensor.shape[-1] == arch.head_dim // 2  # of positions: one tensor for all layers
+        if tuple(tensor.shape) not in weights and not angles:  # nor the weights' copies in bf16
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x_BTD, seen)
+    want = sum(
+        part.saved_bytes * tokens
+        for part in parts(arch, tokens, kernel=kernel_of(arch, tokens, "cpu"), type_bytes=2, compiled=True)
+        if part.kind is not None
+    )
+    assert sum(saved.values()) == want

@@ -10,7 +10,7 @@ from colossus.models import build
 from colossus.perf.flops import model_flops_per_token, saved_bytes_per_token
 from colossus.perf.ledger import COMMUNICATION
 from colossus.perf.parts import FUSED, kernel_of
-from colossus.perf.software import MEGATRON_CORE, OURS
+from colossus.perf.software import MEGATRON_CORE, OURS, OURS_EAGER
 from colossus.planner.formulas import Piece, layer_counts, layers_ledger
 from tests.models.reference import random_tokens
 from tests.perf.tiny import PRESETS, tiny
@@ -54,7 +54,7 @@ def test_model_flops_are_those_of_mfu(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_saved_bytes_are_those_of_the_table_of_parts(preset):
     arch = tiny(preset)
-    ledger = layers_ledger(arch, piece(), OURS, "bf16")
+    ledger = layers_ledger(arch, piece(), OURS_EAGER, "bf16")
     assert total(ledger, arch, "saved") == pytest.approx(
         saved_bytes_per_token(arch, TOKENS, kernel=FUSED, type_bytes=2) * BATCH * TOKENS, rel=1e-12
     )
