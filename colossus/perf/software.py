@@ -32,6 +32,8 @@ class Software:
     overlaps_pipeline: whether messages between stages hide behind other micro-batches.
     overlaps_experts: the share of the tokens' way to their experts and back that hides.
     sends_once: a token goes to each node of its experts once (DeepEP).
+    stages: by what layers are dealt out to the stages of a pipeline: "flops", so that the dearest stage costs
+        as little as can be (`perf.stages`), or their number (`planner.stages`).
     order: of the axes over ranks, the quickest-varying first.
     graphs: kernels are replayed without the host.
     fp32_weights: the weights that are kept are fp32, and products read copies (FSDP); else they are of the
@@ -53,6 +55,7 @@ class Software:
     overlaps_pipeline: bool = True
     overlaps_experts: float = 0.0
     sends_once: bool = False
+    stages: Literal["flops", "layers"] = "layers"
     order: tuple[str, ...] = ("tp", "cp", "dp_shard", "dp_replicate", "pp")
     graphs: bool = False
     fp32_weights: bool = False
@@ -64,6 +67,7 @@ OURS = Software(
     fp32_weights=True,
     flash="flash2",
     joins_inputs=False,
+    stages="flops",
     order=("tp", "cp", "pp", "dp_shard", "dp_replicate"),
 )
 OURS_EAGER = Software(
@@ -73,6 +77,7 @@ OURS_EAGER = Software(
     joins_inputs=False,
     elementwise="eager",
     eager=3.0,
+    stages="flops",
     order=("tp", "cp", "pp", "dp_shard", "dp_replicate"),
 )
 MEGATRON_2021 = Software(
