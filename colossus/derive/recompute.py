@@ -23,8 +23,7 @@ def derive_recompute(job: Job, seq_len: int) -> Job:
     budget = job.layout.activation_gib
     if budget is None:
         return job
-    asked = job.origins.get("layout.recompute", "derived") != "derived"
-    if asked and job.layout.recompute != "full":
+    if job.asked_for("layout.recompute") and job.layout.recompute != "full":
         raise UserError(
             f"layout.recompute={job.layout.recompute}: layout.activation_gib says how many layers are "
             "recomputed in full; full, or leave one of them out"

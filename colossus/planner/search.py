@@ -106,7 +106,8 @@ def search(problem: Problem, limits: Limits) -> Found:
         return _mixed(problem, limits)
     found: list[Choice] = []
     priced, quickest, skipped = 0, float("inf"), 0
-    for compiled in (True, False):
+    fixed = limits.fixed.get("compile")
+    for compiled in (True, False) if fixed is None else (bool(fixed),):
         mine = replace(problem, pricer=_pricer(problem, compiled))
         space = layouts_of(mine, hardware.count, limits, compiled=compiled)
         if not len(space):
