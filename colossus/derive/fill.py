@@ -192,7 +192,9 @@ def _plan_layout(job: Job, machine: Machine, ranks: int) -> Job:
     try:
         return derive_layout_by_plan(job, machine, ranks)
     except NothingFits:
-        asked = tuple(f"{name}=" for name in job.origins if job.asked_for(name))
+        asked = tuple(
+            f"{name}=" for name in job.origins if name.startswith("layout.") and job.asked_for(name)
+        )
         if broken := [text for text in _violations(_derive_layout(job, machine)) if text.startswith(asked)]:
             raise UserError("\n".join(broken)) from None
         raise

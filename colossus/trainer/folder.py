@@ -22,7 +22,7 @@ from colossus.section import Section
 from colossus.trainer.decisions import Decision
 
 # Between the attempts of a run: never what it learns.
-MAY_CHANGE = ("layout.", "checkpoint.", "run.threads", "run.hooks", "fleet.device")
+MAY_CHANGE = ("layout.", "checkpoint.", "run.threads", "run.hooks", "fleet.")
 FOLLOWS_LAYOUT = ("layout.micro_batch", "layout.stages_per_rank", "layout.reshard")
 BEGUN = {"lock", "tokenizer", "events.jsonl", "job.toml.part"}  # what a kill while a run is made may leave
 
@@ -91,7 +91,9 @@ def _with_changes(folder: Path, asked: Job, refused: str) -> Job:
         differing = "; ".join(f"{n}: {kept.get(n)!r}, {changed[n]!r}" for n in fixed)
         raise UserError(f"{refused}; differing (there, asked): {differing}")
     spread = [*FOLLOWS_LAYOUT] if changed.keys() & {f"layout.{axis}" for axis in (*AXES, "schedule")} else []
-    if any(name.startswith("layout.") for name in changed):  # what was predicted was another layout
+    if any(
+        name.startswith(("layout.", "fleet.")) for name in changed
+    ):  # what was predicted was another layout
         kept = dataclasses.replace(kept, made={n: v for n, v in kept.made.items() if n not in PREDICTED})
         if "auto" in (kept.layout.preset, changed.get("layout.preset")):
             spread = [*FOLLOWS_LAYOUT]  # what is open is planned again, around what was asked for
