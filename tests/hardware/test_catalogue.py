@@ -8,6 +8,7 @@ from colossus.errors import UserError
 from colossus.hardware.catalogue import accelerator, accelerator_names, node, node_names, table
 from colossus.hardware.fleets import hardware_of
 from colossus.job import load_job, preset_facts, preset_names
+from tests.derive.machines import machine
 
 KINDS = {"datasheet", "measured", "reported", "shipped", "second-hand", "projected", "assumed"}
 FLEETS = [name for name in preset_names("fleet") if name != "this-machine"]
@@ -73,6 +74,14 @@ def test_power_of_100k_lies_in_the_published_band():
     rated = node("xai-supermicro-4u-lcc").watts / 8 * hardware.count * hardware.pue / 1e6
     drawn = hardware.watts * hardware.count * hardware.pue / 1e6
     assert drawn < rated < 174 and math.isclose(rated, 146.6, rel_tol=0.01)
+
+
+def test_ranks_of_a_processor_share_it():
+    whole, third = (hardware_of(load_job(None, words).fleet, machine()) for words in ([], ["fleet.count=3"]))
+    assert (whole.count, third.count) == (1, 3)
+    for name in ("bf16", "fp32", "memory", "memory_bandwidth", "copy"):
+        one, other = (getattr(hardware.accelerator, name) for hardware in (whole, third))
+        assert 3 * other == pytest.approx(one)
 
 
 @pytest.mark.parametrize(
