@@ -84,7 +84,7 @@ def resolve(job: Job, *, exact: bool = False) -> Job:
     elif job.made and job.made.get("processor") != machine.processor and not exact:
         job = job.asked()
     job = derive(job, machine)
-    return job if job.made else dataclasses.replace(job, made=made_on(machine.processor))
+    return dataclasses.replace(job, made=made_on(machine.processor) | job.made)
 
 
 def made_on(processor: str) -> dict[str, str]:
@@ -191,12 +191,12 @@ def calibrate(say: Callable[[str], None] = lambda line: None) -> str:
 
 
 def planned(job: Job, plan: Plan) -> Job:
-    """The job with what a plan found: layout, batch and length."""
+    """The job with what a plan found where it was open: layout, batch and length."""
     values: dict[str, Any] = {f"layout.{name}": value for name, value in plan.layout().items()}
     values |= {"run.global_batch": plan.global_batch, "data.seq_len": plan.seq_len}
     if job.run.minutes is None and job.run.steps is None and job.run.tokens is None:
         values["run.tokens"] = int(plan.tokens)
-    return job.derive(**values)
+    return job.derive("planned", **values)
 
 
 def load_model(path: str | Path, type: str = "fp32") -> tuple[Decoder, Tokenizer]:

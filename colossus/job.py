@@ -1,7 +1,7 @@
 """The job: one typed tree that every verb acts on.
 
 Values come from arguments (`section.field=value`), a job file, presets (`section=NAME`), and what is
-derived, in this order of precedence; `origins` says for every value where it came from.
+planned or derived, in this order of precedence; `origins` says for every value where it came from.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from colossus.layout import Layout
 from colossus.section import Name, Section
 from colossus.sections import Checkpoint, Data, Fleet, Optimizer, Precision, RunSection
 
-Origin = Literal["argument", "file", "preset", "derived"]
-_RANK: dict[Origin, int] = {"derived": 0, "preset": 1, "file": 2, "argument": 3}
-KEPT_ORIGINS: tuple[Origin, ...] = ("derived", "preset")  # in a job file; its other values are its own
+Origin = Literal["argument", "file", "preset", "planned", "derived"]
+STRONGEST: tuple[Origin, ...] = get_args(Origin)  # first
+NOT_ASKED: tuple[Origin, ...] = ("derived", "planned")
+KEPT_ORIGINS: tuple[Origin, ...] = (*NOT_ASKED, "preset")  # in a job file; its other values are its own
+PREDICTED = ("predicted_step_seconds", "predicted_bytes")  # of `Job.made`, where the layout was planned
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -65,7 +67,8 @@ class Job:
     """One run, described. A value that is None is derived before anything starts.
 
     origins: of every dotted field that has a value.
-    made: what a resolved job was derived on (processor, version); empty for one that a user wrote.
+    made: what a resolved job was derived on (processor, version), and what its plan predicts; empty for one
+        that a user wrote.
     """
 
     model: Architecture = field(default_factory=Architecture)
@@ -84,9 +87,13 @@ class Job:
         section, name = dotted.split(".")
         return getattr(getattr(self, section), name)
 
-    def derive(self, **values: Any) -> Job:
+    def asked_for(self, dotted: str) -> bool:
+        """Whether the value of `section.field` is the user's, or of a preset that the user named."""
+        return self.origins.get(dotted, "derived") not in NOT_ASKED
+
+    def derive(self, origin: Origin = "derived", /, **values: Any) -> Job:
         """A job with `values` ({"run.seed": 0}) where this one has None; what is there stays."""
-        return self.put({name: v for name, v in values.items() if self.get(name) is None}, "derived")
+        return self.put({name: v for name, v in values.items() if self.get(name) is None}, origin)
 
     def put(self, values: Mapping[str, Any], origin: Origin) -> Job:
         """A job with `values` set, validated."""
@@ -101,9 +108,9 @@ class Job:
         return dataclasses.replace(self, **sections, origins=self.origins | dict.fromkeys(values, origin))
 
     def asked(self) -> Job:
-        """The job without what was derived."""
-        derived = (name for name in fields() if self.origins.get(name, "derived") == "derived")
-        return dataclasses.replace(self.without(*derived), made={})
+        """The job without what was planned or derived."""
+        found = (name for name in fields() if not self.asked_for(name))
+        return dataclasses.replace(self.without(*found), made={})
 
     def without(self, *names: str) -> Job:
         """The job with these fields open again, as if nobody had given them."""
@@ -141,7 +148,7 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
     Raises:
         UserError: unknown section, field or preset, a wrong type, two lengths, an unreadable file.
     """
-    layers: dict[Origin, dict[str, Any]] = {"preset": {}, "file": {}, "argument": {}, "derived": {}}
+    layers: dict[Origin, dict[str, Any]] = {origin: {} for origin in STRONGEST}
     made: dict[str, str] = {}
     if path is not None:
         tree = _read_toml(Path(path))
@@ -173,14 +180,14 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
             layers["preset"] |= _preset(section, text)
     _one_length(layers)
     job = Job()
-    for origin in sorted(layers, key=_RANK.__getitem__):
+    for origin in reversed(STRONGEST):
         job = job.put({_known(name): value for name, value in layers[origin].items()}, origin)
     return dataclasses.replace(job, made=made)
 
 
 def to_toml(job: Job) -> str:
     """A job as a job file, each value marked with its origin; `load_job` reads it back."""
-    lines = ["# What this run follows. A value marked 'derived' was not asked for."]
+    lines = ["# What this run follows. A value marked 'derived' or 'planned' was not asked for."]
     for section in SECTIONS:
         lines += ["", f"[{section}]"]
         for name, value in getattr(job, section).model_dump(exclude_none=True, exclude_unset=True).items():
@@ -326,7 +333,7 @@ def _is_text(value: Any) -> bool:
 
 def _one_length(layers: dict[Origin, dict[str, Any]]) -> None:
     """Of minutes, steps and tokens the strongest origin decides; two of one origin contradict."""
-    for origin in ("argument", "file", "preset", "derived"):
+    for origin in STRONGEST:
         given = [name for name in LENGTHS if name in layers[origin]]
         if len(given) > 1:
             raise UserError(

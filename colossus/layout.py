@@ -14,7 +14,7 @@ from pydantic import Field
 
 from colossus.architecture import Architecture
 from colossus.errors import UserError
-from colossus.section import Section, derived
+from colossus.section import Name, Section, derived
 
 AXES = ("dp_replicate", "dp_shard", "pp", "cp", "tp")
 
@@ -59,6 +59,7 @@ class Layout(Section):
     tokens; over what remains of these experts are sharded. etp: ranks of tp that share each expert.
     """
 
+    preset: Name | None = None
     dp_replicate: int = derived(ge=1, le=10**7)
     dp_shard: int = derived(ge=1, le=10**7)
     tp: int = derived(ge=1, le=10**7)

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from colossus.architecture import num_active, num_parameters
-from colossus.job import Job
+from colossus.job import PREDICTED, Job
 from colossus.layout import AXES, Layout
 from colossus.section import Section
-from colossus.words import clock, count, plural, short
+from colossus.words import clock, count, duration, plural, short, size
 
 FEW_TOKENS, USUAL_TOKENS = 1, 20  # a parameter; Hoffmann et al. 2022 (arXiv 2203.15556) found about 20 best
 
@@ -23,6 +23,7 @@ def brief(job: Job) -> str:
         "tokens": _tokens(job),
         "optimizer": _optimizer(job),
         "machine": _machine(job),
+        "planned": _planned(job),
         "asked": _asked(job),
     }
     return "\n".join(f"{name:<10}{', '.join(parts)}" for name, parts in subjects.items() if parts)
@@ -110,6 +111,14 @@ def _machine(job: Job) -> list[str]:
     )
 
 
+def _planned(job: Job) -> list[str]:
+    """What the planner predicts of the layout that it chose."""
+    if PREDICTED[0] not in job.made:
+        return []
+    seconds, memory = (float(job.made[name]) for name in PREDICTED)
+    return ["the layout", f"predicted {duration(seconds)} a step", f"{size(memory)} on a rank"]
+
+
 def _spread(layout: Layout) -> str:
     """What the axes of a layout are, where it has more than dp_shard."""
     axes = {axis: getattr(layout, axis) or 1 for axis in (*AXES, "ep", "etp")}
@@ -123,7 +132,8 @@ def _spread(layout: Layout) -> str:
 def _asked(job: Job) -> list[str]:
     names = sorted(name for name, origin in job.origins.items() if origin in ("argument", "file"))
     asked = [f"{name}={_short(job.get(name))}" for name in names if not name.endswith(".preset")]
-    presets = [f"{s}={getattr(job, s).preset}" for s in ("model", "fleet") if getattr(job, s).preset]
+    sections = (s for s in ("model", "layout", "fleet") if getattr(job, s).preset)
+    presets = [f"{s}={getattr(job, s).preset}" for s in sections]
     return [*presets, *asked]
 
 

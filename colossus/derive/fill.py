@@ -21,15 +21,17 @@ from colossus.derive.machine import (
     state_bytes,
 )
 from colossus.derive.origin import TUNING, follow_model
+from colossus.derive.planned import derive_layout_by_plan, is_planned, ranks_here
 from colossus.derive.recompute import derive_recompute
 from colossus.errors import UserError
+from colossus.hardware.fleets import NODE_SIZE
 from colossus.hardware.machine import Machine
 from colossus.job import Job
 from colossus.perf.flops import model_flops_per_token
+from colossus.planner.search import NothingFits
 
 MADE_LATER = {"data.folder", "run.folder"}
 DEFAULT_MINUTES = 5.0
-NODE_SIZE = 8  # devices that are linked as ranks of tp must be
 # Short runs learn more from short samples: on 1e13 FLOPs a model of width 96 ended at 1.35 bits per byte with
 # samples of 256 tokens, at 1.61 with 512 (one seed each: the step at which a small model learns to copy, and
 # its loss falls at once, differs by seed).
@@ -49,13 +51,16 @@ def derive(job: Job, machine: Machine) -> Job:
     job = follow_model(job)
     if job.run.minutes is None and job.run.steps is None and job.run.tokens is None:
         job = job.derive(**{"run.minutes": DEFAULT_MINUTES})
-    job = derive_machine(job, machine)
+    planned_for = ranks_here(job, machine) if is_planned(job) else None
+    job = derive_machine(job, machine, planned_for)
     job = derive_data(job)
     plan = _plan(job, machine)
     job = _derive_base_width(job, plan)
     job = _derive_model(job, plan.arch)
     job = _derive_steps(job, plan)
     job = _derive_optimizer(job, plan)
+    if planned_for is not None:
+        job = _plan_layout(job, machine, planned_for)
     job = _derive_layout(job, machine)
     job = derive_recompute(job, longest_sample(job))
     job = _derive_rest(job)
@@ -182,6 +187,19 @@ def _derive_optimizer(job: Job, plan: Plan) -> Job:
     )
 
 
+def _plan_layout(job: Job, machine: Machine, ranks: int) -> Job:
+    """By the planner; where it finds none because what was asked for breaks a rule, in that rule's words."""
+    try:
+        return derive_layout_by_plan(job, machine, ranks)
+    except NothingFits:
+        asked = tuple(
+            f"{name}=" for name in job.origins if name.startswith("layout.") and job.asked_for(name)
+        )
+        if broken := [text for text in _violations(_derive_layout(job, machine)) if text.startswith(asked)]:
+            raise UserError("\n".join(broken)) from None
+        raise
+
+
 def _derive_layout(job: Job, machine: Machine) -> Job:
     share = -(-min(batch for _, batch in job.run.batch_schedule) // job.layout.dp)
     job = job.derive(**{"layout.micro_batch": micro_batch(job, share, machine)})
@@ -203,8 +221,8 @@ def _derive_rest(job: Job) -> Job:
     )
 
 
-def _check(job: Job) -> None:
-    layout.check(
+def _violations(job: Job) -> list[str]:
+    return layout.violations(
         job.layout,
         job.model,
         global_batch=min(count for _, count in job.run.batch_schedule),
@@ -212,6 +230,11 @@ def _check(job: Job) -> None:
         node_size=NODE_SIZE,
         has_symmetric_memory=job.fleet.device == "cuda" and job.layout.compile,
     )
+
+
+def _check(job: Job) -> None:
+    if broken := _violations(job):
+        raise UserError("\n".join(broken))
     if job.optimizer.schedule == "cosine" and job.run.minutes is not None:
         raise UserError(
             "optimizer.schedule=cosine: needs to know its end from the start; with run.minutes it is "

@@ -28,8 +28,8 @@ KEPT_WEIGHTS = 0.05  # of a rank's memory, that gathered weights may take throug
 MEASURED_WIDTH = 1024  # rates hardly grow beyond it
 
 
-def derive_machine(job: Job, machine: Machine) -> Job:
-    """Device, ranks, type and threads.
+def derive_machine(job: Job, machine: Machine, ranks: int | None = None) -> Job:
+    """Device, ranks, type and threads. ranks: so many; else as many as there are GPUs, or one.
 
     Raises:
         UserError: the machine lacks what was asked for.
@@ -42,7 +42,7 @@ def derive_machine(job: Job, machine: Machine) -> Job:
     job = job.derive(**{"fleet.name": "this-machine", "fleet.device": machine.device})
     axes = {f"layout.{axis}": 1 for axis in ("dp_replicate", "tp", "pp", "cp", "ep", "etp")}
     job = job.derive(**axes)
-    devices = max(1, len(machine.gpus)) if job.fleet.device == "cuda" else 1
+    devices = ranks or (max(1, len(machine.gpus)) if job.fleet.device == "cuda" else 1)
     taken = job.layout.dp_replicate * job.layout.tp * job.layout.pp * job.layout.cp
     job = job.derive(**{"layout.dp_shard": max(1, devices // taken)})
     several = job.layout.schedule is not None and job.layout.schedule not in layout.ONE_STAGE
@@ -56,7 +56,7 @@ def derive_machine(job: Job, machine: Machine) -> Job:
             "layout.pools": [],
         }
     )
-    return job.derive(**{"precision.type": _type(job, machine), "run.threads": _threads(job, machine)})
+    return job.derive(**{"precision.type": _type(job, machine), "run.threads": threads_of_rank(job, machine)})
 
 
 def check_device(job: Job, machine: Machine) -> None:
@@ -73,11 +73,11 @@ def choose_for_machine(job: Job, machine: Machine) -> dict[str, Any]:
     """Type, threads and compilation of a resolved job on another machine, but for what the user asked for."""
 
     def kept(name: str, choose: Callable[[], Any]) -> Any:
-        return job.get(name) if job.origins.get(name, "derived") != "derived" else choose()
+        return job.get(name) if job.asked_for(name) else choose()
 
     return {
         "type": kept("precision.type", lambda: _type(job, machine)),
-        "threads": kept("run.threads", lambda: _threads(job, machine)),
+        "threads": kept("run.threads", lambda: threads_of_rank(job, machine)),
         "compile": machine.compiler is not None
         and kept("layout.compile", lambda: compiling_pays(job, machine)),
     }
@@ -197,5 +197,6 @@ def _type(job: Job, machine: Machine) -> str:
     return "bf16" if job.fleet.device == "cuda" else machine.best.type
 
 
-def _threads(job: Job, machine: Machine) -> int:
+def threads_of_rank(job: Job, machine: Machine) -> int:
+    """Of what the machine is quickest with, a rank's share."""
     return max(1, machine.best_threads // job.layout.num_ranks)

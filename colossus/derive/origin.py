@@ -38,7 +38,7 @@ def _follow_architecture(job: Job, arch: Architecture) -> Job:
         asked, there = getattr(job.model, name), getattr(arch, name)
         if name in FREE:
             continue
-        if job.origins.get(f"model.{name}", "derived") == "derived":
+        if not job.asked_for(f"model.{name}"):
             values[f"model.{name}"] = there
         elif _of_weights(asked) != _of_weights(there):
             raise UserError(

@@ -22,8 +22,7 @@ def derive_recompute(job: Job, seq_len: int) -> Job:
     budget = job.layout.activation_gib
     if budget is None:
         return job
-    asked = job.origins.get("layout.recompute", "derived") != "derived"
-    if asked and job.layout.recompute != "full":
+    if job.asked_for("layout.recompute") and job.layout.recompute != "full":
         raise UserError(
             f"layout.recompute={job.layout.recompute}: layout.activation_gib says how many layers are "
             "recomputed in full; full, or leave one of them out"
@@ -48,7 +47,7 @@ def layers_to_recompute(job: Job, seq_len: int, budget_bytes: float) -> tuple[in
     micro_batches = math.ceil(job.run.global_batch / (layout.dp * layout.micro_batch))
     # As many micro batches are under way in a rank's stages as the pipeline has; under GPipe all.
     under_way = micro_batches if layout.schedule == "gpipe" else min(micro_batches, layout.num_stages)
-    per_stage = max(len(stage) for stage in stages(arch, layout.num_stages, seq_len))
+    per_stage = max(len(stage) for stage in stages(arch, layout.num_stages, job.data.seq_len))
 
     def needed(recomputed: int) -> float:
         return under_way * tokens * ((per_stage - recomputed) * saved + recomputed * kept)

@@ -10,6 +10,7 @@ from colossus.hardware.machine import Machine
 from colossus.job import preset_facts
 from colossus.sections import Fleet
 
+NODE_SIZE = 8  # devices that are linked as ranks of tp must be
 NIC = 50e9  # bytes/s: 400 Gb/s, what every H100 and H200 server of the catalogue has for each GPU
 RESTART_MINUTES = 10.0  # detection, replacement, start and load; published runs lie between 3 and 15
 SAVE_SECONDS = 2.0  # that an asynchronous checkpoint stops training
@@ -81,6 +82,8 @@ def hardware_of(fleet: Fleet, machine: Machine | None = None, ranks: int = 1) ->
     """
     pools = _pools(fleet)
     if pools is None:
+        if machine is None and fleet.count is not None:
+            raise UserError(f"fleet.count={fleet.count}: of what? give fleet.accelerator, as in h100-sxm")
         if machine is None:
             raise UserError(
                 "fleet: says no accelerators; name a preset (fleet=dgx-h100-1), or fleet.accelerator and "
@@ -135,8 +138,6 @@ def _pools(fleet: Fleet) -> tuple[Pool, ...] | None:
             raise UserError("fleet.pools=[]: must name at least one kind of accelerators")
         return tuple(Pool(accelerator(pool.accelerator), pool.count) for pool in fleet.pools)
     if fleet.accelerator is None:
-        if fleet.count is not None:
-            raise UserError(f"fleet.count={fleet.count}: of what? give fleet.accelerator, as in h100-sxm")
         return None
     return (Pool(accelerator(fleet.accelerator), fleet.count or 8),)
 
@@ -171,15 +172,22 @@ def _watts(pools: tuple[Pool, ...]) -> float:
 
 
 def _this_machine(fleet: Fleet, machine: Machine, ranks: int) -> Hardware:
-    """One accelerator: a rank's part of the processor, or each GPU that was found."""
-    if machine.gpus:
-        part, count = _measured_gpu(machine), len(machine.gpus)
+    """Its GPUs, or so many of them; or so many equal shares of its processor."""
+    if machine.gpus and fleet.device != "cpu":
+        there = len(machine.gpus)
+        part, count = _measured_gpu(machine), fleet.count or there
+        if count > there:
+            raise UserError(
+                f"fleet.count={count}: this machine has {there} of {part.title}; at most {there}, or name "
+                "the accelerators of another fleet (fleet.accelerator)"
+            )
     else:
-        part, count = _processor(machine, ranks), ranks
+        count = fleet.count or ranks
+        part = _processor(machine, count)
     return Hardware(
         name=fleet.name or "this-machine",
         pools=(Pool(part, count),),
-        node_size=max(count, 1),
+        node_size=min(count, NODE_SIZE),
         nic=part.nvlink,
         pod=count,
         oversubscription=1.0,

@@ -108,6 +108,11 @@ def _data(event: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _plan(event: dict[str, Any]) -> str:
+    seconds, memory = (number(event[f"predicted_{name}"]) for name in ("step_seconds", "bytes"))
+    return f"the layout was planned: predicted {duration(seconds)} a step, {size(memory)} on a rank"
+
+
 def _note(event: dict[str, Any]) -> str:
     return f"step {event['step']:,}: {event['text']}"
 
@@ -128,5 +133,6 @@ _PHRASES = {
     "checkpoint": _checkpoint,
     "decision": _decision,
     "note": _note,
+    "plan": _plan,
     "end": _end,
 }

@@ -131,6 +131,8 @@ def _tiles(view: RunView, subject: Subject) -> str:
     if mfu := view.typical("mfu"):
         peak = view.start.get("peak_flops_per_second")
         tiles.append((percent(mfu), "MFU" + (f", of {rate(number(peak))}" if peak else "")))
+    if (step := view.typical("step_seconds")) and (predicted := view.predicted_step_seconds):
+        tiles.append((duration(step), f"a step, the median; {duration(predicted)} was predicted"))
     if load := view.typical("expert_load"):
         tiles.append((f"{load:.2f}", "visits of the busiest expert over the mean, the median"))
     cells = "".join(
@@ -188,8 +190,8 @@ def _job(subject: Subject) -> str:
         if rows:
             sections.append(f"<section><h3>{_e(section)}</h3><dl>{''.join(rows)}</dl></section>")
     return (
-        '<div class="card"><p class="note">In blue, with where it came from: what was asked for. '
-        f'The rest was derived.</p><div class="fields">{"".join(sections)}</div></div>'
+        '<div class="card"><p class="note">In blue, with where it came from: what was asked for or '
+        f'planned. The rest was derived.</p><div class="fields">{"".join(sections)}</div></div>'
     )
 
 

@@ -66,6 +66,10 @@ def _figures(view: RunView) -> list[str]:
     parts += [f"{count(speed)} tokens/s"] if speed else []
     parts += [f"MFU {percent(mfu)} of the measured matrix rate"] if mfu else []
     lines = [", ".join(parts)]
+    if (measured := view.typical("step_seconds")) and (predicted := view.predicted_step_seconds):
+        lines.append(
+            f"A step took {duration(measured)} (the median); the plan predicted {duration(predicted)}."
+        )
     if view.outcome not in ("finished",):
         lines.append(f"Not finished ({view.outcome}).")
     return lines

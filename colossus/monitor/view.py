@@ -92,6 +92,12 @@ class RunView:
         return sorted(newest.values(), key=lambda e: e["first_step"])
 
     @property
+    def predicted_step_seconds(self) -> float | None:
+        """By the newest plan; None where the layout was not planned."""
+        plans = self.of("plan")
+        return number(plans[-1]["predicted_step_seconds"]) if plans else None
+
+    @property
     def outcome(self) -> str:
         """ "finished", the signal that stopped it, "running or killed", or "not started"."""
         if not self.events:
@@ -160,4 +166,5 @@ _NEEDED = {
     "decision": {"name", "value", "first_step"},
     "sample": {"prompt", "text"},
     "eval": {"step"},
+    "plan": {"predicted_step_seconds"},
 }

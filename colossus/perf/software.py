@@ -33,6 +33,8 @@ class Software:
     overlaps_pipeline: whether messages between stages hide behind other micro-batches.
     overlaps_experts: the share of the tokens' way to their experts and back that hides.
     sends_once: a token goes to each node of its experts once (DeepEP).
+    stages: by what layers are dealt out to the stages of a pipeline: "flops", so that the dearest stage costs
+        as little as can be (`perf.stages`), or their number (`planner.stages`).
     order: of the axes over ranks, the quickest-varying first.
     graphs: kernels are replayed without the host.
     measured: elementwise work, loss and update are ours, which calibrations time.
@@ -57,6 +59,7 @@ class Software:
     overlaps_pipeline: bool = True
     overlaps_experts: float = 0.0
     sends_once: bool = False
+    stages: Literal["flops", "layers"] = "layers"
     order: tuple[str, ...] = ("tp", "cp", "dp_shard", "dp_replicate", "pp")
     graphs: bool = False
     fp32_weights: bool = False
@@ -71,6 +74,7 @@ OURS = Software(
     measured=True,
     casts_weights=True,
     joins_inputs=False,
+    stages="flops",
     order=("tp", "cp", "pp", "dp_shard", "dp_replicate"),
 )
 OURS_EAGER = replace(OURS, name="colossus, not compiled", elementwise="eager", eager=3.0)

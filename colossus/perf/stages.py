@@ -8,7 +8,7 @@ from colossus.architecture import Architecture
 from colossus.perf.parts import layer_kinds, parts
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def stages(arch: Architecture, num_stages: int, seq_len: int) -> tuple[range, ...]:
     """Layers of each stage, at least one, by the FLOPs of a forward pass; the head is the last stage's.
 
@@ -17,10 +17,7 @@ def stages(arch: Architecture, num_stages: int, seq_len: int) -> tuple[range, ..
     """
     costs, head = layer_costs(arch, seq_len)
     assert 1 <= num_stages <= len(costs), f"{num_stages} stages of {len(costs)} layers"
-    low, high = max(*costs, costs[-1] + head), sum(costs) + head
-    ends = range(1, len(costs) + 1)
-    bounds = {sum(costs[a:b]) + (head if b == len(costs) else 0) for b in ends for a in range(b)}
-    fitting = sorted(bound for bound in bounds if low <= bound <= high)
+    fitting = _bounds(arch, seq_len)
     lo, hi = 0, len(fitting) - 1
     while lo < hi:
         middle = (lo + hi) // 2
@@ -33,7 +30,18 @@ def stages(arch: Architecture, num_stages: int, seq_len: int) -> tuple[range, ..
     return cut
 
 
-def layer_costs(arch: Architecture, seq_len: int) -> tuple[list[float], float]:
+@lru_cache(maxsize=64)
+def _bounds(arch: Architecture, seq_len: int) -> list[float]:
+    """Every cost that a stage can have and which no cut is below, in order: the same for all cuts."""
+    costs, head = layer_costs(arch, seq_len)
+    low, high = max(*costs, costs[-1] + head), sum(costs) + head
+    ends = range(1, len(costs) + 1)
+    bounds = {sum(costs[a:b]) + (head if b == len(costs) else 0) for b in ends for a in range(b)}
+    return sorted(bound for bound in bounds if low <= bound <= high)
+
+
+@lru_cache(maxsize=64)
+def layer_costs(arch: Architecture, seq_len: int) -> tuple[tuple[float, ...], float]:
     """Executed FLOPs a token, forward: of each layer, and of the output with its loss."""
     by_kind: dict[object, float] = {}
     head = 0.0
@@ -46,10 +54,10 @@ def layer_costs(arch: Architecture, seq_len: int) -> tuple[list[float], float]:
     for kind, layers in layer_kinds(arch).items():
         for layer in layers:
             costs[layer] = by_kind[kind]
-    return costs, head
+    return tuple(costs), head
 
 
-def _cut(costs: list[float], head: float, num_stages: int, bound: float) -> tuple[range, ...] | None:
+def _cut(costs: tuple[float, ...], head: float, num_stages: int, bound: float) -> tuple[range, ...] | None:
     """Stages of at most `bound`; from the last to the first as long as leaves earlier ones a layer each."""
     found: list[range] = []
     end, cost = len(costs), head

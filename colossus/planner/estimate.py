@@ -56,6 +56,10 @@ class Problem:
         """Of a step."""
         return float(self.global_batch) * self.seq_len
 
+    def shape(self, schedule: str, pp: int, per_rank: int) -> Shape:
+        """What the ranks of a pipeline have, as the program cuts it."""
+        return shape(self.arch, schedule, pp, per_rank, self.seq_len, self.pricer.software.stages)
+
     @property
     def model_flops(self) -> float:
         """Of a step, as MFU counts them."""
@@ -135,7 +139,7 @@ class _Estimate:
         }
         send = self.send()
         for (schedule, pp, per_rank), index in shapes_of(layouts).items():
-            made = shape(self.problem.arch, schedule, pp, per_rank)
+            made = self.problem.shape(schedule, pp, per_rank)
             chosen = {name: layer_at(layer, index) for name, layer in stages.items()}
             per = self.of_ranks(made, chosen)
             m = self.micro_batches[index]
@@ -357,8 +361,7 @@ class _Estimate:
     ) -> dict[str, Columns]:
         """`work` by sorts: products at peak, what they lose to shape, attention, memory, recomputation,
         messages; scaled so that the whole model's proportions hold for the slowest rank."""
-        arch = self.problem.arch
-        made = shape(arch, "1f1b", 1, 1)
+        made = self.problem.shape("1f1b", 1, 1)
         counts = dict(zip(made.kinds, made.counts[0], strict=True)) | {"first": 1.0, "last": 1.0}
         total = np.sum([stages[name].total * count for name, count in counts.items()], axis=0)
         recompute = np.sum([stages[name].recompute * count for name, count in counts.items()], axis=0)

@@ -15,7 +15,7 @@ from colossus.perf.schedule import in_flight
 from colossus.planner.columns import Layouts
 from colossus.planner.estimate import KEYS, Problem, kind_weights, rank_weights, shapes_of
 from colossus.planner.formulas import piece_of
-from colossus.planner.stages import Shape, shape
+from colossus.planner.stages import Shape
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB  # of CUDA and its libraries' workspaces
@@ -48,7 +48,7 @@ def memory(problem: Problem, layouts: Layouts) -> Memory:
     rank_of = np.zeros(n, dtype=np.intp)
     micro_batches = layouts.micro_batches(problem.global_batch)
     for (schedule, pp, per_rank), index in shapes_of(layouts).items():
-        made = shape(problem.arch, schedule, pp, per_rank)
+        made = problem.shape(schedule, pp, per_rank)
         chosen = layouts.take(index)
         held = _held(schedule, pp, per_rank, micro_batches[index], len(made.by_stage))
         ranks = [

@@ -117,8 +117,9 @@ class Plan:
         }
 
 
-def make_plan(job: Job, machine: Machine | None = None, aim: str = "time") -> Plan:
-    """Plans a job. machine: this one as measured, for a fleet that names no accelerators.
+def make_plan(job: Job, machine: Machine | None = None, aim: str = "time", *, whole: bool = False) -> Plan:
+    """Plans a job. machine: this one as measured, for a fleet that names no accelerators. whole: all of the
+    fleet that is not in reserve must work.
 
     Raises:
         UserError: the job cannot be planned; NothingFits: no layout is legal and fits.
@@ -141,10 +142,10 @@ def make_plan(job: Job, machine: Machine | None = None, aim: str = "time") -> Pl
         assumptions.append(f"run.global_batch={batch:,}: {batch * seq_len:,} tokens of a step")
     tokens = _tokens(job, arch, batch * seq_len, assumptions)
     problem = Problem(arch, seq_len, batch, precision, Pricer.of(hardware, OURS, corrections))
-    fixed = fixed_of({name: getattr(job.layout, name) for name in FIELDS})
-    compiles = machine is None or machine.device == "cuda" or machine.compiler is not None
-    fixed |= {"compile": job.layout.compile if job.layout.compile is not None or compiles else False}
-    found, hardware = _search(problem, Limits(fixed, spares), aim, tokens)
+    fixed = fixed_of({name: getattr(job.layout, name) for name in (*FIELDS, "cp_method", "compile")})
+    if machine is not None and machine.device == "cpu" and machine.compiler is None:
+        fixed["compile"] = False
+    found, hardware = _search(problem, Limits(fixed, spares, whole), aim, tokens)
     best = found.choices[0]
     low, high = (costs_of(hardware, best, tokens, batch * seq_len, rate) for rate in hardware.failures)
     part = hardware.accelerator

@@ -21,7 +21,6 @@ from colossus.planner.estimate import Estimate, Problem, estimate
 from colossus.planner.formulas import RECOMPUTE
 from colossus.planner.memory import Memory, memory
 from colossus.planner.space import Limits, layouts_of
-from colossus.planner.stages import shape
 
 CHUNK = 65536  # layouts that are priced at once
 CHECKED = 4096  # layouts whose memory is computed at once, from the quickest on
@@ -107,8 +106,8 @@ def search(problem: Problem, limits: Limits) -> Found:
         return _mixed(problem, limits)
     found: list[Choice] = []
     priced, quickest, skipped = 0, float("inf"), 0
-    wanted = limits.fixed.get("compile")
-    for compiled in (True, False) if wanted is None else (bool(wanted),):
+    fixed = limits.fixed.get("compile")
+    for compiled in (True, False) if fixed is None else (bool(fixed),):
         mine = replace(problem, pricer=_pricer(problem, compiled))
         space = layouts_of(mine, hardware.count, limits, compiled=compiled)
         if not len(space):
@@ -207,7 +206,7 @@ def exact_pipeline(problem: Problem, one: Layouts, made: Estimate) -> float | No
         return None
     schedule = row["schedule"]
     chunks = 2 if schedule in V_SHAPED else int(row["stages_per_rank"])
-    cut = shape(problem.arch, schedule, pp, chunks)
+    cut = problem.shape(schedule, pp, chunks)
     seconds = {key: float(column[0]) for key, column in made.phases.items()}
 
     def of(phase: str) -> NDArray[np.float64]:

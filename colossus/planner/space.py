@@ -25,10 +25,12 @@ SMALL_FLEET = 64  # accelerators up to which every layout is looked at
 
 @dataclass(frozen=True)
 class Limits:
-    """What the user fixed: layout field -> value. spares: accelerators that stay idle."""
+    """What the user fixed: layout field -> value. spares: accelerators that stay idle. whole: all others
+    work; else as many as is best."""
 
     fixed: Mapping[str, Any]
     spares: int = 0
+    whole: bool = False
 
 
 def _pipelines(num_layers: int, count: int) -> list[int]:
@@ -57,6 +59,8 @@ def layouts_of(problem: Problem, count: int, limits: Limits, *, compiled: bool) 
         return _empty()
     columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     layouts = Layouts(columns)
+    if limits.whole:
+        layouts = layouts.take(layouts.ranks == count - limits.spares)
     return legal(problem, layouts.take(_may_fit(problem, layouts)), compiled)
 
 
@@ -145,11 +149,9 @@ def _block(
         pairs = [(int(fixed["dp_replicate"]), int(fixed["dp_shard"]))]
     schedules = [
         pair
-        for pair in _schedules(
-            problem.arch.num_layers, pp, compiled, whole, only=fixed.get("compile") is not None
-        )
+        for pair in _schedules(problem.arch.num_layers, pp, compiled, whole, fixed)
         if all(
-            fixed.get(name) in (None, value)
+            fixed.get(name) in (None, value) or (name == "schedule" and pp == 1)  # which says nothing there
             for name, value in zip(("schedule", "stages_per_rank"), pair, strict=True)
         )
     ]
@@ -168,7 +170,8 @@ def _block(
         "ep": np.array(eps)[grid[5]], "dp_replicate": replicate, "dp_shard": shard,
         "schedule": np.array(names)[grid[1]], "stages_per_rank": np.array(chunks)[grid[1]],
         "micro_batch": np.array(micro)[grid[2]], "recompute": np.array(again)[grid[3]],
-        "zero": np.array(zeros)[grid[4]], "cp_method": np.full(size, "gather"), "sp": np.ones(size),
+        "zero": np.array(zeros)[grid[4]], "sp": np.ones(size),
+        "cp_method": np.full(size, fixed.get("cp_method") or "gather"),
         "compile": np.full(size, int(compiled)), "async_tp": np.zeros(size, dtype=int),
     }  # fmt: skip
     # without sharding there is nothing to let go of, and one of both ways is enough
@@ -198,20 +201,25 @@ def data_parallel(most: int, global_batch: int, whole: bool) -> list[tuple[int, 
     return found
 
 
-def _schedules(num_layers: int, pp: int, compiled: bool, whole: bool, only: bool) -> list[tuple[str, int]]:
-    """Not compiled, those alone that can't be: others are quicker compiled. only: nothing else is asked."""
+def _schedules(
+    num_layers: int, pp: int, compiled: bool, whole: bool, fixed: Mapping[str, Any]
+) -> list[tuple[str, int]]:
+    """Schedules with the stages of a rank: those that can be compiled, or, where it is not fixed that nothing
+    is, those alone that can't. The one that is never better than another is looked at where it is fixed."""
+    eager = not compiled and fixed.get("compile") is None
     if pp == 1:
-        return [("1f1b", 1)] if compiled or only else []
+        return [] if eager else [("1f1b", 1)]
     most = num_layers // pp
     several = list(range(2, min(most, MOST_STAGES) + 1))
     if not whole:  # those that layers divide by, or as many stages as there can be
         even = [v for v in several if num_layers % (pp * v) in (0, pp * v - 2)]
         several = sorted({*even[-3:], *even[:1], *several[-1:]})
-    plain = [("1f1b", 1), *(("interleaved_1f1b", v) for v in several)]
+    one = "gpipe" if fixed.get("schedule") == "gpipe" else "1f1b"
+    plain = [(one, 1), *(("interleaved_1f1b", v) for v in several)]
     if compiled:
         return plain
     return [
-        *(plain if only else []),
+        *([] if eager else plain),
         *(("interleaved_zero_bubble", v) for v in several),
         *((name, 2) for name in ZERO_BUBBLE if name != "interleaved_zero_bubble" and most >= 2),
     ]

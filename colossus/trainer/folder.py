@@ -16,13 +16,13 @@ from typing import Any
 from colossus.architecture import Architecture, num_parameters
 from colossus.errors import MachineError, UserError
 from colossus.events import EventLog
-from colossus.job import Job, load_job, save_job
+from colossus.job import PREDICTED, Job, load_job, save_job
 from colossus.layout import AXES
 from colossus.section import Section
 from colossus.trainer.decisions import Decision
 
 # Between the attempts of a run: never what it learns.
-MAY_CHANGE = ("layout.", "checkpoint.", "run.threads", "run.hooks", "fleet.device")
+MAY_CHANGE = ("layout.", "checkpoint.", "run.threads", "run.hooks", "fleet.")
 FOLLOWS_LAYOUT = ("layout.micro_batch", "layout.stages_per_rank", "layout.reshard")
 BEGUN = {"lock", "tokenizer", "events.jsonl", "job.toml.part"}  # what a kill while a run is made may leave
 
@@ -84,16 +84,22 @@ def followed(folder: Path, asked: Job) -> Job:
 
 def _with_changes(folder: Path, asked: Job, refused: str) -> Job:
     kept = load_job(folder / "job.toml")
-    wanted = {n: asked.get(n) for n, origin in asked.origins.items() if origin != "derived"}
+    wanted = {n: asked.get(n) for n in asked.origins if asked.asked_for(n)}
     changed = {n: v for n, v in wanted.items() if n != "run.folder" and _is_other(v, kept.get(n))}
     fixed = [n for n in changed if not n.startswith(MAY_CHANGE)]
     if fixed:
         differing = "; ".join(f"{n}: {kept.get(n)!r}, {changed[n]!r}" for n in fixed)
         raise UserError(f"{refused}; differing (there, asked): {differing}")
     spread = [*FOLLOWS_LAYOUT] if changed.keys() & {f"layout.{axis}" for axis in (*AXES, "schedule")} else []
+    if any(
+        name.startswith(("layout.", "fleet.")) for name in changed
+    ):  # what was predicted was another layout
+        kept = dataclasses.replace(kept, made={n: v for n, v in kept.made.items() if n not in PREDICTED})
+        if "auto" in (kept.layout.preset, changed.get("layout.preset")):
+            spread = [*FOLLOWS_LAYOUT]  # what is open is planned again, around what was asked for
     if "fleet.device" in changed:
         spread = ["layout.micro_batch", "layout.dp_shard"]
-    kept = kept.without(*(name for name in spread if kept.origins.get(name) == "derived"))
+    kept = kept.without(*(name for name in spread if not kept.asked_for(name)))
     return kept.put(changed, "argument")
 
 

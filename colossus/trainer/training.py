@@ -222,7 +222,7 @@ def _settle_machine(job: Job, decisions: Decisions, step: int, world: World, log
     other settings that the user asked for.
     """
     fields = {"type": "precision.type", "threads": "run.threads", "compile": "layout.compile"}
-    asked = {key: job.get(n) for key, n in fields.items() if job.origins.get(n, "derived") != "derived"}
+    asked = {key: job.get(n) for key, n in fields.items() if job.asked_for(n)}
     decided = decisions.get("machine", step)
 
     def choose() -> dict[str, Any]:

@@ -14,6 +14,7 @@ MISTAKES = [
     (["train", "run.minuts=5"], "did you mean 'run.minutes'?"),
     (["train", "data.hidden_size=5"], "did you mean 'model.hidden_size'?"),
     (["train", "model=lama3.2-1b"], "did you mean 'llama3.2-1b'?"),
+    (["train", "layout=fast"], "layout=fast: no such preset; one of auto"),
     (["train", "run=fast"], "no presets of 'run' exist"),
     (
         ["train", "precision.type=bf61"],

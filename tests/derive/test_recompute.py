@@ -12,7 +12,7 @@ from colossus.job import Job
 from colossus.layout import Layout
 from colossus.models import build
 from colossus.parallel.recompute import recompute_layers
-from colossus.sections import Fleet, Precision, RunSection
+from colossus.sections import Data, Fleet, Precision, RunSection
 from tests.models.reference import random_tokens
 from tests.perf.test_parts import kept_bytes
 from tests.perf.tiny import tiny
@@ -24,6 +24,7 @@ def job_of(**layout: object) -> Job:
     values = {"micro_batch": 2, "activation_gib": 1.0} | layout
     return Job(
         model=tiny("llama3.1-8b"),
+        data=Data(seq_len=SEQ_LEN),
         layout=Layout(**values),
         precision=Precision(type="fp32"),
         run=RunSection(global_batch=16),

@@ -8,6 +8,10 @@ from colossus.errors import UserError
 from colossus.hardware.catalogue import accelerator, accelerator_names, node, node_names, table
 from colossus.hardware.fleets import hardware_of
 from colossus.job import load_job, preset_facts, preset_names
+from colossus.perf.ledger import Ledger, Row
+from colossus.perf.price import Pricer
+from colossus.perf.software import OURS
+from tests.derive.machines import machine
 
 KINDS = {"datasheet", "measured", "reported", "shipped", "second-hand", "projected", "assumed"}
 FLEETS = [name for name in preset_names("fleet") if name != "this-machine"]
@@ -73,6 +77,16 @@ def test_power_of_100k_lies_in_the_published_band():
     rated = node("xai-supermicro-4u-lcc").watts / 8 * hardware.count * hardware.pue / 1e6
     drawn = hardware.watts * hardware.count * hardware.pue / 1e6
     assert drawn < rated < 174 and math.isclose(rated, 146.6, rel_tol=0.01)
+
+
+def test_ranks_of_a_processor_share_it():
+    whole, third = (hardware_of(load_job(None, words).fleet, machine()) for words in ([], ["fleet.count=3"]))
+    assert (whole.count, third.count) == (1, 3)
+    one, other = (hardware.accelerator for hardware in (whole, third))
+    assert 3 * other.memory == pytest.approx(one.memory)
+    product = Ledger.of([Row("wq", "forward", "dense", "product", precision="fp32", m=64, n=64, k=64)])
+    seconds = [Pricer.of(hardware, OURS).seconds(product)[0, 0] for hardware in (whole, third)]
+    assert seconds[1] == pytest.approx(3 * seconds[0])
 
 
 @pytest.mark.parametrize(

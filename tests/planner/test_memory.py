@@ -11,7 +11,7 @@ from colossus.perf.price import Pricer, fitted
 from colossus.planner.columns import Layouts
 from colossus.planner.estimate import Problem, rank_weights
 from colossus.planner.memory import memory
-from colossus.planner.stages import layers_of_stages, shape
+from colossus.planner.stages import layers_of_stages
 from tests.planner.problems import problem
 
 
@@ -33,7 +33,7 @@ def test_ranks_hold_every_weight_once(model):
         ("interleaved_1f1b", 2, 3),
         ("dualpipe_v", 3, 2),
     ):
-        made = shape(arch, schedule, pp, chunks)
+        made = problem(model).shape(schedule, pp, chunks)
         one = Layouts.of([{}])
         total = sum(float(a[0] + b[0]) for a, b in (rank_weights(arch, one, made, r) for r in range(pp)))
         tied = arch.vocab_size * arch.hidden_size if arch.tie_embeddings and pp > 1 else 0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from colossus.architecture import num_parameters
-from colossus.job import SECTIONS
+from colossus.job import PREDICTED, SECTIONS
 from colossus.measure.machine import this_machine
 from colossus.perf.flops import model_flops_per_token
 from colossus.trainer.hooks import Hook
@@ -46,6 +46,10 @@ class Log(Hook):
             job={section: getattr(job, section).model_dump(exclude_none=True) for section in SECTIONS},
             origins=job.origins,
         )
+        if PREDICTED[0] in job.made:
+            seconds, size = (float(job.made[name]) for name in PREDICTED)
+            layout = job.layout.model_dump(exclude_none=True)
+            training.event("plan", predicted_step_seconds=seconds, predicted_bytes=int(size), layout=layout)
         training.event("data", corpora=training.data.facts())
         training.log.start_clock()
 
