@@ -116,7 +116,8 @@ GPU_CASES = (
 
 
 class Clock(Hook):
-    """Seconds of each step, the reference beside it and the most memory; each rank writes its own file."""
+    """Seconds of each step and the reference beside it, and the most memory of the steps before those that
+    are timed; each rank writes its own file."""
 
     def on_start(self, training: Training) -> None:
         self.rows: list[dict[str, float]] = []
@@ -125,11 +126,16 @@ class Clock(Hook):
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
+            state = sum(p.nbytes for p in training.state.model.parameters())
+            state += sum(t.nbytes for t in training.state.optimizer.state().values())
+            self._base = _private_bytes() - state
             self._sampler = threading.Thread(target=self._sample, daemon=True)
             self._sampler.start()
 
     def before_step(self, training: Training) -> None:
         self._before = self._reference()
+        if training.step == WARM_STEPS:
+            self._stop_sampling()
         self._began = time.perf_counter()
 
     def after_step(self, training: Training, result: StepResult) -> None:
@@ -139,11 +145,13 @@ class Clock(Hook):
         self.rows.append({"seconds": seconds, "before": self._before, "after": self._reference()})
 
     def on_finish(self, training: Training) -> None:
-        self._stop = True
+        self._stop_sampling()
         peak = {"bytes": float(self._most)}
         if self.cuda:
             peak = {"bytes": float(torch.cuda.max_memory_allocated()),
                     "reserved": float(torch.cuda.max_memory_reserved())}  # fmt: skip
+        else:
+            peak["bytes"] -= self._base
         found = {"steps": self.rows, **peak, "torch": str(torch.__version__)}
         (training.folder / f"clock-{training.world.rank}.json").write_text(json.dumps(found))
 
@@ -152,12 +160,21 @@ class Clock(Hook):
 
         return 0.0 if self.cuda else reference_rate(this_machine().best.type, REFERENCE_RUNS)
 
+    def _stop_sampling(self) -> None:
+        self._stop = True
+        if not self.cuda:
+            self._sampler.join()
+
     def _sample(self) -> None:
         while not self._stop:
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("RssAnon:"):
-                    self._most = max(self._most, int(line.split()[1]) * 1024)
+            self._most = max(self._most, _private_bytes())
             time.sleep(SAMPLE_SECONDS)
+
+
+def _private_bytes() -> int:
+    """Of this process, now."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def corpus(folder: Path) -> Path:
@@ -185,7 +202,8 @@ def run(case: Case, folder: Path, texts: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Measured:
-    """seconds: of a step, at the processor's best rate. bytes: of all ranks, above what imports take."""
+    """seconds: of a step, at the processor's best rate. bytes: of all ranks; on a processor private memory above
+    what a process holds before its first step, but for weights and optimizer state, which count."""
 
     seconds: float
     bytes: float
@@ -212,15 +230,6 @@ def measure(case: Case, folder: Path, texts: Path) -> Measured:
     return Measured(statistics.median(good), sum(rank["bytes"] for rank in ranks), len(good))
 
 
-def imports_bytes() -> float:
-    """Private memory of a process that has imported what training needs."""
-    from benchmarks.memory import TRAIN_IMPORTS, after_imports
-
-    return float(
-        after_imports(f"{TRAIN_IMPORTS}, torch._dynamo, colossus.generation, benchmarks.plan_measured")
-    )
-
-
 def cases(device: str) -> tuple[Case, ...]:
     return GPU_CASES if device == "cuda" else CPU_CASES
 
@@ -231,23 +240,26 @@ def predict(case: Case) -> dict[str, float]:
 
     job = load_job(None, [*case.words, *COMMON, "run.steps=11"])
     plan = api.plan(job)
-    tensors = plan.best.allocated - plan.best.memory.get("context", 0.0)
-    return {"seconds": plan.best.seconds, "bytes": tensors * plan.best.ranks}
+    best = plan.best
+    if plan.hardware.accelerator.device == "cpu":  # private memory; of a GPU what its allocator counts
+        return {"seconds": best.seconds, "bytes": best.reserved * best.ranks}
+    tensors = best.allocated - best.memory["context"]
+    return {"seconds": best.seconds, "bytes": tensors * best.ranks}
 
 
-def report(found: dict[str, Measured], said: dict[str, dict[str, float]], base: float) -> list[Figure]:
+def report(found: dict[str, Measured], said: dict[str, dict[str, float]], cuda: bool) -> list[Figure]:
     figures, times, sizes = [], [], []
     for name, measured in found.items():
         expected = said.get(name)
         if expected is None:
             figures.append(Figure(f"{name}: step", measured.seconds, "s"))
-            figures.append(Figure(f"{name}: memory", (measured.bytes - base) / 2**20, "MiB"))
+            figures.append(Figure(f"{name}: memory", measured.bytes / 2**20, "MiB"))
             continue
-        size = measured.bytes - base
+        size = measured.bytes
         times.append(abs(expected["seconds"] / measured.seconds - 1))
         figures.append(Figure(f"{name}: step", measured.seconds, "s", None, expected["seconds"],
                               expected["seconds"] / measured.seconds))  # fmt: skip
-        if "compiled" not in name or base == 0:
+        if cuda or "compiled" not in name:  # a processor compiles in processes of its own
             sizes.append(abs(expected["bytes"] / size - 1))
             figures.append(Figure(f"{name}: memory", size / 2**20, "MiB", None, expected["bytes"] / 2**20,
                                   expected["bytes"] / size))  # fmt: skip
@@ -276,17 +288,14 @@ def main() -> None:
         print(json.dumps(said, indent=1))
         return
     said = json.loads(Path(arguments.predictions).read_text())["jobs"] if arguments.predictions else {}
-    base = 0.0 if machine.device == "cuda" else imports_bytes()
     found = {}
     with tempfile.TemporaryDirectory(prefix="measured-") as folder:
         texts = corpus(Path(folder) / "texts")
         for case in chosen:
             found[case.name] = measure(case, Path(folder), texts)
-            print(f"{case.name}: {found[case.name].seconds:.4g} s, "
-                  f"{(found[case.name].bytes - base) / 2**20:,.0f} MiB", flush=True)  # fmt: skip
-    ranks = {c.name: 2 if "2 ranks" in c.name else 1 for c in chosen}
-    found = {n: Measured(m.seconds, m.bytes - (ranks[n] - 1) * base, m.steps) for n, m in found.items()}
-    figures = report(found, said, base)
+            print(f"{case.name}: {found[case.name].seconds:.4g} s, {found[case.name].bytes / 2**20:,.0f} MiB",
+                  flush=True)  # fmt: skip
+    figures = report(found, said, machine.device == "cuda")
     print_figures(figures)
     write_receipt("plan_measured", figures, arguments.out, machine.to_dict())
 

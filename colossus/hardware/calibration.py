@@ -20,7 +20,7 @@ from colossus.hardware.machine import Machine, Positive, cache_folder, slug
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one operation, the quickest of several runs.
+    """Seconds of one operation.
 
     kind: "product", "attention", "elementwise", "loss", "update", "copy", or the kind of a message.
     variant: of attention the kernel; of elementwise work "fused" or "eager"; else "".

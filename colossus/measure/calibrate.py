@@ -1,15 +1,15 @@
 """Times the operations of training on this machine, over the shapes that models have, into a table that
 predictions read (`hardware.calibration`).
 
-What else runs only makes a probe slower, so each takes the quickest of several runs. A processor's own speed
-wanders too, so there a product is timed before and after each probe, and seconds are those of a processor
-that makes it at its best rate. Operations are those of the trainer: the same products, attention, loss and
+A processor's speed wanders, so there a product is timed before and after each probe, and seconds are those of
+a processor that makes it at its best rate. Operations are those of the trainer: the same products, attention, loss and
 update, and whole layers, whose rest beside products and attention is what lies between them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -107,7 +107,8 @@ class _Bench:
         self.timings.append(Timing(*key, shape, max(seconds, 1e-9)))
 
     def seconds(self, act: Callable[[], Any], budget: float | None = None) -> float:
-        """The quickest run; of a GPU, of runs in a row that are long enough for its clock."""
+        """Of one run: the median on a processor, at its best rate; on a GPU the quickest of rows of runs that
+        are long enough for its clock."""
         budget = PROBE_SECONDS[self.device] if budget is None else budget
         act()
         if self.device == "cuda":
@@ -124,7 +125,8 @@ class _Bench:
                 times.append(time.perf_counter() - began)
             after = reference_rate(best.type)
             rate = (before + after) / 2
-            attempts.append((abs(before - after) / rate, min(times) * rate / best.flops_per_second))
+            seconds = statistics.median(times) * rate / best.flops_per_second
+            attempts.append((abs(before - after) / rate, seconds))
             if attempts[-1][0] < WANDERED:
                 break
         return min(attempts)[1]
