@@ -202,8 +202,8 @@ def run(case: Case, folder: Path, texts: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Measured:
-    """seconds: of a step, at the processor's best rate. bytes: of all ranks; on a processor private memory above
-    what a process holds before its first step, but for weights and optimizer state, which count."""
+    """seconds: of a step, at the processor's best rate. bytes: of all ranks; on a processor private memory
+    above what a process holds before its first step, but for weights and optimizer state, which count."""
 
     seconds: float
     bytes: float

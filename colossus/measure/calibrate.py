@@ -2,8 +2,8 @@
 predictions read (`hardware.calibration`).
 
 A processor's speed wanders, so there a product is timed before and after each probe, and seconds are those of
-a processor that makes it at its best rate. Operations are those of the trainer: the same products, attention, loss and
-update, and whole layers, whose rest beside products and attention is what lies between them.
+a processor that makes it at its best rate. Operations are those of the trainer: the same products, attention,
+loss and update, and whole layers, whose rest beside products and attention is what lies between them.
 """
 
 from __future__ import annotations

@@ -91,9 +91,8 @@ class Pricer:
         if found is None:
             return plain * (self.scalars[habit] if kind == "elementwise" else 1.0)
         out = np.empty_like(plain)
-        for i, (name, phase, precision) in enumerate(
-            zip(ledger.name, ledger.phase, ledger.precision, strict=True)
-        ):
+        words = zip(ledger.name, ledger.phase, ledger.precision, strict=True)
+        for i, (name, phase, precision) in enumerate(words):
             if kind == "elementwise" and self.software.measured:
                 side = "forward" if phase in ("forward", "recompute") else "backward"
                 out[i] = plain[i] * found.ratio(("elementwise", habit, precision, side), ledger.bytes[i])
@@ -173,8 +172,10 @@ class Pricer:
         seconds, found = self.plain_attention(ledger), self.corrections
         usual = CPU_ATTENTION if self.hardware.accelerator.device == "cpu" else self.scalars["attention"]
         for i, (key, shape) in enumerate(self.keys(ledger)):
-            known = found is not None and key is not None
-            seconds[i] = seconds[i] * (found.ratio(key, *shape) if known else 1 / usual)  # type: ignore[union-attr, arg-type]
+            if found is not None and key is not None:
+                seconds[i] = seconds[i] * found.ratio(key, *shape)
+            else:
+                seconds[i] = seconds[i] / usual
         return seconds
 
     def plain_attention(self, ledger: Ledger) -> Columns:

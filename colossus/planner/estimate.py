@@ -22,6 +22,7 @@ from colossus.perf.price import Pricer
 from colossus.perf.schedule import bubble
 from colossus.planner.columns import Layouts
 from colossus.planner.formulas import TP_AXES, Piece, layer_counts, layers_ledger, piece_of
+from colossus.planner.muon import muon_seconds
 from colossus.planner.stages import Shape, shape
 
 OVERLAP_COST = 0.1  # of the seconds of a hidden message, that it takes from what it hides behind (Calculon:
@@ -36,13 +37,14 @@ RATIO = 0.2  # to which ratios of forward and backward seconds are rounded for a
 
 @dataclass(frozen=True)
 class Problem:
-    """What is trained, and how it is priced. global_batch: sequences."""
+    """What is trained, and how it is priced. global_batch: sequences. optimizer: "adamw" or "muon"."""
 
     arch: Architecture
     seq_len: int
     global_batch: int
     precision: str
     pricer: Pricer
+    optimizer: str = "adamw"
 
     def ledger(self, piece: Piece) -> Ledger:
         """Of one micro-batch: see `formulas.layers_ledger`."""
@@ -349,6 +351,10 @@ class _Estimate:
         updated = dense / dense_shards + routed / routed_shards
         touched = np.where(zero >= 2, updated, dense + routed)  # gradients: scaled, measured, set to zero
         update = self.pricer.update(updated, touched)
+        if self.problem.optimizer == "muon":
+            update = update + muon_seconds(
+                self.problem.arch, layouts, made, self.pricer, self.problem.precision, groups
+            )
         if self.software.casts_weights:  # the others' products add to what is there
             part = self.pricer.hardware.accelerator
             update = update + (m - 1) * (dense + routed) * ACCUMULATE_BYTES / part.copy * part.shared_by

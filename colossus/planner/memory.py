@@ -21,10 +21,9 @@ GIB = 2**30
 CONTEXT = 0.6 * GIB  # of CUDA and its libraries' workspaces
 BUFFERS = 0.25 * GIB  # of NCCL, for each group of several ranks that a rank is in
 SLACK = 0.06  # of what is reserved, that no tensor fills: SimuMax measures 0.94 on B200
-HEAP = (
-    1.6  # of a processor's tensors: private memory that a run takes for them. Three jobs of 1 to 12 million
-)
-# weights took 1.49, 1.60 and 1.70 times what lives at once: freed pieces of a heap seldom fit what comes next
+# Private memory that a processor's run takes, over what lives at once: three jobs of 1 to 12 million weights
+# took 1.49, 1.60 and 1.70 times as much. Freed pieces of a heap seldom fit what comes next.
+HEAP = 1.6
 LIVE_LAYERS = 2.0  # layers whose gathered weights are there at once, where they are let go of
 
 

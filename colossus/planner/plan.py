@@ -141,7 +141,10 @@ def make_plan(job: Job, machine: Machine | None = None, aim: str = "time", *, wh
         batch = _batch(usable, seq_len, num_active(arch))
         assumptions.append(f"run.global_batch={batch:,}: {batch * seq_len:,} tokens of a step")
     tokens = _tokens(job, arch, batch * seq_len, assumptions)
-    problem = Problem(arch, seq_len, batch, precision, Pricer.of(hardware, OURS, corrections))
+    optimizer = job.optimizer.name or "adamw"
+    if job.optimizer.name is None:
+        assumptions.append("optimizer.name=adamw: what Muon takes beside it is counted where it is asked for")
+    problem = Problem(arch, seq_len, batch, precision, Pricer.of(hardware, OURS, corrections), optimizer)
     fixed = fixed_of({name: getattr(job.layout, name) for name in (*FIELDS, "cp_method", "compile")})
     if machine is not None and machine.device == "cpu" and machine.compiler is None:
         fixed["compile"] = False

@@ -96,3 +96,13 @@ def test_messages_carry_the_published_bytes():
         rows = ledger.where(stage="dense", phase=phase, stream="tp", kind=COMMUNICATION)
         assert float((ledger.sent[rows] * ledger.repeat[rows]).sum()) == 4 * tensor
     assert not float(layers_ledger(arch, piece(), OURS, "bf16").total("sent", kind=COMMUNICATION)[0])
+
+
+def test_muon_takes_what_its_products_take():
+    """Of one dense layer: five rounds of three products for each of its matrices, counted by hand."""
+    from colossus.planner.muon import matrices
+
+    arch = tiny("llama3.1-8b")  # width 32, 4 heads of 8 over 2 of keys, feed-forward 48
+    assert matrices(arch, "dense") == {(32, 32, False): 2, (16, 32, False): 2, (32, 48, False): 3}
+    experts = matrices(tiny("mixtral-8x7b"), "experts")
+    assert experts[24, 32, True] == 3 * 8

@@ -127,3 +127,18 @@ def test_a_plan_needs_no_pytorch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "best " in done.stdout
+
+
+def test_muon_takes_longer_than_adamw_and_as_long_for_any_batch():
+    words = ["model=llama3.2-1b", "fleet.accelerator=h100-sxm", "fleet.count=1", "layout.micro_batch=1",
+             "layout.recompute=full"]  # fmt: skip
+
+    def update(*more: str) -> float:
+        return colossus.plan(load_job(None, [*words, *more])).best.parts["update"]
+
+    adamw, muon = (
+        [update(f"optimizer.name={name}", f"run.global_batch={batch}") for batch in (64, 128)]
+        for name in ("adamw", "muon")
+    )
+    assert muon[0] > 2 * adamw[0]
+    assert muon[0] - adamw[0] == pytest.approx(muon[1] - adamw[1])
