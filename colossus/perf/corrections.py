@@ -17,6 +17,7 @@ from colossus.perf.ledger import Columns
 
 Key = tuple[str, str, str, str]  # kind, variant, precision, phase
 NEIGHBOURS = 6
+FEW = 512  # points that are looked up as they are; of more, equal ones once
 SOFT = 0.02  # squared octaves: nearer than that is the same shape
 SAME, NEAR = 0.3, 1.5  # octaves to a measured shape: a price is that one's; between them; and beyond
 
@@ -32,7 +33,9 @@ class Surface:
         """Ratio and distance in octaves to the nearest measured shape, of points [P, D]. What is larger than
         all that was measured is as good as the largest: rates no longer change."""
         points = np.minimum(points, self.points.max(axis=0))
-        unique, back = np.unique(np.round(points, 3), axis=0, return_inverse=True)
+        unique, back = points, np.arange(len(points))
+        if len(points) > FEW:
+            unique, back = np.unique(np.round(points, 3), axis=0, return_inverse=True)
         squared = ((unique[:, None, :] - self.points[None]) ** 2).sum(-1)
         few = min(NEIGHBOURS, len(self.ratios))
         nearest = np.argpartition(squared, few - 1, axis=1)[:, :few]

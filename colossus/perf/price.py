@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -90,52 +91,58 @@ class Pricer:
         found, habit = self.corrections, self.software.elementwise
         if found is None:
             return plain * (self.scalars[habit] if kind == "elementwise" else 1.0)
-        out = np.empty_like(plain)
+        rows: dict[Key | float, list[int]] = defaultdict(list)
         words = zip(ledger.name, ledger.phase, ledger.precision, strict=True)
         for i, (name, phase, precision) in enumerate(words):
-            if kind == "elementwise" and self.software.measured:
-                side = "forward" if phase in ("forward", "recompute") else "backward"
-                out[i] = plain[i] * found.ratio(("elementwise", habit, precision, side), ledger.bytes[i])
-            elif kind == "elementwise":
-                out[i] = plain[i] * self.scalars[habit]
+            side = "forward" if phase in ("forward", "recompute") else "backward"
+            key: Key | float = ("copy", "", "fp32", "")
+            if kind == "elementwise":
+                ours = self.software.measured
+                key = ("elementwise", habit, precision, side) if ours else self.scalars[habit]
             elif name == "loss" and self.software.measured:
-                out[i] = plain[i] * found.ratio(("loss", "", precision, ""), ledger.bytes[i])
-            else:
-                out[i] = plain[i] * found.ratio(("copy", "", "fp32", ""), ledger.bytes[i])
-        return out
+                key = ("loss", "", precision, "")
+            rows[key].append(i)
+        for key, mine in rows.items():
+            plain[mine] *= key if isinstance(key, float) else found.ratio(key, ledger.bytes[mine])
+        return plain
 
     def products(self, ledger: Ledger) -> Columns:
         """Matrix products: by formula times what was measured of shapes like these, else what was fitted."""
-        seconds, found = self.plain_products(ledger), self.corrections
-        for i, (key, shape) in enumerate(self.keys(ledger)):
-            if "experts." in ledger.name[i] and (key is None or key[0] != "grouped"):
-                seconds[i] = seconds[i] / self.scalars["experts"]
-            if found is not None and key is not None:
-                seconds[i] = seconds[i] * found.ratio(key, *shape)
+        seconds = self.plain_products(ledger)
+        for key, rows, shape in self.keys(ledger):
+            for i in rows:
+                if "experts." in ledger.name[i] and (key is None or key[0] != "grouped"):
+                    seconds[i] = seconds[i] / self.scalars["experts"]
+            if self.corrections is not None and key is not None:
+                seconds[rows] *= self.corrections.ratio(key, *shape)
         return seconds
 
-    def keys(self, ledger: Ledger) -> Iterator[tuple[Key | None, list[Columns]]]:
-        """Of each product and attention, under which key it was measured, and its shape as that has it."""
+    def keys(self, ledger: Ledger) -> Iterator[tuple[Key | None, list[int], list[Columns]]]:
+        """Of products and attention: under which key they were measured, None where they were not, which rows
+        these are, and their shapes as that key has them."""
         found = self.corrections
         variant = "" if self.hardware.accelerator.device == "cpu" else self.software.flash
+        rows: dict[Key | None, list[int]] = defaultdict(list)
         for i, (name, kind, phase) in enumerate(zip(ledger.name, ledger.kind, ledger.phase, strict=True)):
             side, precision = "forward" if phase == "recompute" else phase, ledger.precision[i]
-            shape = [ledger.m[i], ledger.n[i], ledger.k[i], ledger.count[i]]
+            kinds = ("grouped", "product") if "experts." in name else ("product",)
+            keys: list[Key] = [(kind, "", precision, side) for kind in kinds]
             if kind == "fused_attention":
-                shape[1] = ledger.n[i] / (BACKWARD_PASSES if side == "backward" else 1.0)
-                shape[3] = ledger.m[i] * ledger.count[i]  # all queries: what can be done at once
-                keys: list[Key] = [("attention", variant, precision, side)]
-            else:
-                kinds = ("grouped", "product") if "experts." in name else ("product",)
-                keys = [(kind, "", precision, side) for kind in kinds]
-            yield next((key for key in keys if found is not None and found.has(key)), None), shape
+                keys = [("attention", variant, precision, side)]
+            rows[next((key for key in keys if found is not None and found.has(key)), None)].append(i)
+        for key, mine in rows.items():
+            shape = [column[mine] for column in (ledger.m, ledger.n, ledger.k, ledger.count)]
+            if key is not None and key[0] == "attention":
+                shape[3] = shape[0] * shape[3]  # all queries: what can be done at once
+                shape[1] = shape[1] / (BACKWARD_PASSES if key[3] == "backward" else 1.0)
+            yield key, mine, shape
 
     def distances(self, ledger: Ledger) -> Columns:
         """Of each product and attention, octaves to the nearest shape that was measured: [R, N]."""
         out = np.full(ledger.size, np.inf)
-        for i, (key, shape) in enumerate(self.keys(ledger)):
+        for key, rows, shape in self.keys(ledger):
             if self.corrections is not None and key is not None:
-                out[i] = self.corrections.ratio_and_distance(key, *shape)[1]
+                out[rows] = self.corrections.ratio_and_distance(key, *shape)[1]
         return out
 
     def plain_products(self, ledger: Ledger) -> Columns:
@@ -169,13 +176,13 @@ class Pricer:
 
     def attention(self, ledger: Ledger) -> Columns:
         """Fused attention: by formula times what was measured of the same kernel, else what was fitted."""
-        seconds, found = self.plain_attention(ledger), self.corrections
+        seconds = self.plain_attention(ledger)
         usual = CPU_ATTENTION if self.hardware.accelerator.device == "cpu" else self.scalars["attention"]
-        for i, (key, shape) in enumerate(self.keys(ledger)):
-            if found is not None and key is not None:
-                seconds[i] = seconds[i] * found.ratio(key, *shape)
+        for key, rows, shape in self.keys(ledger):
+            if self.corrections is not None and key is not None:
+                seconds[rows] *= self.corrections.ratio(key, *shape)
             else:
-                seconds[i] = seconds[i] / usual
+                seconds[rows] /= usual
         return seconds
 
     def plain_attention(self, ledger: Ledger) -> Columns:

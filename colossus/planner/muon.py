@@ -1,7 +1,7 @@
 """What Muon's update costs beside AdamW's: each matrix is gathered and made orthogonal (`optim.muon`).
 
-The ranks that share a stage's layers all do so for every matrix of it, but for experts, of which each rank has
-whole ones.
+The ranks that share a stage's layers all do so for every matrix of it, but for experts, of which each rank
+has whole ones.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections import Counter
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from colossus.architecture import Architecture, parameter_table
 from colossus.perf import communication as comm
@@ -62,25 +61,23 @@ def _layer(
     groups: dict[str, comm.Group],
 ) -> Columns:
     type_ = "fp32" if precision == "fp32" else "bf16"
+    size = 4 if type_ == "fp32" else 2
     seconds = np.zeros(len(layouts))
     for (short, long, is_expert), count in matrices(arch, kind).items():
-        sizes = ((short, short, long), (short, short, short), (short, long, short))
-        width = 4 if type_ == "fp32" else 2
-        rows = [
-            Row(f"{'experts.' if is_expert else ''}muon", "forward", kind, "product", precision=type_, m=m, n=n,
-                k=k, bytes=width * (m * k + n * k + 2 * m * n), repeat=ITERATIONS)
-            for m, n, k in sizes
-        ]  # fmt: skip
-        ledger = Ledger.of(rows)
+        name = "experts.muon" if is_expert else "muon"
+        products = ((short, short, long), (short, short, short), (short, long, short))
+        ledger = Ledger.of(
+            Row(name, "forward", kind, "product", "compute", type_, m=m, n=n, k=k, repeat=ITERATIONS,
+                bytes=size * (m * k + n * k + 2 * m * n))
+            for m, n, k in products
+        )  # fmt: skip
         each = float((pricer.seconds(ledger) * ledger.repeat).sum())
-        here: Columns | NDArray[np.float64] = np.full(len(layouts), float(count))
+        here = np.full(len(layouts), float(count))
         if is_expert:
-            here = count / (layouts.number("ep") * np.maximum(groups["experts"].size, 1.0))
+            here = here / (layouts.number("ep") * np.maximum(groups["experts"].size, 1.0))
         else:
-            gathered = 4.0 * count * short * long  # in fp32, over every rank that has a part
-            for name in ("fsdp", "tp"):
-                seconds = seconds + pricer.messages(
-                    "all_gather", np.full(len(layouts), gathered), groups[name]
-                )
+            gathered = np.full(len(layouts), 4.0 * count * short * long)  # in fp32, from all that have a part
+            for group in ("fsdp", "tp"):
+                seconds = seconds + pricer.messages("all_gather", gathered, groups[group])
         seconds = seconds + here * each
     return seconds

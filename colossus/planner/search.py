@@ -24,7 +24,8 @@ from colossus.planner.space import Limits, layouts_of
 
 CHUNK = 65536  # layouts that are priced at once
 CHECKED = 4096  # layouts whose memory is computed at once, from the quickest on
-REFINED = 32  # layouts whose pipeline is run in time
+REFINED = 16  # layouts whose pipeline is run in time, compiled and not
+WORTH = 1.1  # times the seconds of the best so far, up to which others are
 REPLICAS = 8  # at least so many in the smallest of several pools
 LEAN = {"recompute": 2.0, "micro_batch": 1, "reshard": True, "schedule": "1f1b"}  # what needs least memory
 ALIKE = ("tp", "cp", "pp", "ep", "etp", "schedule", "stages_per_rank", "micro_batch", "recompute")
@@ -117,7 +118,11 @@ def search(problem: Problem, limits: Limits) -> Found:
         quickest = min(quickest, float(seconds.min()))
         best, passed = _fitting(mine, space, seconds, REFINED)
         skipped += passed
-        found += [refined(mine, space.take(np.array([i])), compiled) for i in best]
+        if found:
+            worth = WORTH * min(choice.seconds for choice in found)
+            best = [i for i in best if seconds[i] <= worth]
+        if best:
+            found += all_refined(mine, space.take(np.array(best)), compiled)
     if not found:
         raise NothingFits(_why(problem, priced))
     found.sort(key=lambda choice: choice.seconds)
@@ -169,45 +174,53 @@ def _distinct(choices: list[Choice]) -> list[Choice]:
 
 def refined(problem: Problem, one: Layouts, compiled: bool) -> Choice:
     """One layout with the exact timeline of its pipeline in place of the closed form."""
-    made = estimate(problem, one)
-    needs = memory(problem, one)
-    parts = {name: float(column[0]) for name, column in made.parts.items()}
-    exact = exact_pipeline(problem, one, made)
-    if exact is not None:
-        work = sum(parts[name] for name in ("products", "attention", "memory-bound", "recomputation",
-                                            "tensor, context and expert messages"))  # fmt: skip
-        parts["bubble"] = max(0.0, exact - work)
-        parts["pipeline messages"] = 0.0
-        parts["slowest node"] = (float(made.slowest[0]) - 1) * (work + parts["bubble"])
-    seconds = sum(parts.values())
-    ranks = float(one.ranks[0])
+    return all_refined(problem, one, compiled)[0]
+
+
+def all_refined(problem: Problem, layouts: Layouts, compiled: bool) -> list[Choice]:
+    """Of each layout: see `refined`."""
+    made, needs = estimate(problem, layouts), memory(problem, layouts)
     part = problem.pricer.hardware.accelerator
     peak = part.peak(problem.precision if part.device == "cpu" else "bf16") / part.shared_by
-    return Choice(
-        row=_row(one),
-        ranks=int(ranks),
-        seconds=seconds,
-        mfu=problem.model_flops / (seconds * ranks * peak),
-        parts=parts,
-        memory={name: float(column[0]) for name, column in needs.parts.items()},
-        allocated=float(needs.allocated[0]),
-        reserved=float(needs.reserved[0]),
-        micro_batches=int(made.micro_batches[0]),
-        compiled=compiled,
-    )
+    choices = []
+    for i in range(len(layouts)):
+        parts = {name: float(column[i]) for name, column in made.parts.items()}
+        exact = exact_pipeline(problem, layouts.row(i), made, i)
+        if exact is not None:
+            work = sum(parts[name] for name in ("products", "attention", "memory-bound", "recomputation",
+                                                "tensor, context and expert messages"))  # fmt: skip
+            parts["bubble"] = max(0.0, exact - work)
+            parts["pipeline messages"] = 0.0
+            parts["slowest node"] = (float(made.slowest[i]) - 1) * (work + parts["bubble"])
+        seconds = sum(parts.values())
+        ranks = float(layouts.ranks[i])
+        choices.append(
+            Choice(
+                row=_row(layouts.row(i)),
+                ranks=int(ranks),
+                seconds=seconds,
+                mfu=problem.model_flops / (seconds * ranks * peak),
+                parts=parts,
+                memory={name: float(column[i]) for name, column in needs.parts.items()},
+                allocated=float(needs.allocated[i]),
+                reserved=float(needs.reserved[i]),
+                micro_batches=int(made.micro_batches[i]),
+                compiled=compiled,
+            )
+        )
+    return choices
 
 
-def exact_pipeline(problem: Problem, one: Layouts, made: Estimate) -> float | None:
-    """Seconds of all micro-batches through the pipeline of one layout, stage by stage with their own seconds;
+def exact_pipeline(problem: Problem, row: Mapping[str, Any], made: Estimate, i: int) -> float | None:
+    """Seconds of all micro-batches through the pipeline of layout `i`, stage by stage with their own seconds;
     None without a pipeline."""
-    row = one.row(0)
     pp = int(row["pp"])
     if pp == 1:
         return None
     schedule = row["schedule"]
     chunks = 2 if schedule in V_SHAPED else int(row["stages_per_rank"])
     cut = problem.shape(schedule, pp, chunks)
-    seconds = {key: float(column[0]) for key, column in made.phases.items()}
+    seconds = {key: float(column[i]) for key, column in made.phases.items()}
 
     def of(phase: str) -> NDArray[np.float64]:
         out = cut.by_stage @ np.array([seconds[phase, kind] for kind in cut.kinds])
@@ -217,14 +230,14 @@ def exact_pipeline(problem: Problem, one: Layouts, made: Estimate) -> float | No
 
     forward, weights = of("forward"), of("weights")
     backward = of("backward") + of("recompute")
-    m = int(made.micro_batches[0])
+    m = int(made.micro_batches[i])
     few = min(m, EXACT_ROUNDS * pp)
     if schedule == "gpipe":
         few = m
     elif few < m:
         few += m % pp
     line = timeline(
-        schedule, pp, chunks, few, forward.tolist(), backward.tolist(), weights.tolist(), float(made.send[0])
+        schedule, pp, chunks, few, forward.tolist(), backward.tolist(), weights.tolist(), float(made.send[i])
     )
     if few == m:
         return line.seconds
@@ -232,9 +245,8 @@ def exact_pipeline(problem: Problem, one: Layouts, made: Estimate) -> float | No
     return line.seconds + (m - few) * slowest
 
 
-def _row(one: Layouts) -> dict[str, Any]:
+def _row(row: dict[str, Any]) -> dict[str, Any]:
     """A layout as values of `layout.Layout`."""
-    row = one.row(0)
     zero = row.pop("zero")
     row.pop("sp")
     row["reshard"] = bool(zero >= 3)

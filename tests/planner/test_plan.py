@@ -140,5 +140,5 @@ def test_muon_takes_longer_than_adamw_and_as_long_for_any_batch():
         [update(f"optimizer.name={name}", f"run.global_batch={batch}") for batch in (64, 128)]
         for name in ("adamw", "muon")
     )
-    assert muon[0] > 2 * adamw[0]
+    assert muon[0] - adamw[0] > 0.02
     assert muon[0] - adamw[0] == pytest.approx(muon[1] - adamw[1])

@@ -132,7 +132,7 @@ def test_the_exact_timeline_is_the_closed_form_where_stages_are_equal():
     for schedule, chunks in (("1f1b", 1), ("interleaved_1f1b", 2)):
         one = Layouts.of([{"pp": 4, "dp_shard": 4, "schedule": schedule, "stages_per_rank": chunks}])
         closed = estimate(wide, one)
-        exact = exact_pipeline(wide, one, closed)
+        exact = exact_pipeline(wide, one.row(0), closed, 0)
         assert exact == pytest.approx(
             float(sum(closed.parts[name][0] for name in closed.parts if name in
                       ("products", "attention", "memory-bound", "recomputation", "bubble",
@@ -151,6 +151,6 @@ def test_the_closed_bubble_is_the_timelines_also_with_few_micro_batches(schedule
     closed = estimate(light, one)
     names = ("products", "attention", "memory-bound", "recomputation", "bubble", "pipeline messages",
              "tensor, context and expert messages")  # fmt: skip
-    assert exact_pipeline(light, one, closed) == pytest.approx(
+    assert exact_pipeline(light, one.row(0), closed, 0) == pytest.approx(
         float(sum(closed.parts[name][0] for name in names)), rel=0.06 if batch > 2 else 0.12
     )
