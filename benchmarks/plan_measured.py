@@ -7,7 +7,7 @@ committed; then the jobs run. A processor's rate wanders, so on one a square pro
 every step, and steps beside which it moved by over 10% do not count; seconds are those at its best rate.
 A job's figure is the median of its steps.
 
-    python -m benchmarks.plan_measured [--quick] [--out FILE] [--predict FILE] [--predictions FILE]
+    python -m benchmarks.plan_measured [--quick] [--out] [--predict] [--predictions] [--only]
 """
 
 from __future__ import annotations
