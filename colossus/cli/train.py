@@ -35,6 +35,7 @@ def train(
     from colossus import api
     from colossus.cli.brief import brief
     from colossus.cli.progress import BuildProgress
+    from colossus.launcher.local import is_first_rank
 
     job = api.resolve(api.load_job(path, overrides, exact=exact), exact=exact)
     if dry:
@@ -53,5 +54,7 @@ def train(
             run = api.train(job, follow=follow, listeners=[view.show], progress=build.show)
     finally:
         view.close()
+    if not is_first_rank():  # which writes how the run ended, and may not have done so yet
+        return 0
     print("\n" + summary(run.folder), end="", file=out)
     return EXIT_CODES.get(run.outcome, 3)

@@ -130,13 +130,10 @@ def test_the_default_model_keeps_about_what_korthikanti_et_al_count(width: int) 
 
 
 @pytest.mark.skipif(this_machine().compiler is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_what_the_compiler_saves_of_a_layer(qk_norm: bool) -> None:
+def test_what_the_compiler_saves_of_a_layer() -> None:
     """Counted on a compiled layer, by the storages that wait for its backward pass."""
     tokens = 1152  # beyond those whose attention is made of plain products
-    arch = tiny(
-        "llama3.1-8b", hidden_size=64, head_dim=16, intermediate_size=160, num_layers=1, qk_norm=qk_norm
-    )
+    arch = tiny("llama3.1-8b", hidden_size=64, head_dim=16, intermediate_size=160, num_layers=1, qk_norm=True)
     layer = build(arch, seed=0).layers[0]
     layer.compile(dynamic=False)
     seen = sight(arch, torch.zeros(1, tokens, dtype=torch.long), None, None, torch.float32)
