@@ -46,7 +46,9 @@ def plan(
 
     if calibrate:
         print(api.calibrate(lambda line: print(line, file=sys.stderr)))
-        return 0
+        if not words:
+            return 0
+        print()
     from colossus.planner import report
     from colossus.planner.search import NothingFits
 

@@ -1,13 +1,12 @@
 """A calibration: what single operations of a training step took on one machine, kept as JSON.
 
-`measure.calibrate` writes it, `perf.measured` reads it: between the shapes that were timed it interpolates.
-Those of accelerators that come with the project lie beside the catalogue; each machine keeps its own.
+`measure.calibrate` writes it; `planner.measured` makes of it what prices are corrected by. Those of
+accelerators that come with the project lie beside the catalogue; each machine keeps its own.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import resources
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from colossus.architecture import Architecture
 from colossus.hardware.machine import Machine, Positive, cache_folder, slug
 
 
@@ -22,11 +22,14 @@ from colossus.hardware.machine import Machine, Positive, cache_folder, slug
 class Timing:
     """Seconds of one operation.
 
-    kind: "product", "attention", "elementwise", "loss", "update", "copy", or the kind of a message.
-    variant: of attention the kernel; of elementwise work "fused" or "eager"; else "".
+    kind: "product", "grouped" (products of experts), "attention", "layer", "loss", "update", "copy", or the
+        kind of a message.
+    variant: of attention on a GPU the kernel; of a layer "fused" (compiled) or "eager"; else "".
     phase: "forward", "backward", "weights", or "" where that makes no difference.
-    shape: of a product m, n, k and how many at once; of attention queries, keys that each meets, width of a
-        head, heads; of the others bytes; of a message ranks and bytes of the full tensor.
+    shape: of products m, n, k and how many at once; of attention queries, keys that each meets, width of a
+        head, heads; of a layer samples, tokens, width, heads, feed-forward width (see `layer_arch`); of the
+        loss tokens, width, vocabulary; of an update weights; of a copy bytes; of a message ranks and bytes of
+        the full tensor.
     """
 
     kind: str
@@ -65,8 +68,24 @@ class Calibration:
         """Reads what `to_json` wrote. Raises ValueError where that is damaged."""
         return TypeAdapter(cls).validate_json(text)
 
-    def with_more(self, timings: Iterable[Timing]) -> Calibration:
-        return Calibration(**{**self.__dict__, "timings": (*self.timings, *timings)})
+
+def layer_arch(tokens: int, width: int, heads: int, ffn: int, vocabulary: int = 64) -> Architecture:
+    """A model of one layer, like those that are timed whole."""
+    return Architecture(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_layers=1,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        intermediate_size=ffn,
+        max_seq_len=tokens,
+        rope_theta=10_000.0,
+        norm_eps=1e-5,
+        initializer_range=0.02,
+        tie_embeddings=True,
+        qk_norm=False,
+    )
 
 
 def kept_file(machine: Machine) -> Path:

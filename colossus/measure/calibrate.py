@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from colossus.architecture import Architecture
-from colossus.hardware.calibration import Calibration, Timing
+from colossus.hardware.calibration import Calibration, Timing, layer_arch
 from colossus.hardware.machine import Machine
 from colossus.measure.loopback import message_timings
 from colossus.measure.machine import HOPELESS
@@ -328,7 +327,7 @@ def _layers(bench: _Bench, precision: str, quick: bool, compiler: bool) -> None:
     """Whole layers, forward and backward: the shape is samples, tokens, width, heads, feed-forward width."""
     shapes = _some(CPU_LAYERS if bench.device == "cpu" else GPU_LAYERS, quick)
     for index, (samples, tokens, width, heads) in enumerate(shapes):
-        arch = _layer_arch(tokens, width, heads)
+        arch = layer_arch(tokens, width, heads, 64 * round(LAYER_FFN * width / 64))
         with torch.device("meta"):
             model = Decoder(arch)
         model.to_empty(device=bench.device)
@@ -364,24 +363,6 @@ def _passes(bench: _Bench, layer: nn.Module, x: torch.Tensor, seen: Any) -> tupl
     budget = LONG_SECONDS[bench.device]
     alone, whole = bench.seconds(forward, budget), bench.seconds(both, 2 * budget)
     return alone, max(whole - alone, 0.1 * alone)
-
-
-def _layer_arch(tokens: int, width: int, heads: int) -> Architecture:
-    return Architecture(
-        vocab_size=64,
-        hidden_size=width,
-        num_layers=1,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width // heads,
-        intermediate_size=64 * round(LAYER_FFN * width / 64),
-        max_seq_len=tokens,
-        rope_theta=10_000.0,
-        norm_eps=1e-5,
-        initializer_range=0.02,
-        tie_embeddings=True,
-        qk_norm=False,
-    )
 
 
 # ---------------------------------------------------------------------------------------- updates, copies

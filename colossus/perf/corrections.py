@@ -8,7 +8,7 @@ shape the price is what was measured, and far from all of them it is the formula
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +56,6 @@ class Corrections:
     surfaces: Mapping[Key, Surface]
     held: float | None = None
     source: str = ""
-    counts: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -70,12 +69,10 @@ class Corrections:
             key: Surface(np.log2(np.array([s for s, _ in rows], dtype=float)), np.log2([r for _, r in rows]))
             for key, rows in ratios.items()
         }
-        counts: dict[str, int] = {}
-        for (kind, *_), rows in ratios.items():
-            counts[kind] = counts.get(kind, 0) + len(rows)
-        return cls(surfaces, held, source, counts)
+        return cls(surfaces, held, source)
 
     def has(self, key: Key) -> bool:
+        """Whether anything like it was measured."""
         return self._find(key) is not None
 
     def _find(self, key: Key) -> Surface | None:
@@ -84,15 +81,14 @@ class Corrections:
         return self.surfaces.get(key) or self.surfaces.get((kind, variant, precision, ""))
 
     def ratio(self, key: Key, *shape: Columns) -> Columns:
-        """Measured over formula, of the shape of the columns; 1 where nothing of the kind was measured."""
+        """Measured over formula, of the shapes that the columns say; see `has`."""
         return self.ratio_and_distance(key, *shape)[0]
 
     def ratio_and_distance(self, key: Key, *shape: Columns) -> tuple[Columns, Columns]:
-        """Also the octaves to the nearest measured shape; infinite where there is none."""
+        """Also the octaves to the nearest measured shape."""
         surface = self._find(key)
+        assert surface is not None, f"{key} was not measured"
         columns = np.broadcast_arrays(*shape)
-        if surface is None:
-            return np.ones(columns[0].shape), np.full(columns[0].shape, np.inf)
         points = np.stack([np.log2(np.maximum(c, 1e-3)).reshape(-1) for c in columns], axis=1)
         ratio, distance = surface.at(points)
         return ratio.reshape(columns[0].shape), distance.reshape(columns[0].shape)

@@ -86,25 +86,23 @@ class Pricer:
         return out
 
     def moves(self, kind: str, ledger: Ledger) -> Columns:
-        """What moves bytes and computes little."""
-        plain = ledger.bytes / self.hardware.accelerator.copy
-        found, habit = self.corrections, self.software.elementwise
-        if found is None:
-            return plain * (self.scalars[habit] if kind == "elementwise" else 1.0)
-        rows: dict[Key | float, list[int]] = defaultdict(list)
+        """What moves bytes and computes little: as measured of our own, else by what was fitted."""
+        seconds = ledger.bytes / self.hardware.accelerator.copy
+        habit, found, ours = self.software.elementwise, self.corrections, self.software.measured
+        fitted = self.scalars[habit] if kind == "elementwise" else 1.0
+        rows: dict[Key, list[int]] = defaultdict(list)
         words = zip(ledger.name, ledger.phase, ledger.precision, strict=True)
         for i, (name, phase, precision) in enumerate(words):
-            side = "forward" if phase in ("forward", "recompute") else "backward"
-            key: Key | float = ("copy", "", "fp32", "")
+            key: Key = ("copy", "", "fp32", "")
             if kind == "elementwise":
-                ours = self.software.measured
-                key = ("elementwise", habit, precision, side) if ours else self.scalars[habit]
-            elif name == "loss" and self.software.measured:
+                key = (kind, habit, precision, "backward" if phase == "backward" else "forward")
+            elif name == "loss" and ours:
                 key = ("loss", "", precision, "")
             rows[key].append(i)
         for key, mine in rows.items():
-            plain[mine] *= key if isinstance(key, float) else found.ratio(key, ledger.bytes[mine])
-        return plain
+            measured = found is not None and found.has(key) and (ours or kind == "memory")
+            seconds[mine] *= found.ratio(key, ledger.bytes[mine]) if found and measured else fitted
+        return seconds
 
     def products(self, ledger: Ledger) -> Columns:
         """Matrix products: by formula times what was measured of shapes like these, else what was fitted."""

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from colossus.architecture import Architecture
-from colossus.hardware.calibration import Calibration, Timing, kept, of_accelerator
+from colossus.hardware.calibration import Calibration, Timing, kept, layer_arch, of_accelerator
 from colossus.hardware.catalogue import Accelerator
 from colossus.hardware.fleets import Hardware, Pool
 from colossus.hardware.machine import Machine
@@ -61,7 +61,7 @@ def basis(problem: Problem, layout: Layouts) -> list[tuple[str, str]]:
     rows.append(("between them", "measured in whole layers" if ours else "a scalar fitted to published runs"))
     talks = any(kind in MESSAGES for kind, *_ in found.surfaces)
     if layout.ranks[0] > 1:
-        rows.append(("messages", "measured between two ranks" if talks else "formulas"))
+        rows.append(("messages", "measured between ranks of one machine" if talks else "formulas"))
     return rows
 
 
@@ -111,9 +111,8 @@ class _Comparison:
             elif timing.kind == "update":
                 self.add(timing, timing.shape[0] * UPDATE_BYTES / self.part.copy)
             elif timing.kind not in WHOLES:
-                self.add(
-                    timing, float(self.pricer(timing.variant).seconds(_ledger_of(timing, self.part)).sum())
-                )
+                ledger = _ledger_of(timing, self.part)
+                self.add(timing, float(self.pricer(timing.variant).seconds(ledger).sum()))
         so_far = Corrections.of(self.found, held=1.0)
         for timing in self.calibration.timings:
             if timing.kind == "layer":
@@ -193,25 +192,6 @@ def _ledger_of(timing: Timing, part: Accelerator) -> Ledger:
         name, phase, "", "product", "compute", timing.precision, m=m, n=n, k=k, count=count, bytes=moved
     )
     return Ledger.of([replace(row, bytes=moved)])
-
-
-def layer_arch(tokens: int, width: int, heads: int, ffn: int, vocabulary: int = 64) -> Architecture:
-    """One layer like those that were timed (`measure.calibrate`)."""
-    return Architecture(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_layers=1,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width // heads,
-        intermediate_size=ffn,
-        max_seq_len=tokens,
-        rope_theta=10_000.0,
-        norm_eps=1e-5,
-        initializer_range=0.02,
-        tie_embeddings=True,
-        qk_norm=False,
-    )
 
 
 def _alone(part: Accelerator) -> Hardware:

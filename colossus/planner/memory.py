@@ -54,18 +54,8 @@ def memory(problem: Problem, layouts: Layouts) -> Memory:
         made = problem.shape(schedule, pp, per_rank)
         chosen = layouts.take(index)
         held = _held(schedule, pp, per_rank, micro_batches[index], len(made.by_stage))
-        ranks = [
-            _rank(
-                problem,
-                chosen,
-                made,
-                rank,
-                {k: v[index] for k, v in saved.items()},
-                held,
-                micro_batches[index],
-            )
-            for rank in range(pp)
-        ]
+        mine = {name: column[index] for name, column in saved.items()}
+        ranks = [_rank(problem, chosen, made, rank, mine, held, micro_batches[index]) for rank in range(pp)]
         totals = np.stack([sum(parts.values()) for parts in ranks])  # type: ignore[arg-type]
         most = np.argmax(totals, axis=0)
         at = np.arange(len(index))
@@ -155,10 +145,10 @@ def _rank(
         optimizer = np.where(zero >= 1, shards, everything) * 8
         live = np.where(zero >= 3, np.minimum(1.0, LIVE_LAYERS / layers), 1.0)
         copied = everything - edges if software.measured else everything
-        again_live = np.where(
-            layouts.number("recompute") == 2, 1.0 / layers, live
-        )  # made again with the layer
-        copies = (size if size < 4 else 0.0) * copied * np.minimum(live, again_live)
+        cast = live
+        if software.measured:  # copies of layers that are made again go with them
+            cast = np.where(layouts.number("recompute") == 2, np.minimum(live, 1.0 / layers), live)
+        copies = (size if size < 4 else 0.0) * copied * cast
         copies = copies + np.where(over > 1, 4 * everything * live * 0.5, 0)
     else:
         # half weights, gradients of their own type, and fp32 weights and moments of the optimizer

@@ -128,7 +128,8 @@ def make_plan(job: Job, machine: Machine | None = None, aim: str = "time", *, wh
         raise UserError.field("--for", aim, f"one of {', '.join(AIMS)}", AIMS)
     arch = _arch(job)
     hardware = hardware_of(job.fleet, machine, ranks=_ranks(job))
-    corrections = corrections_for(hardware, machine)
+    here = machine if job.fleet.accelerator is None and job.fleet.pools is None else None
+    corrections = corrections_for(hardware, here)
     assumptions = list(hardware.assumptions)
     seq_len = job.data.seq_len or min(arch.max_seq_len or SEQ_LEN, SEQ_LEN)
     precision: str = job.precision.type or ("fp32" if hardware.accelerator.device == "cpu" else "bf16")
@@ -146,7 +147,7 @@ def make_plan(job: Job, machine: Machine | None = None, aim: str = "time", *, wh
         assumptions.append("optimizer.name=adamw: what Muon takes beside it is counted where it is asked for")
     problem = Problem(arch, seq_len, batch, precision, Pricer.of(hardware, OURS, corrections), optimizer)
     fixed = fixed_of({name: getattr(job.layout, name) for name in (*FIELDS, "cp_method", "compile")})
-    if machine is not None and machine.device == "cpu" and machine.compiler is None:
+    if here is not None and here.device == "cpu" and here.compiler is None:
         fixed["compile"] = False
     found, hardware = _search(problem, Limits(fixed, spares, whole), aim, tokens)
     best = found.choices[0]

@@ -38,8 +38,14 @@ def test_beyond_the_largest_shape_nothing_changes() -> None:
 
 def test_what_was_not_measured_is_left_alone() -> None:
     found = of_rows(((1024, 1024, 1024, 1), 1.5))
-    assert found.ratio(("product", "", "fp8", "forward"), np.array([64.0]), 64.0, 64.0, 1.0)[0] == 1.0
     assert not found.has(("attention", "hopper", "bf16", "forward"))
+    rows = [
+        Row("gated", "forward", "", "elementwise", bytes=1e9),
+        Row("attention.scores", "forward", "", "fused_attention", m=1024, n=512, k=64, count=8),
+    ]
+    ledger = Ledger.of(rows)
+    plain = Pricer.of(hardware(1), OURS)
+    assert (replace(plain, corrections=found).seconds(ledger) == plain.seconds(ledger)).all()
 
 
 def test_timings_of_an_h200_are_priced_as_they_were_measured() -> None:

@@ -26,6 +26,7 @@ from colossus.measure.machine import _table, this_machine
 from colossus.parallel.program import decoders
 from colossus.trainer.hooks import Hook
 from colossus.trainer.run import Run
+from colossus.trainer.step import StepResult
 from colossus.trainer.training import Training
 
 GRACE_SECONDS = 20.0  # that the other ranks have, once one was killed
@@ -43,6 +44,17 @@ _processes.set_forkserver_preload(
         "colossus.trainer.loop",
     ]
 )
+
+
+class StopAt(Hook):
+    """Asks for the end after so many steps, as a scheduler would; it can be pickled to every rank."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def after_step(self, training: Training, result: StepResult) -> None:
+        if training.step == self.step:
+            training.ask_to_stop("asked")
 
 
 @dataclasses.dataclass

@@ -15,10 +15,8 @@ from colossus.job import Job
 from colossus.trainer.hooks import Hook
 from colossus.trainer.hooks.evaluate import EvaluateHook
 from colossus.trainer.run import Run
-from colossus.trainer.step import StepResult
-from colossus.trainer.training import Training
 from tests.ranks.pool import Pool
-from tests.trainer.running import kept_machine, run_of
+from tests.trainer.running import StopAt, kept_machine, run_of
 from tests.trainer.test_reshard import assert_near
 
 Make = Callable[..., Job]
@@ -107,17 +105,6 @@ def assert_same(run: Run, expected: Run) -> None:
         for one, other in zip(found, right, strict=True):
             assert (one["step"], one["num_documents"]) == (other["step"], other["num_documents"])
             assert number(one["bits_per_byte"]) == pytest.approx(number(other["bits_per_byte"]), rel=1e-9)
-
-
-class StopAt(Hook):
-    """Asks for the end after so many steps, as a scheduler would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def after_step(self, training: Training, result: StepResult) -> None:
-        if training.step == self.step:
-            training.ask_to_stop("asked")
 
 
 GROWING = [

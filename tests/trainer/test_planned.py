@@ -12,23 +12,9 @@ from colossus.job import PREDICTED, Job
 from colossus.monitor import summary
 from colossus.planner.plan import FIELDS
 from colossus.trainer import folder as folders
-from colossus.trainer.hooks import Hook
-from colossus.trainer.step import StepResult
-from colossus.trainer.training import Training
-from tests.trainer.running import kept_machine
+from tests.trainer.running import StopAt, kept_machine
 
 Make = Callable[..., Job]
-
-
-class StopAt(Hook):
-    """Pickled to every rank."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def after_step(self, training: Training, result: StepResult) -> None:
-        if training.step == self.step:
-            training.ask_to_stop("asked")
 
 
 @pytest.fixture(autouse=True)
