@@ -17,7 +17,7 @@ from colossus.planner.estimate import Problem
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 MOST_CP, MOST_PP, MOST_EP, MOST_STAGES = 64, 64, 64, 16
-STATE_BYTES = 16.0  # of a weight, its gradient and both moments in fp32
+STATE_BYTES = 12.0  # of a weight and both moments in fp32; its gradient may take an activation's place
 MOST_SHARD = 2048  # ranks over which weights are sharded; more only lengthens the rings
 RECOMPUTE = (0.0, 1.0, 2.0)
 SMALL_FLEET = 64  # accelerators up to which every layout is looked at
