@@ -2,5 +2,9 @@
 pytest share the cores."""
 
 import os
+import signal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # shells ignore it in what they start in the background

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-SECONDS = 120.0  # until all ranks of a call have answered
+SECONDS = 240.0  # until all ranks of a call have answered: compiling takes 100 on two slow cores
 KEPT = 8  # processes that stay: more are ended after the call that needed them
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(

@@ -29,6 +29,7 @@ from colossus.trainer.run import Run
 from colossus.trainer.step import StepResult
 from colossus.trainer.training import Training
 
+SECONDS = 200.0  # until all ranks have ended
 GRACE_SECONDS = 20.0  # that the other ranks have, once one was killed
 
 _processes = multiprocessing.get_context("forkserver")
@@ -114,7 +115,7 @@ def _kill_at_sync(count: int) -> None:
 def train_in_processes(job: Job, hooks: Sequence[Hook] = (), follow: Path | None = None) -> list[int]:
     """Trains in one real process a rank, as torchrun starts them; returns their exit codes (-9: killed)."""
     started = start(job, hooks, follow)
-    end = time.monotonic() + 100
+    end = time.monotonic() + SECONDS
     while any(process.exitcode is None for process in started):
         if any(process.exitcode for process in started):  # the others may wait for it in vain
             end = min(end, time.monotonic() + GRACE_SECONDS)

@@ -23,7 +23,7 @@ from colossus.trainer.hooks.stop import SAME_SECONDS
 from colossus.trainer.run import Run
 from colossus.trainer.step import StepResult
 from colossus.trainer.training import Training
-from tests.trainer.running import kept_machine, run_of
+from tests.trainer.running import SECONDS, kept_machine, run_of
 
 ROOT = Path(__file__).resolve().parents[2]
 Make = Callable[..., Job]
@@ -156,7 +156,7 @@ class Command:
         )
 
     def wait_for(self, kind: str, count: int = 1) -> None:
-        end = time.monotonic() + 100
+        end = time.monotonic() + SECONDS
         while len(self.run.events(kind)) < count:
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < end
