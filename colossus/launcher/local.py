@@ -27,7 +27,7 @@ Prepared = TypeVar("Prepared")
 PREPARING = timedelta(days=1)  # that building the data may take
 TELLING = timedelta(seconds=10)  # that the others have to hear why there is none
 STOP_SECONDS = 0.2  # between two looks at the ranks, and at the event log
-FAREWELL_SECONDS = 2.0  # that the parent has to read the result of a rank that is done
+FAREWELL_SECONDS = 5.0  # that a parent has to read the result of a rank that a signal ended
 TOLD = {kind.__name__: kind for kind in (UserError, MachineError)}
 
 
@@ -161,19 +161,23 @@ def _rank(job: Job, folder: Path, hooks: list[Hook], errors: Path) -> None:
     # Ctrl-C in a terminal reaches every process of its group, and two signals end a rank without saving; it
     # gets one from its parent. (Where the parent is killed, PyTorch has the kernel send SIGINT, on Linux.)
     os.setsid()
+    from colossus.trainer.hooks.stop import Signalled
     from colossus.trainer.loop import train
 
+    signalled = Signalled()
     try:
-        train(job, folder, hooks)
+        train(job, folder, [*hooks, signalled])
     except Exception as error:
         atexit.register(_leave_late)
         if isinstance(error, (UserError, MachineError)):
             _tell(errors, error)
         raise
-    # torchelastic lets a rank wait until its result was read; a parent that stops, or was killed, reads none.
-    leave = threading.Timer(FAREWELL_SECONDS, os._exit, (0,))
-    leave.daemon = True
-    leave.start()
+    # torchelastic lets a rank wait until all results were read, and then waits for each rank that waits: one
+    # that was gone by then would keep it for ever. Only a parent that is told to stop, or killed, reads none.
+    if signalled.was:
+        leave = threading.Timer(FAREWELL_SECONDS, os._exit, (0,))
+        leave.daemon = True
+        leave.start()
 
 
 def _leave_late() -> None:

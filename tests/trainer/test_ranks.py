@@ -16,6 +16,7 @@ from colossus import api
 from colossus.checkpoints.format import DamagedCheckpoint
 from colossus.errors import MachineError, UserError
 from colossus.job import Job
+from colossus.launcher.local import FAREWELL_SECONDS
 from colossus.trainer.hooks import Hook
 from colossus.trainer.training import Training
 from tests.trainer.running import kept_machine, run_of
@@ -111,6 +112,18 @@ def test_what_a_rank_raises_is_raised_here_whole(
     if how == "kill":
         assert api.train(job).outcome == "finished"
         assert [e["step"] for e in run_of(job).events("resume")] == [4]
+
+
+class FinishLate(Hook):
+    """The first rank has something left to do when the others are gone."""
+
+    def on_finish(self, training: Training) -> None:
+        if training.world.rank == 0:
+            time.sleep(FAREWELL_SECONDS + 1)
+
+
+def test_a_rank_that_ends_late_is_waited_for(small_job: Make) -> None:
+    assert api.train(two_ranks(small_job), [FinishLate()]).outcome == "finished"
 
 
 def test_a_signal_to_the_parent_saves(small_job: Make, tmp_path: Path) -> None:

@@ -57,3 +57,15 @@ class StopOnSignal(Hook):
     def after_step(self, training: Training, result: StepResult) -> None:
         self._in_first_step = False
         self._steps += 1
+
+
+class Signalled(Hook):
+    """Remembers whether a signal ended the run, here or on another rank."""
+
+    was = False
+
+    def on_start(self, training: Training) -> None:
+        def remember() -> None:
+            self.was = bool({training.stop_asked, training.stop_reason} & {"SIGINT", "SIGTERM"})
+
+        training.at_end.callback(remember)
