@@ -13,10 +13,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from colossus.architecture import Architecture, Group, parameter_table
 from colossus.models.init import logical_name
+from colossus.optim.adamw import AdamW
 from colossus.optim.muon import Muon
 from colossus.sections import Optimizer as Settings
 
@@ -45,28 +45,19 @@ class Optimizer:
                 weight_decay=settings.weight_decay / share,
                 matmul_type=matmul_type,
             )
-        by_group: dict[tuple[float, float, object], list[tuple[str, torch.Tensor]]] = {}
-        for name, parameter in sorted(named, key=lambda pair: table[pair[0]].group in DECAYED_GROUPS):
+        by_rate: dict[tuple[float, float], list[tuple[str, torch.Tensor]]] = {}
+        for name, parameter in named:
             if name not in matrices:
                 share = table[name].scale.adamw
                 decay = settings.weight_decay / share if table[name].group in DECAYED_GROUPS else 0.0
-                mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-                by_group.setdefault((share, decay, mesh), []).append((name, parameter))
-        groups = [
-            {"params": [p for _, p in members], "lr": settings.lr * share, "weight_decay": weight_decay}
-            for (share, weight_decay, _), members in by_group.items()
-        ]
-        self._adamw_names = [name for members in by_group.values() for name, _ in members]
-        self._rates = [settings.lr * share for share, _, _ in by_group]
+                by_rate.setdefault((share, decay), []).append((name, parameter))
         betas = (settings.beta1, settings.beta2)
-        self._adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
-        self._adamw_parameters = [p for group in self._adamw.param_groups for p in group["params"]]
-        for parameter in self._adamw_parameters:
-            self._adamw.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self._adamw = [
+            ([n for n, _ in members],
+             AdamW([p for _, p in members], settings.lr * share, betas, settings.eps, decay))
+            for (share, decay), members in by_rate.items()
+        ]  # fmt: skip
+        self._parameters = [parameter for _, parameter in named]
         self._num_steps = 0
 
     @property
@@ -77,24 +68,21 @@ class Optimizer:
     @num_steps.setter
     def num_steps(self, count: int) -> None:
         self._num_steps = count
-        for parameter in self._adamw_parameters:
-            self._adamw.state[parameter]["step"].fill_(float(count))
+        for _, adamw in self._adamw:
+            adamw.count(count)
 
     def step(self, lr_factor: float) -> None:
         """One update, at `lr_factor` of the rates."""
-        for group, rate in zip(self._adamw.param_groups, self._rates, strict=True):
-            group["lr"] = rate * lr_factor
-        self._adamw.step()
+        for _, adamw in self._adamw:
+            adamw.step(lr_factor)
         if self._muon is not None:
             self._muon.step(lr_factor)
         self._num_steps += 1
 
     def zero_grad(self) -> None:
         """Forgets the gradients."""
-        self._adamw.zero_grad(set_to_none=True)
-        if self._muon is not None:
-            for parameter in self._muon.parameters:
-                parameter.grad = None
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def state(self) -> dict[tuple[str, str], torch.Tensor]:
         """The tensors themselves, by (parameter, "exp_avg" | "exp_avg_sq" | "momentum")."""
@@ -102,9 +90,10 @@ class Optimizer:
 
     def named_state(self) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
         """The same one by one: two stages of a pipeline on one rank may have a parameter of one name."""
-        for name, parameter in zip(self._adamw_names, self._adamw_parameters, strict=True):
-            for kind in ("exp_avg", "exp_avg_sq"):
-                yield (name, kind), self._adamw.state[parameter][kind]
+        for names, adamw in self._adamw:
+            for name, mean, square in zip(names, adamw.exp_avg, adamw.exp_avg_sq, strict=True):
+                yield (name, "exp_avg"), mean
+                yield (name, "exp_avg_sq"), square
         if self._muon is not None:
             for name, momentum in zip(self._muon_names, self._muon.momentum, strict=True):
                 yield (name, "momentum"), momentum
