@@ -169,9 +169,8 @@ IN_BF16 = [
     Case.of(SMALL_VALUES, tp=2, ep=2, cp=2, type="bf16", steps=5, **EXPERTS),
 ]
 COMPILED = [
-    Case.of(tp=2, compile=True, recompute="selective"),
-    Case.of(dp_shard=2, ep=2, compile=True, **EXPERTS),
     Case.of(dp_shard=2, tp=2, compile=True),
+    Case.of(dp_shard=2, ep=2, compile=True, **EXPERTS),
     Case.of(pp=2, cp=2, compile=True, recompute="selective"),
 ]
 

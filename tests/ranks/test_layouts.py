@@ -27,7 +27,8 @@ HERE = {
     "contexts": list(matrix.CONTEXTS.values())[1::2],
     "fp32": matrix.IN_FP32[1::2],
     "bf16": matrix.IN_BF16[2:4],
-    "compiled": matrix.COMPILED[:2],  # on two ranks: each compiles for itself
+    # each rank compiles for itself: two of them
+    "compiled": [Case.of(tp=2, compile=True, recompute="selective"), matrix.COMPILED[1]],
 }
 
 
