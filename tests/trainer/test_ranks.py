@@ -40,9 +40,8 @@ class Leave(Hook):
             raise UserError("data.seq_len=1: a reason")
         if self.how == "machine error" and training.world.rank == 1:
             raise DamagedCheckpoint("the disk of rank 1:\n  both of its files")
-        if self.how.startswith("bug") and training.world.rank == 1:
-            if self.how == "bug, and an abort":  # as libraries may end a process while Python is taken down
-                atexit.register(os.abort)
+        if self.how == "bug" and training.world.rank == 1:
+            atexit.register(os.abort)  # as libraries may end a process while Python is taken down
             raise ZeroDivisionError("a bug")
         if self.how == "kill" and training.world.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -93,7 +92,6 @@ def test_unequal_replicas_train_as_one_rank_does(
         ("user error", UserError, "data.seq_len=1: a reason"),
         ("machine error", MachineError, "the disk of rank 1:\n  both of its files"),
         ("bug", MachineError, "rank 1 ended with exit code 1: Traceback"),
-        ("bug, and an abort", MachineError, "rank 1 ended with exit code 1: Traceback"),
         ("kill", MachineError, "rank 1 ended with exit code -9"),
     ],
 )
@@ -105,7 +103,7 @@ def test_what_a_rank_raises_is_raised_here_whole(
         api.train(job, [Leave(tmp_path, 6, how)])
     assert type(caught.value) is kind
     said = str(caught.value)
-    if how.startswith("bug"):
+    if how == "bug":
         assert said.startswith(message) and "in before_step\n" in said and "ZeroDivisionError: a bug" in said
     else:
         assert said.startswith(message) and said.count("\n") == message.count("\n")

@@ -30,7 +30,6 @@ DENSE = [
     {"pp": 2, "tp": 2},
     {"cp": 2, "tp": 2},
     {"dp_shard": 4, "recompute": "full"},
-    ALONE,
 ]
 EXPERTS = [
     {"dp_shard": 2, "ep": 2},
@@ -43,14 +42,13 @@ EXPERTS = [
     {"dp_shard": 4, "ep": 2, "recompute": "full"},
     {"tp": 2},
     {"pp": 2, "dp_replicate": 2},
-    ALONE,
 ]
 CHAINS = {
     # A bias of keys has no gradient but rounding, which AdamW would blow up.
-    "tied, AdamW": (Case((), "gpt2-124m", (("attention_bias", False),)), DENSE),
-    "untied, Muon": (Case((), "qwen3-8b", optimizer="muon"), DENSE),
-    "experts with a bias, Muon": (Case((), "deepseek-v3", optimizer="muon"), EXPERTS),
-    "experts with shares, AdamW": (Case((), "mixtral-8x7b"), EXPERTS),
+    "tied, AdamW": (Case((), "gpt2-124m", (("attention_bias", False),)), [*DENSE[::2], ALONE]),
+    "untied, Muon": (Case((), "qwen3-8b", optimizer="muon"), [*DENSE[1::2], ALONE]),
+    "experts with a bias, Muon": (Case((), "deepseek-v3", optimizer="muon"), [*EXPERTS[::2], ALONE]),
+    "experts with shares, AdamW": (Case((), "mixtral-8x7b"), [*EXPERTS[1::2], ALONE]),
 }
 
 
