@@ -56,7 +56,7 @@ PROGRAMS = {  # by how a source's name begins
     "vTrain": programs.MEGATRON_DEEPSPEED,
     "BigScience": programs.MEGATRON_DEEPSPEED,
     "BLOOM": programs.MEGATRON_DEEPSPEED,
-    "MosaicML": programs.FSDP,
+    "MosaicML": programs.LLM_FOUNDRY,
     "FlashAttention": programs.FSDP,
     "nanotron": replace(programs.FSDP, name="nanotron"),
     "torchtitan": programs.TITAN,

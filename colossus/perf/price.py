@@ -26,7 +26,9 @@ CPU_ATTENTION = 0.5  # of the peak that a processor's attention reaches, where i
 KEYS = 600.0  # that a query meets at which fused attention reaches half of its rate: an H100 makes 400
 # TFLOP/s of causal sequences of 2,048 and 616 of 16,384 (arXiv 2407.08608, figure 5)
 BACKWARD_PASSES = 2.5  # over the keys, of the forward pass's one
-FLASH2_SHARE = 0.6  # FlashAttention-2 on Hopper: 35% of the peak, where Hopper's own instructions reach up to
+AMPERE_KERNEL_SHARE = (
+    0.6  # FlashAttention-2 on Hopper: 35% of the peak, where Hopper's own instructions reach up to
+)
 # 75% forward and 55% backward (arXiv 2407.08608, figures 5 and 6)
 GAP = 5e-6  # seconds between two kernels of a GPU, ramps included: what products of 1024 and 2048 lose beside
 # those of 8192, in the catalogue's measured tables (4 to 9 us)
@@ -186,8 +188,8 @@ class Pricer:
     def plain_attention(self, ledger: Ledger) -> Columns:
         """m queries, n keys that each meets, of width k, `count` heads, if long ones ran at the peak."""
         part, share = self.hardware.accelerator, 1.0
-        if self.software.flash == "flash2" and part.generation not in ("ampere", "cpu"):
-            share *= FLASH2_SHARE
+        if self.software.flash != "hopper" and part.generation not in ("ampere", "cpu"):
+            share *= AMPERE_KERNEL_SHARE
         rate = np.array([[part.peak(p) * share] for p in ledger.precision])
         # heads of 64 run at 0.85 of the rate of 128 (FlashAttention-2, arXiv 2307.08691, figures 4 to 6)
         full = np.minimum(1.0, ledger.k / 128.0) ** 0.25
@@ -212,7 +214,9 @@ class Pricer:
         if self.corrections is not None and self.corrections.has(key := (kind, "", "", "")):
             return seconds * self.corrections.ratio(key, group.size, np.maximum(sent, 1.0))
         if self.software.dispatch == "eager_host" and kind != "send":
-            return np.where(seconds > 0, np.maximum(seconds, self.scalars["eager_message"]), 0.0)
+            # The last of so many hosts: E[max] of n normals grows as the root of log n.
+            wait = self.scalars["eager_message"] * np.sqrt(np.log2(np.maximum(group.size, 2.0)))
+            return np.where(seconds > 0, np.maximum(seconds, wait), 0.0)
         return seconds
 
     def update(self, weights: Columns, gradients: Columns) -> Columns:

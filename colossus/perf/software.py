@@ -16,8 +16,8 @@ class Software:
     """Habits of a training program.
 
     fused_attention: scores are never written (flash attention), and masked blocks are skipped.
-    flash: which kernel: "hopper" uses that generation's instructions (cuDNN, FlashAttention-3), "flash2"
-        those of Ampere, whatever it runs on.
+    flash: which kernel: "hopper" uses that generation's instructions (cuDNN, FlashAttention-3), "flash2" and
+        "flash1" (before July 2023, and its Triton version) those of Ampere, whatever they run on.
     elementwise: name of the scalar that says how many bytes it moves for each that `parts` counts: fused or
         compiled programs move fewer.
     eager: kernels for each row of the ledger; what the host has to start.
@@ -46,7 +46,7 @@ class Software:
 
     name: str
     fused_attention: bool = True
-    flash: Literal["hopper", "flash2"] = "hopper"
+    flash: Literal["hopper", "flash2", "flash1"] = "hopper"
     elementwise: Literal["fused", "eager"] = "fused"
     eager: float = 1.0
     joins_inputs: bool = True
@@ -112,6 +112,9 @@ DEEPSPEED_2021 = replace(MEGATRON_DEEPSPEED, name="DeepSpeed ZeRO-3 of 2021")
 FSDP = Software(
     "FSDP on PyTorch", fp32_weights=True, flash="flash2", elementwise="eager", eager=2.0
 )  # not compiled
+LLM_FOUNDRY = replace(  # its sweeps take v0.0.4 of May 2023
+    FSDP, name="MosaicML's llm-foundry", flash="flash1"
+)
 TITAN = Software(
     "torchtitan", fp32_weights=True, flash="flash2", joins_inputs=False
 )  # compiled, FSDP2, PyTorch's own attention
@@ -124,6 +127,7 @@ ALL = (
     MEGATRON_DEEPSPEED,
     MEGATRON_CORE,
     FSDP,
+    LLM_FOUNDRY,
     TITAN,
     META,
     DEEPSPEED_2021,
