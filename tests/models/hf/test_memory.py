@@ -33,7 +33,7 @@ ctypes.CDLL(None).malloc_trim(0)
 before = private("VmData")
 resource.setrlimit(resource.RLIMIT_DATA, (before + {LIMIT_MIB} * {MIB},) * 2)
 try:
-    bytearray({LIMIT_MIB} * {MIB})
+    bytearray({2 * LIMIT_MIB} * {MIB})  # twice: a thread may have ended since, and left its stack
 except MemoryError:
     print("the limit holds")
 source = open_source(sys.argv[1])
