@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -43,17 +44,19 @@ def plan(
         return 0
 
     from colossus import api
-
-    if calibrate:
-        print(api.calibrate(lambda line: print(line, file=sys.stderr)))
-        if not words:
-            return 0
-        print()
     from colossus.planner import report
     from colossus.planner.search import NothingFits
 
     path, overrides = split(words)
     job = api.load_job(path, overrides)
+    if calibrate:
+        if words:  # a mistake in them is told before minutes of timing
+            with contextlib.suppress(NothingFits):
+                api.plan(job, aim=aim)
+        print(api.calibrate(lambda line: print(line, file=sys.stderr)))
+        if not words:
+            return 0
+        print()
     try:
         made = api.plan(job, aim=aim)
     except NothingFits as error:

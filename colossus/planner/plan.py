@@ -196,8 +196,8 @@ def _arch(job: Job) -> Architecture:
     ]
     if open_fields:
         raise UserError(
-            f"model.{open_fields[0]}: must be given to plan; name a preset (model=llama3.1-8b; colossus "
-            f"models lists them)"
+            f"{', '.join(f'model.{name}' for name in open_fields)}: must be given to plan; or name a preset "
+            "(model=llama3.1-8b; colossus models lists them)"
         )
     kv = arch.num_kv_heads or arch.num_heads
     width = arch.head_dim or arch.hidden_size // arch.num_heads
@@ -323,5 +323,9 @@ def nearest_published(arch: Architecture, hardware: Hardware) -> str:
 
 def size_words(arch: Architecture) -> str:
     total, active = num_parameters(arch), num_active(arch)
-    words = f"{total / 1e9:.1f}B weights"
-    return words if active == total or arch.experts is None else f"{words}, {active / 1e9:.1f}B active"
+    words = f"{_short(total)} weights"
+    return words if active == total or arch.experts is None else f"{words}, {_short(active)} active"
+
+
+def _short(count: float) -> str:
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"

@@ -94,7 +94,8 @@ def test_hardware_is_shown_as_a_table(capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["fleet=dgx-h100-1"], "model."),
+        (["fleet=dgx-h100-1"], "model.vocab_size, model.hidden_size, model.num_layers, model.num_"),
+        (["fleet=dgx-h100-1", "--calibrate"], "model.vocab_size"),  # before anything is timed
         (["model=llama3.1-8b", "fleet=colossus-10k"], "did you mean"),
         (["model=llama3.1-8b", "fleet=dgx-h100-1", "run.tokens=0"], "run.tokens"),
         (["model=llama3.1-8b", "fleet=dgx-h100-1", "fleet.accelerator=h101"], "h100"),
