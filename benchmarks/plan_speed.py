@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import time
 
-from colossus.hardware.machine import available_cores
 from colossus.job import load_job
+from colossus.measure.machine import this_machine
 from colossus.perf.receipts import Figure, print_figures, write_receipt
 from colossus.planner.plan import make_plan
 
@@ -43,7 +43,7 @@ def main() -> None:
         goal = "at least 100,000" if goal else None
         figures.append(Figure(f"{name}: priced", made.priced / seconds, "layouts/s", goal))
     print_figures(figures)
-    write_receipt("plan_speed", figures, arguments.out, {"cores": available_cores()})
+    write_receipt("plan_speed", figures, arguments.out, this_machine().to_dict())
 
 
 if __name__ == "__main__":

@@ -112,9 +112,8 @@ DEEPSPEED_2021 = replace(MEGATRON_DEEPSPEED, name="DeepSpeed ZeRO-3 of 2021")
 FSDP = Software(
     "FSDP on PyTorch", fp32_weights=True, flash="flash2", elementwise="eager", eager=2.0
 )  # not compiled
-LLM_FOUNDRY = replace(  # its sweeps take v0.0.4 of May 2023
-    FSDP, name="MosaicML's llm-foundry", flash="flash1"
-)
+# Its scripts/train/benchmarking/sweep.sh takes v0.0.4 of May 2023; FlashAttention-2 came in July.
+LLM_FOUNDRY = replace(FSDP, name="MosaicML's llm-foundry", flash="flash1")
 TITAN = Software(
     "torchtitan", fp32_weights=True, flash="flash2", joins_inputs=False
 )  # compiled, FSDP2, PyTorch's own attention

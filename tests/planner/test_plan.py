@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import colossus
+from colossus import api
 from colossus.cli import main
 from colossus.errors import UserError
 from colossus.job import load_job
@@ -95,7 +96,6 @@ def test_hardware_is_shown_as_a_table(capsys):
     ("words", "said"),
     [
         (["fleet=dgx-h100-1"], "model.vocab_size, model.hidden_size, model.num_layers, model.num_"),
-        (["fleet=dgx-h100-1", "--calibrate"], "model.vocab_size"),  # before anything is timed
         (["model=llama3.1-8b", "fleet=colossus-10k"], "did you mean"),
         (["model=llama3.1-8b", "fleet=dgx-h100-1", "run.tokens=0"], "run.tokens"),
         (["model=llama3.1-8b", "fleet=dgx-h100-1", "fleet.accelerator=h101"], "h100"),
@@ -106,6 +106,18 @@ def test_hardware_is_shown_as_a_table(capsys):
 def test_mistakes_are_told_in_a_line(words, said, capsys):
     assert main(["plan", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_mistake_is_told_before_anything_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(api, "calibrate", lambda say: pytest.fail("timed first"))
+    assert main(["plan", "fleet=dgx-h100-1", "--calibrate"]) == 2
+    assert "model.vocab_size" in capsys.readouterr().err
+
+
+def test_a_calibration_alone_plans_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(api, "calibrate", lambda say: "a table")
+    assert main(["plan", "--calibrate"]) == 0
+    assert capsys.readouterr().out == "a table\n"
 
 
 def test_a_model_that_does_not_fit_is_the_answer_no(capsys):
