@@ -24,12 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from benchmarks.tree_memory import TreeMemory
 from colossus.data.build import Request, build, open_split
-from colossus.data.corpus import Corpus, open_corpus, text_of
+from colossus.data.corpus import Corpus, text_of
 from colossus.data.loader import Batches
+from colossus.data.open import open_corpus
 from colossus.data.order import BatchSchedule, Order, Phase
 from colossus.data.shards import ShardedTokens
 from colossus.data.split import divide, sizes_of
@@ -87,7 +88,7 @@ def different(folder: Path, corpus: Corpus) -> float:
     sample = [
         text_of(d) for part in parts for d in list(part.documents())[: SAMPLE_DOCUMENTS // len(parts) + 1]
     ]
-    ours.quicken([])
+    ours.quicken()
     expected = library_of(folder).encode_batch_fast(sample, add_special_tokens=False)
     found = ours.encode_many(sample)
     return sum(not np.array_equal(a, b.ids) for a, b in zip(found, expected, strict=True))
@@ -125,13 +126,14 @@ def by_processor(corpus: Corpus, folder: Path) -> tuple[list[float], list[float]
     return [ours], [theirs]
 
 
-def of_digits(corpus: Corpus, folder: Path) -> Path:
+def of_digits(corpus: Corpus, folder: Path, vocabulary: int = VOCABULARY) -> Path:
     """A tokenizer that splits digits, which tiktoken's pattern does not."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     digits, byte_level = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

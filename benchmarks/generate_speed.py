@@ -74,6 +74,8 @@ class Numbers:
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size, self.bos_id, self.eos_id, self.fingerprint = vocab_size, 1, -1, "numbers"
+        self.begins, self.begin_id, self.prefix_id, self.chats = (1,), 1, 1, None
+        self.ends, self.byte_ids, self.special_tokens = frozenset[int](), frozenset[int](), dict[str, int]()
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]

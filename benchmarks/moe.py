@@ -39,7 +39,7 @@ from colossus.models import Decoder
 from colossus.models.experts import MoE
 from colossus.parallel.world import World
 from colossus.perf.receipts import Figure, print_figures, write_receipt
-from colossus.trainer.balance import Balance, ExpertLoads
+from colossus.trainer.balance import Balance
 from colossus.trainer.state import TrainState
 from colossus.trainer.step import train_step
 
@@ -213,9 +213,9 @@ class Counting(Balance):
         super().__init__(model)
         self.visits_SLX: list[torch.Tensor] = []
 
-    def update(self, loads: list[float], *, move: bool) -> ExpertLoads | None:
-        self.visits_SLX.append(torch.tensor(loads, dtype=torch.float64).view(len(self._routers), -1)[:, :-1])
-        return super().update(loads, move=move)
+    def update(self, loads: torch.Tensor, *, move: bool | torch.Tensor) -> None:
+        self.visits_SLX.append(loads.view(len(self._routers), -1)[:, :-3].clone())
+        super().update(loads, move=move)
 
     def load(self, last: int) -> float:
         """Of the busiest expert over the mean in the worst layer, in so many last steps together."""
@@ -237,7 +237,7 @@ def train(job: Job, name: str) -> tuple[float, float, float]:
             batch = batches.next(number)
             factor = min(1.0, (number + 1) / job.optimizer.warmup_steps, 2 * (steps - number) / steps)
             result = train_step(state, batch, batch.num_targets, factor, job, world)
-            assert result.experts is not None
+            assert result.experts is not None and result.loss is not None
             losses.append(result.loss)
             loads.append(result.experts.expert_load)
             if (number + 1) % 50 == 0:

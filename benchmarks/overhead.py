@@ -86,6 +86,7 @@ def rank(job: Job, threads: int) -> Iterator[Callable[[int], tuple[float, float]
             began = time.perf_counter()
             for _ in range(steps):
                 result = train_step(state, batch, BATCH * job.data.seq_len, 1.0, job, world)
+            assert result.loss is not None
             return time.perf_counter() - began, result.loss
 
         yield act

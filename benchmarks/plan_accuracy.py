@@ -39,6 +39,7 @@ GOALS = {
     "vTrain, many nodes": 8.0, "vTrain, one node": 8.0, "Hopper dense": 6.0, "Hopper experts": 10.0,
     "Blackwell experts": 10.0,
 }  # fmt: skip
+GENERATIONS = ("ampere", "hopper", "blackwell")
 BOUNDS = {  # of each scalar, by what it means
     "ampere_products": (0.6, 1.05), "hopper_products": (0.6, 1.05), "blackwell_products": (0.4, 1.05),
     "hopper_fp8": (0.4, 1.05), "blackwell_fp8": (0.4, 1.05), "attention": (0.2, 0.8), "fused": (0.3, 1.2),
@@ -57,15 +58,19 @@ class Scored:
         return self.predicted / self.run.seconds - 1
 
 
-def predict(runs: Sequence[Run], scalars: Mapping[str, float] | None = None) -> list[Scored]:
-    """Seconds of a step of every run; each problem is priced once for all its layouts."""
+def predict(
+    runs: Sequence[Run], scalars: Mapping[str, float] | None = None, *, tables: bool = True
+) -> list[Scored]:
+    """Seconds of a step of every run; each problem is priced once for all its layouts. tables: with what was
+    timed of accelerators like theirs."""
     problems: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for i, run in enumerate(runs):
         problems[run.problem_key].append(i)
     found: dict[int, Scored] = {}
     for members in problems.values():
         first = runs[members[0]]
-        pricer = Pricer(first.hardware, first.software, scalars or fitted(), corrections_for(first.hardware))
+        timed = corrections_for(first.hardware) if tables else None
+        pricer = Pricer(first.hardware, first.software, scalars or fitted(), timed)
         problem = Problem(first.arch, first.seq_len, first.global_batch, first.precision, pricer)
         rows = [(i, row) for i in members for row in runs[i].variants]
         seconds = estimate(problem, Layouts.of([row for _, row in rows])).seconds
@@ -256,6 +261,32 @@ def table(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
     return figures
 
 
+def known_less(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """Figures of the same sets as they would be if less were known, on which the bands of plans rest: with no
+    table of timings; and with the scalars of another generation, as where none of a part's own was fitted."""
+    figures = {}
+    for name, row in table(predict(runs, tables=False)).items():
+        if name.startswith("Hopper"):  # of which there is a table
+            figures[f"{name}, no table"] = row
+    for mine in GENERATIONS:
+        own = [run for run in runs if run.hardware.accelerator.generation == mine]
+        for other in GENERATIONS:
+            if other != mine:
+                scored = predict(own, _scalars_of(mine, other), tables=False)
+                for name, row in table(scored).items():
+                    figures[f"{name}, as {other}"] = row
+    return figures
+
+
+def _scalars_of(mine: str, other: str) -> dict[str, float]:
+    """With those of products of another generation in place of mine."""
+    found = dict(fitted())
+    for kind in ("products", "fp8"):
+        if f"{mine}_{kind}" in found and f"{other}_{kind}" in found:
+            found[f"{mine}_{kind}"] = found[f"{other}_{kind}"]
+    return found
+
+
 def _rank_correlation(items: Sequence[Scored]) -> float:
     if len(items) < 3:
         return float("nan")
@@ -350,6 +381,7 @@ def main() -> None:
     seconds = time.perf_counter() - began
     if arguments.rows is not None:
         figures = table(scored)
+        less = {}
         show(f"{arguments.rows}: {len(runs)} complete rows, all scored", figures)
     else:
         if arguments.worst:
@@ -359,6 +391,8 @@ def main() -> None:
         if arguments.blind:
             return
         show("held-out rows", figures)
+        less = known_less([run for run in runs if not run.calibrates])
+        show("held-out rows, if less were known", less)
     print(f"\npredicted {len(runs)} runs in {seconds:.1f} s; scalars:")
     for name, value in fitted().items():
         print(f"  {name} = {value:.4g}")
@@ -376,6 +410,7 @@ def main() -> None:
             if not np.isnan(row[key]):
                 goal = GOAL_OF_REGRET if key == "regret" else None
                 receipt.append(Figure(f"{name}: {key}", row[key], unit, goal))
+    receipt += [Figure(f"{name}: p90", row["p90"], "%") for name, row in less.items()]
     print()
     print_figures(receipt)
     write_receipt("plan_accuracy", receipt, arguments.out, {"scalars": dict(fitted())})

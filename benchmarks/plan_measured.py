@@ -158,7 +158,7 @@ class Clock(Hook):
     def _reference(self) -> float:
         from colossus.measure.calibrate import reference_rate
 
-        return 0.0 if self.cuda else reference_rate(this_machine().best.type, REFERENCE_RUNS)
+        return 0.0 if self.cuda else reference_rate(this_machine().best, REFERENCE_RUNS)
 
     def _stop_sampling(self) -> None:
         self._stop = True

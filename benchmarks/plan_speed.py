@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import time
 
+from colossus import api
 from colossus.job import load_job
 from colossus.measure.machine import this_machine
 from colossus.perf.receipts import Figure, print_figures, write_receipt
-from colossus.planner.plan import make_plan
 
 CASES = (
     ("405B on 100,000 H100", "model=llama3.1-405b", "fleet=colossus-100k", "under 5 s"),
@@ -33,7 +33,7 @@ def main() -> None:
     for name, model, fleet, goal in CASES[: 2 if arguments.quick else None]:
         job = load_job(None, [model, fleet, "run.tokens=15e12"])
         began = time.process_time()
-        made = make_plan(job)
+        made = api.plan(job)
         seconds = time.process_time() - began
         print(
             f"{name}: {made.best.name}, {made.best.seconds:.3g} s a step, MFU {100 * made.best.mfu:.1f}%",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from colossus import job as job_module
 from colossus import named
-from colossus.errors import UserError
+from colossus.errors import UserError, only_shown
 from colossus.events import Listener
 from colossus.job import Job
 
@@ -18,14 +18,22 @@ if TYPE_CHECKING:
     from colossus.data.tokenizer import Tokenizer
     from colossus.evaluation.corpora import CorpusResult
     from colossus.evaluation.tasks import LoadedTasks, TaskResult
+    from colossus.generation.arguments import Prompt
     from colossus.hardware.machine import Machine
+    from colossus.launcher.started import Attempts
     from colossus.models import Decoder
     from colossus.planner.plan import Plan
     from colossus.trainer.hooks import Hook
     from colossus.trainer.run import Run
 
 
-def load_job(path: str | Path | None = None, overrides: Iterable[str] = (), *, exact: bool = False) -> Job:
+def load_job(
+    path: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    exact: bool = False,
+    trust_code: bool = False,
+) -> Job:
     """Reads a job.
 
     path: a job file; the folder of a run, to continue it; or the `job.toml` in one, to start a new run
@@ -33,6 +41,7 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = (), *, e
     overrides: `section.field=value` and `section=PRESET`, stronger than the file.
     exact: the new run takes the same steps as that of `path`, a run's `job.toml`: what was derived is kept,
         and `overrides` may only be the folder and what may change between the attempts of a run.
+    trust_code: whether code that the job of a run names, and `overrides` do not, may run.
 
     Raises:
         UserError: naming the field, the value, what is allowed and the nearest valid choice.
@@ -42,14 +51,16 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = (), *, e
     if path is not None and exact:
         from colossus.trainer.folder import followed
 
-        return followed(path.parent, job_module.load_job(None, overrides))
+        return followed(path.parent, job_module.load_job(None, overrides), trust_code)
     if path is not None and os.path.isdir(path):  # noqa: PTH112 - False too for a name that no file can have
         if not (path / "job.toml").is_file():
             raise UserError(f"{path}: not the folder of a run (it has no job.toml)")
-        job = job_module.load_job(path / "job.toml", overrides)
+        job = job_module.load_run_job(path, overrides)
+        _check_trusted(path, job, trust_code)
         return job.put({"run.folder": str(path)}, "file")
     job = job_module.load_job(path, overrides)
     if job.made:
+        _check_trusted(path, job, trust_code)
         changed = {override.partition("=")[0] for override in overrides}
         if "run.folder" not in changed:
             job = job.without("run.folder")
@@ -58,33 +69,83 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = (), *, e
     return job
 
 
-def resolve(job: Job, *, exact: bool = False) -> Job:
+def _check_trusted(path: Path | None, job: Job, trust_code: bool) -> None:
+    """Raises UserError where the job of a run names code that the arguments do not name."""
+    own = {n: job.get(n) if job.origins.get(n) == "argument" else None for n in ("run.hooks", "data.corpus")}
+    if not trust_code:
+        assert path is not None, "only a run's job was made"
+        code = named.code_of(job.run.hooks, job.data.corpus)
+        named.check_trusted(path, code, named.code_of(own["run.hooks"], own["data.corpus"]))
+
+
+def resolve(job: Job, *, exact: bool = False, dry: bool = False, trust_code: bool = False) -> Job:
     """The job with everything filled in, from this machine as measured; or, where its folder holds a run,
     the job that this run follows.
 
     What was derived on another processor is derived again, unless `exact`.
 
+    dry: nothing that the job names is imported. trust_code: whether code may run that the job in the folder
+        names and this one does not.
+
     Raises:
         UserError: what was asked for cannot be, or the folder holds another job.
     """
-    from colossus.data.corpus import check_corpus
+    from colossus.data.open import check_corpus
     from colossus.derive import derive
     from colossus.measure.machine import this_machine
-    from colossus.trainer.folder import continued, is_run
+    from colossus.trainer.branch import branch
+    from colossus.trainer.folder import check_code, continued, is_run
 
     goes_on = job.run.folder is not None and is_run(Path(job.run.folder))
     if not goes_on:  # a mistake is told at once, before the machine is measured
         for corpus in job.data.corpus or ():
-            check_corpus(corpus)
+            check_corpus(corpus, dry=dry)
+    elif not (trust_code or dry):
+        check_code(Path(job.run.folder), job)
     for hook in job.run.hooks or ():
-        named.find("run.hooks", hook)
+        (named.check if dry else named.find)("run.hooks", hook)
     machine = this_machine()
     if goes_on:
         job = continued(Path(job.run.folder), job)
+    elif job.run.branch_from is not None and not exact:
+        job = branch(job, trust_code=trust_code or dry).job
     elif job.made and job.made.get("processor") != machine.processor and not exact:
         job = job.asked()
     job = derive(job, machine)
     return dataclasses.replace(job, made=made_on(machine.processor) | job.made)
+
+
+def check_start(job: Job, *, follow: str | Path | None = None) -> None:
+    """Raises what `train` would of a resolved job before it reads a text or takes a step, as far as the job
+    and this machine alone tell it. Nothing is built or left, and no code of the user's is imported.
+
+    follow: as of `train`.
+    """
+    from colossus.data.prepare import check_data
+
+    if _check_place(job, follow):
+        check_data(job)
+
+
+def _check_place(job: Job, follow: str | Path | None) -> bool:
+    """Whether the data of a job is to be built. Raises UserError or MachineError where its ranks were not
+    started, or its folder cannot become or go on as a run."""
+    from colossus.data.prepare import is_prepared
+    from colossus.launcher.started import is_rank
+    from colossus.trainer import folder as folders
+    from colossus.trainer.branch import check_beginning
+
+    if is_rank():
+        from colossus.parallel.world import check_size
+
+        check_size(job.layout)
+    folder = Path(job.run.folder) if job.run.folder else None
+    if folder is not None and folders.is_run(folder):
+        return folders.goes_on(folder, job) and not is_prepared(job)
+    folders.check_new(folder)
+    if follow is not None and job.run.branch_from is not None:
+        check_beginning(Path(follow), job.run.branch_from)
+    return job.run.branch_from is None or not is_prepared(job)
 
 
 def made_on(processor: str) -> dict[str, str]:
@@ -99,53 +160,103 @@ def train(
     hooks: Sequence[Hook] = (),
     *,
     follow: str | Path | None = None,
+    trust_code: bool = False,
     listeners: Iterable[Listener] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Run:
     """Trains as `job` says and returns the run; a job whose folder holds a run of it goes on with that
     (one that is finished is returned as it is).
 
-    hooks: objects with the methods of `colossus.trainer.hooks.Hook`.
+    hooks: objects with the methods of `colossus.trainer.hooks.Hook`. Several processes have a copy each.
     follow: the folder of a run whose decisions are replayed, so that the same steps are taken.
+    trust_code: whether code may run that the job in the folder names and this one does not.
     listeners: called with every event as it is written.
     progress: called while token shards are built, with bytes of text done and in all.
 
     Raises:
         UserError: the job cannot be; MachineError: the machine or its storage failed.
     """
-    from colossus.data.prepare import is_prepared, prepare_data
-    from colossus.launcher.local import first_rank_prepares, is_first_rank, launch
-    from colossus.monitor.log import LogText
-    from colossus.monitor.report import has_report, write_report
-    from colossus.parallel.world import check_started
-    from colossus.trainer import folder as folders
-    from colossus.trainer.decisions import to_follow
-    from colossus.trainer.run import Run
+    return start(lambda: (job, follow), hooks, trust_code=trust_code, listeners=listeners, progress=progress)
 
-    def prepare(job: Job) -> tuple[Job, Path]:
-        folder = Path(job.run.folder) if job.run.folder else None
-        begun = folder is not None and folders.is_run(folder)
-        job = resolve(job, exact=follow is not None)
-        if "RANK" in os.environ:  # else the launcher starts as many as it takes
-            check_started(job.layout)
-        if folder is not None and begun:
-            if Run(folder).outcome != "finished":
-                job = job if is_prepared(job) else prepare_data(job, progress)
-                folders.keep_job(folder, job)
-            return job, folder
-        job = prepare_data(job, progress)
-        folder = folder or folders.new_folder(job)
-        decided = to_follow(Run(Path(follow)).events("decision")) if follow is not None else []
-        folders.make(folder, job, Path(job.data.folder) / "tokenizer", decided)
-        return job, folder
 
-    with first_rank_prepares(lambda: prepare(job)) as (job, folder):
+def start(
+    load: Callable[[], tuple[Job, str | Path | None]],
+    hooks: Sequence[Hook] = (),
+    *,
+    trust_code: bool = False,
+    listeners: Iterable[Listener] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    resolved: Callable[[Job], None] = lambda job: None,
+) -> Run:
+    """As `train`, of what `load` returns: a job, and the folder of a run to follow or None.
+
+    Who starts the run loads and resolves its job, once: this process, or under torchrun the first of its
+    ranks, which hands it on to the others. `load`, `progress` and `resolved` are called by it alone.
+
+    resolved: called with the job that everything is filled in of, before anything is built.
+    """
+    from colossus.launcher.started import check_started, first_rank_prepares, is_first_rank
+
+    def prepare(attempts: Attempts) -> tuple[Job, Path]:
+        job, follow = load()  # a mistake is told before anything heavy is imported
+        return _prepare(job, follow, hooks, attempts, trust_code, progress, resolved)
+
+    check_started()
+    with first_rank_prepares(prepare) as (job, folder):
+        from colossus.launcher.local import launch
+        from colossus.monitor.log import LogText
+        from colossus.monitor.report import has_report, write_report
+        from colossus.trainer.run import Run
+
         is_finished = Run(folder).outcome == "finished"
         if not is_finished:
             launch(job, folder, hooks, [LogText(folder).show, *listeners])
         if is_first_rank() and not (is_finished and has_report(folder)):
-            write_report(folder)
+            with only_shown(f"{folder}: the run is finished, its report is not written"):
+                write_report(folder)
         return Run(folder)
+
+
+def _prepare(
+    job: Job,
+    follow: str | Path | None,
+    hooks: Sequence[Hook],
+    attempts: Attempts,
+    trust_code: bool,
+    progress: Callable[[int, int], None],
+    resolved: Callable[[Job], None],
+) -> tuple[Job, Path]:
+    """The job with everything filled in, its data built, and the folder of its run made or found."""
+    from colossus.data.prepare import prepare_data
+    from colossus.launcher.protocol import check_hooks
+    from colossus.launcher.started import is_rank
+    from colossus.trainer import folder as folders
+    from colossus.trainer.branch import make_branch
+    from colossus.trainer.decisions import to_follow
+    from colossus.trainer.saved import logged_decisions
+
+    folder = Path(job.run.folder) if job.run.folder else attempts.folder
+    if folder is not None and not job.run.folder:
+        job = job.put({"run.folder": str(folder)}, "argument")
+    begun = folder is not None and folders.is_run(folder)
+    job = resolve(job, exact=follow is not None, trust_code=trust_code)
+    builds = _check_place(job, follow)
+    if job.layout.num_ranks > 1 and not is_rank():
+        check_hooks(hooks)
+    resolved(job)
+    if builds:
+        job = prepare_data(job, progress)
+    if folder is not None and begun:
+        if folders.goes_on(folder, job):
+            folders.keep_job(folder, job)
+        return job, folder
+    folder = folder or attempts.name(folders.new_folder(job))
+    decided = to_follow(logged_decisions(Path(follow))) if follow is not None else None
+    if job.run.branch_from is not None:
+        make_branch(folder, job, Path(follow) if follow is not None else None, decided or ())
+    else:
+        folders.make(folder, job, Path(job.data.folder) / "tokenizer", decided or ())
+    return job, folder
 
 
 def plan(job: Job, *, aim: str = "time") -> Plan:
@@ -159,8 +270,38 @@ def plan(job: Job, *, aim: str = "time") -> Plan:
     """
     from colossus.planner.plan import make_plan
 
-    return make_plan(
-        job, _measured() if job.fleet.accelerator is None and job.fleet.pools is None else None, aim
+    machine = _measured() if job.fleet.accelerator is None and job.fleet.pools is None else None
+    return make_plan(with_model(job, machine), machine, aim)
+
+
+def with_model(job: Job, machine: Machine | None) -> Job:
+    """The job with the model that `train` would fill in; on this machine, where the fleet names no other,
+    with its batch, length, optimizer and type too."""
+    from colossus.derive.dial import sequences_for
+    from colossus.derive.model import default_optimizer, model_by_length
+    from colossus.planner.plan import USUAL_MFU
+
+    if machine is None:
+        return model_by_length(job)[0]
+    from colossus.derive.machine import type_here
+
+    if job.model.hidden_size is not None or job.model.init_from is not None:
+        rate = USUAL_MFU * machine.peak_flops_per_second(machine.device)
+        known, dialled = model_by_length(job, machine.device, rate)
+    else:
+        from colossus.derive.fill import model_here
+
+        known, dialled = model_here(job, machine)
+    if job.run.batch_schedule is None:
+        known = known.derive(**{"run.global_batch": sequences_for(dialled.compute, known.data.seq_len)})
+    known = known.derive(**{"optimizer.name": default_optimizer(job)})
+    known = known.derive(**{"precision.type": type_here(known, machine)})
+    sections = ("model", "data", "run", "optimizer", "precision")
+    names = {name for name in known.origins if name.partition(".")[0] in sections}
+    return dataclasses.replace(
+        job,
+        **{section: getattr(known, section) for section in sections},
+        origins=job.origins | {name: known.origins[name] for name in names},
     )
 
 
@@ -191,27 +332,35 @@ def calibrate(say: Callable[[str], None] = lambda line: None) -> str:
 
 
 def planned(job: Job, plan: Plan) -> Job:
-    """The job with what a plan found where it was open: layout, batch and length."""
+    """The job with what a plan found or assumed where it was open: model, layout, optimizer, type, batch and
+    length."""
     values: dict[str, Any] = {f"layout.{name}": value for name, value in plan.layout().items()}
-    values |= {"run.global_batch": plan.global_batch, "data.seq_len": plan.seq_len}
+    model = plan.arch.model_dump(exclude_none=True, exclude={"base_width"})  # which follows from the length
+    values |= {f"model.{name}": value for name, value in model.items()}
+    _, times, seq_len = plan.problem.shapes[0]
+    values |= {"run.global_batch": int(times * plan.global_batch), "data.seq_len": seq_len}
+    values |= {"optimizer.name": plan.problem.optimizer, "precision.type": plan.precision}
     if job.run.minutes is None and job.run.steps is None and job.run.tokens is None:
         values["run.tokens"] = int(plan.tokens)
     return job.derive("planned", **values)
 
 
-def load_model(path: str | Path, type: str = "fp32") -> tuple[Decoder, Tokenizer]:
-    """The model and the tokenizer of a run, of one of its checkpoints, or of a Hugging Face folder.
+def load_model(path: str | Path, type: str = "fp32", device: str = "cpu") -> tuple[Decoder, Tokenizer | None]:
+    """The model and the tokenizer of a run, of one of its checkpoints, or of a Hugging Face folder; None for
+    the tokenizer where the folder has weights alone.
 
     type: of its matrices and their products: "fp32", "bf16", or "quickest", which of them generates quicker
         on this machine, as measured.
+    device: where it computes: "cpu", "cuda", or "quickest", a GPU that has room for it where there is one.
 
     Raises:
-        UserError: there is none at `path`, or it does not load whole; or there is no such type.
+        UserError: there is none at `path`, or it does not load whole; or there is no such type or device.
     """
     from colossus.generation.load import load_model as load
     from colossus.precision import torch_type
 
-    return load(Path(path), None if type == "quickest" else torch_type(type))
+    dtype = None if type == "quickest" else torch_type(type)
+    return load(Path(path), dtype, None if device == "quickest" else device)
 
 
 def import_model(
@@ -254,17 +403,31 @@ def export_model(
 
 
 def generate(
-    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int = 64, **sampling: Any
+    model: Decoder,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Prompt],
+    max_tokens: int = 64,
+    **sampling: Any,
 ) -> list[str]:
-    """Continues each prompt by up to `max_tokens` tokens; see `colossus.generation.generate`."""
+    """Continues each prompt, a text or a list of token ids or of messages, by up to `max_tokens` tokens; see
+    `colossus.generation.generate`."""
     from colossus.generation import generate as continue_prompts
 
-    return continue_prompts(model, tokenizer, prompts, max_tokens=max_tokens, **sampling)
+    return continue_prompts(model, there(tokenizer), prompts, max_tokens=max_tokens, **sampling)
+
+
+def there(tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer of what was loaded. Raises UserError where it has none."""
+    if tokenizer is None:
+        raise UserError(
+            "tokenizer: the model has none, so it reads no text; put tokenizer.json beside its weights"
+        )
+    return tokenizer
 
 
 def evaluate(
     model: Decoder,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     corpus: str | Path | None = None,
     *,
     held_out_of: str | Path | None = None,
@@ -284,6 +447,7 @@ def evaluate(
     """
     from colossus.evaluation.corpora import evaluate_corpus, evaluate_held_out
 
+    tokenizer = there(tokenizer)
     if (corpus is None) == (held_out_of is None):
         raise UserError("evaluate: name either a corpus or, as held_out_of, a run")
     if held_out_of is not None:
@@ -312,7 +476,7 @@ def load_tasks(
 
 def evaluate_tasks(
     model: Decoder,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     tasks: Sequence[str] | LoadedTasks,
     *,
     include_path: str | Path | None = None,
@@ -336,4 +500,4 @@ def evaluate_tasks(
         raise UserError.field("tasks", tasks, "expected a list of names; write [name]")
     if not isinstance(tasks, LoadedTasks):
         tasks = load_tasks(tasks, include_path=include_path, shots=shots)
-    return run_tasks(model, tokenizer, tasks, write, limit=limit, seq_len=seq_len, quiet=quiet)
+    return run_tasks(model, there(tokenizer), tasks, write, limit=limit, seq_len=seq_len, quiet=quiet)

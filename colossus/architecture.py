@@ -51,11 +51,12 @@ class Latent(Section):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values from one small vector.
 
     A head's query and key have `nope_dim` plain and `rope_dim` rotated coordinates; the rotated key is one
-    for all heads. Queries come through `q_rank` coordinates, keys and values through `kv_rank`; both are
-    normalised with `norm_eps`, which published models keep at 1e-6 whatever that of their layers is.
+    for all heads. Queries come through `q_rank` coordinates, or straight where it is None, keys and values
+    through `kv_rank`; these are normalised with `norm_eps`, which published models keep at 1e-6 whatever that
+    of their layers is.
     """
 
-    q_rank: int = Field(ge=1, le=10**6)
+    q_rank: int | None = Field(default=None, ge=1, le=10**6)
     kv_rank: int = Field(ge=1, le=10**6)
     nope_dim: int = Field(ge=1, le=10**5)
     rope_dim: int = Field(ge=2, le=10**5)
@@ -286,11 +287,15 @@ class _Table:
 
     def latent(self, prefix: str, layer: int, latent: Latent) -> Iterator[Parameter]:
         heads, model = self.arch.num_heads, (self.arch.hidden_size, "model")
-        q, kv = (latent.q_rank, "q_rank"), (latent.kv_rank, "kv_rank")
+        queries, kv = (heads * self.arch.head_dim, "heads"), (latent.kv_rank, "kv_rank")
         down, up = latent.kv_rank + latent.rope_dim, heads * (latent.nope_dim + latent.v_dim)
-        yield from self.linear(f"{prefix}.wq_down", layer, q, model)
-        yield self.vector(f"{prefix}.q_norm.weight", layer, *q, "norm")
-        yield from self.linear(f"{prefix}.wq_up", layer, (heads * self.arch.head_dim, "heads"), q)
+        if latent.q_rank is None:
+            yield from self.linear(f"{prefix}.wq", layer, queries, model)
+        else:
+            q = latent.q_rank, "q_rank"
+            yield from self.linear(f"{prefix}.wq_down", layer, q, model)
+            yield self.vector(f"{prefix}.q_norm.weight", layer, *q, "norm")
+            yield from self.linear(f"{prefix}.wq_up", layer, queries, q)
         yield from self.linear(f"{prefix}.wkv_down", layer, (down, "kv_rank"), model)
         yield self.vector(f"{prefix}.kv_norm.weight", layer, *kv, "norm")
         yield from self.linear(f"{prefix}.wkv_up", layer, (up, "heads"), kv)

@@ -5,8 +5,12 @@ Both are reported in one line without a traceback; anything else that is raised 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+
+GOES_ON = "what is saved is whole, running again goes on"
 
 
 class UserError(ValueError):
@@ -34,11 +38,23 @@ class MachineError(RuntimeError):
     told = False
 
 
+@contextlib.contextmanager
+def only_shown(what: str) -> Iterator[None]:
+    """What is done within is shown to somebody, and is no part of the work: where it fails, a line says
+    so, and the work and its outcome stand."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        logging.getLogger(__name__).warning("%s: %s", what, _brief(said, 400))
+
+
 def nearest(name: str, options: Iterable[str]) -> str | None:
-    """The option that most resembles `name`, or None where none does."""
-    options = list(options)
+    """The option that most resembles `name`, or None where none does. One that goes on where `name` ends
+    resembles it more than any that begins otherwise."""
     folded = {option.lower(): option for option in options}
-    found = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
+    begun = [option for option in folded if name and option.startswith(name.lower())]
+    found = difflib.get_close_matches(name.lower(), begun or folded, n=1, cutoff=0.0 if begun else 0.5)
     return folded[found[0]] if found else None
 
 

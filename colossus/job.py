@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import date, time
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -23,6 +24,7 @@ from colossus.errors import UserError, nearest
 from colossus.layout import Layout
 from colossus.section import Name, Section
 from colossus.sections import Checkpoint, Data, Fleet, Optimizer, Precision, RunSection
+from colossus.untrusted import MIB, num_bytes
 
 Origin = Literal["argument", "file", "preset", "planned", "derived"]
 STRONGEST: tuple[Origin, ...] = get_args(Origin)  # first
@@ -59,6 +61,7 @@ MESSAGES = {  # of pydantic's kinds of errors, those that would speak of Python 
     "too_short": "must have at least {min_length}",
     "tuple_type": "must be a list",
 }
+MAX_RUN_JOB_BYTES = 16 * MIB
 LENGTHS = ("run.minutes", "run.steps", "run.tokens")
 
 
@@ -122,6 +125,21 @@ class Job:
         origins = {name: origin for name, origin in self.origins.items() if name not in names}
         return dataclasses.replace(self, **sections, origins=origins)
 
+    def shapes(self, global_batch: int = 0) -> list[tuple[int, int, int]]:
+        """(from step, sequences a step, tokens a sequence), where one of these changes before the last step.
+
+        global_batch: of a job without a schedule of batches.
+        """
+        batches = dict(self.run.batch_schedule or [(0, global_batch)])
+        lengths = {phase.from_step: phase.seq_len for phase in self.data.phases or [] if phase.seq_len}
+        found, batch, seq_len = [], 0, self.data.seq_len
+        for step in sorted({0, *batches, *lengths}):
+            if step and self.run.steps is not None and step >= self.run.steps:
+                break
+            batch, seq_len = batches.get(step, batch), lengths.get(step, seq_len)
+            found.append((step, batch, seq_len))
+        return found
+
     def missing(self) -> list[str]:
         """The fields that nobody has filled in yet, but for those that may stay open."""
         return [name for name in fields() if self.get(name) is None and not _may_be_none(name)]
@@ -170,12 +188,14 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
         if not equals:
             raise UserError(f"{override!r}: expected section.field=value or section=PRESET")
         section, _, leaf = name.partition(".")
+        if "" in (parts := name.split(".")) or any(part != part.strip() for part in parts):
+            raise UserError(f"{override!r}: expected section.field=value or section=PRESET")
+        _check_section(section)
         if "." in leaf:
             _put_inside(layers, name, text)
         elif leaf and leaf != "preset":
             layers["argument"][_known(name)] = _value(name, text)
         else:
-            _check_section(section)
             layers["preset"] = {k: v for k, v in layers["preset"].items() if not k.startswith(section + ".")}
             layers["preset"] |= _preset(section, text)
     _one_length(layers)
@@ -183,6 +203,18 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
     for origin in reversed(STRONGEST):
         job = job.put({_known(name): value for name, value in layers[origin].items()}, origin)
     return dataclasses.replace(job, made=made)
+
+
+def load_run_job(folder: Path, overrides: Iterable[str] = ()) -> Job:
+    """The job of a run. Raises UserError as `load_job`, and where the file is none of the folder's own."""
+    path = folder / "job.toml"
+    try:
+        size = num_bytes(path)
+    except OSError as error:
+        raise UserError(f"job file {path}: cannot be read ({error.strerror})") from None
+    if size > MAX_RUN_JOB_BYTES:
+        raise UserError(f"job file {path}: cannot be read (longer than any job: {size} bytes)")
+    return load_job(path, overrides)
 
 
 def to_toml(job: Job) -> str:
@@ -252,6 +284,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"job file {path}: cannot be read ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"job file {path}: not TOML ({error})") from None
+    except RecursionError:
+        raise UserError(f"job file {path}: not TOML that can be read (nested too deeply)") from None
 
 
 def _made(table: Any) -> dict[str, str]:
@@ -292,20 +326,34 @@ def _known(dotted: str) -> str:
 def _put_inside(layers: dict[Origin, dict[str, Any]], dotted: str, text: str) -> None:
     """`model.experts.num_experts=8`: one value of a table, the others as they are without it."""
     section, name, leaf = dotted.split(".", 2)
-    outer = f"{section}.{name}"
-    kind = next(
-        iter(get_args(SECTIONS[section].model_fields[_known(outer).partition(".")[2]].annotation)), None
-    )
-    if not (isinstance(kind, type) and issubclass(kind, Section)):
+    outer = _known(f"{section}.{name}")
+    annotation = SECTIONS[section].model_fields[name].annotation
+    if get_origin(annotation) is list and _table_of(annotation) is not None:
+        raise UserError(f"{dotted}: {outer} is a list of tables; give all of it, as in {outer}=[{{...}}]")
+    kind = _table_of(annotation)
+    if kind is None:
         raise UserError(f"{dotted}: no such field; {outer} has no fields")
+    if "." in leaf:
+        raise UserError(f"{dotted}: no such field; {outer}.{leaf.partition('.')[0]} has no fields")
     if leaf not in kind.model_fields:
-        names = [f"{outer}.{known}" for known in kind.model_fields]
-        guess = nearest(dotted, names)
-        hint = f"; did you mean {guess!r}?" if guess else ""
-        raise UserError(f"{dotted}: no such field; {outer} has {', '.join(kind.model_fields)}{hint}")
+        raise _no_such_leaf(outer, leaf, kind)
     strongest = (layers[origin].get(outer) for origin in ("argument", "file", "preset"))
     table = next((table for table in strongest if isinstance(table, dict)), {})
     layers["argument"][outer] = table | {leaf: _parsed(text, kind.model_fields[leaf].annotation)}
+
+
+def _table_of(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, or holds several of; None where it holds none."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((kind for kind in map(_table_of, get_args(annotation)) if kind is not None), None)
+
+
+def _no_such_leaf(outer: str, leaf: str, kind: type[Section]) -> UserError:
+    """Of a table inside a field."""
+    guess = nearest(f"{outer}.{leaf}", [f"{outer}.{known}" for known in kind.model_fields])
+    hint = f"; did you mean {guess!r}?" if guess else ""
+    return UserError(f"{outer}.{leaf}: no such field; {outer} has {', '.join(kind.model_fields)}{hint}")
 
 
 def _value(dotted: str, text: str) -> Any:
@@ -317,13 +365,26 @@ def _value(dotted: str, text: str) -> Any:
 def _parsed(text: str, kind: Any) -> Any:
     """A TOML value where `text` is one that fits the kind, else the text itself; of texts in a list, too."""
     try:
-        (value,) = tomllib.loads(f"value = {text}").values()
+        (value,) = tomllib.loads(f"value = {text}", parse_float=_finite).values()
     except ValueError:  # no TOML, or more than one value
         if kind == list[Name] and text.startswith("[") and text.endswith("]"):
             return [item.strip() for item in text[1:-1].split(",")]
         return text
     takes_text = kind in (str, list[Name])
     return text if takes_text and not _is_text(value) else value
+
+
+def _finite(text: str) -> float | str:
+    """A number; one that is not finite as it was written, so that the error shows it so."""
+    return text if _is_infinite(text) else float(text)
+
+
+def _is_infinite(text: str) -> bool:
+    """Whether a text is a number and not finite."""
+    try:
+        return not math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _is_text(value: Any) -> bool:
@@ -351,14 +412,19 @@ def _validated(section: str, values: dict[str, Any]) -> Section:
     try:
         return SECTIONS[section].model_validate(values)
     except ValidationError as error:
-        first = {detail["loc"][:1]: detail for detail in reversed(error.errors())}  # one message for a field
+        # One message for a field: of a table, what is not known comes before what is missing for it.
+        details = sorted(error.errors(), key=lambda detail: detail["type"] == "missing")
+        first = {detail["loc"][:1]: detail for detail in reversed(details)}
         raise UserError("\n".join(_explain(section, first[field]) for field in reversed(first))) from None
 
 
 def _explain(section: str, detail: Any) -> str:
     where = ".".join(str(part) for part in (section, *detail["loc"]))
     if detail["type"] == "extra_forbidden":  # of a table inside a field; fields themselves are known by now
-        return f"{where}: no such field"
+        kind = _table_of(SECTIONS[section].model_fields[detail["loc"][0]].annotation)
+        assert kind is not None
+        outer, _, leaf = where.rpartition(".")
+        return str(_no_such_leaf(outer, leaf, kind))
     if detail["type"] == "missing":
         return f"{where}: must be given"
     shown = detail["input"] if isinstance(detail["input"], str) else _toml(detail["input"])
@@ -368,6 +434,8 @@ def _explain(section: str, detail: Any) -> str:
         return str(UserError.field(where, shown, f"must be {allowed}", options))
     said = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     message = MESSAGES.get(detail["type"], said[:1].lower() + said[1:])
+    if detail["type"] == "int_parsing" and _is_infinite(shown):
+        message = "must be a finite number"
     return str(UserError.field(where, shown, message.format(**detail.get("ctx", {}))))
 
 

@@ -6,8 +6,9 @@ and a search checks many thousand at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from pydantic import Field
@@ -15,6 +16,7 @@ from pydantic import Field
 from colossus.architecture import Architecture
 from colossus.errors import UserError
 from colossus.section import Name, Section, derived
+from colossus.words import plural
 
 AXES = ("dp_replicate", "dp_shard", "pp", "cp", "tp")
 
@@ -27,6 +29,12 @@ RECOMPUTES: tuple[str, ...] = get_args(Recompute)
 SELECTIVE = RECOMPUTES.index("selective")
 ONE_STAGE = ("gpipe", "1f1b")  # a rank has one stage of the model
 V_SHAPED = ("zbv_zero_bubble", "dualpipe_v")  # a rank has two: the first ranks also have the last stages
+PADDED = 128  # tokens of a vocabulary on a rank, of which it is padded to a multiple
+MUCH_PADDING = 1.1  # times the tokens that there are
+INTERLEAVED = (
+    "interleaved_1f1b",
+    "interleaved_zero_bubble",
+)  # a rank has several, in rounds of micro batches
 ZERO_BUBBLE = ("interleaved_zero_bubble", *V_SHAPED)  # the weights' gradients are computed apart
 SIMPLEST: Mapping[str, Any] = {
     **dict.fromkeys((*AXES, "ep", "etp", "stages_per_rank", "micro_batch"), 1),
@@ -129,25 +137,53 @@ class Rule:
     holds: Callable[[Row], Any]
     reason: Callable[[Row], str]
 
-    def message(self, row: Row) -> str:
-        """What is broken, why, and the nearest values under which this rule holds."""
-        section = "run" if self.field == "global_batch" else "layout"
-        near = " or ".join(map(str, self.nearest(row)))
-        return f"{section}.{self.field}={row[self.field]}: {self.reason(row)}" + (f"; {near}" if near else "")
+    @cached_property
+    def asks(self) -> frozenset[str]:
+        """The fields of a row that it reads."""
+        read = _Read()
+        self.holds(read)
+        return frozenset(read)
 
-    def nearest(self, row: Row) -> list[Any]:
-        """The nearest smaller and larger value under which this rule holds; of names, all."""
+    def message(self, *rows: Row, beside: Sequence[Rule] = ()) -> str:
+        """What is broken in the first of `rows`, why, and the nearest values under which this rule, and those
+        `beside` it, hold in all of them. A row may have the step from which on it holds: from_step."""
+        row = rows[0]
+        section = "run" if self.field == "global_batch" else "layout"
+        near = " or ".join(map(str, self.nearest(*rows, beside=beside)))
+        step = row.get("from_step")
+        reason = f"from step {step} on: {self.reason(row)}" if step else self.reason(row)
+        return f"{section}.{self.field}={row[self.field]}: {reason}" + (f"; {near}" if near else "")
+
+    def nearest(self, *rows: Row, beside: Sequence[Rule] = ()) -> list[Any]:
+        """The nearest smaller and larger value under which this rule, and those `beside` it, hold in all
+        rows; of names, all. A batch is each row's own."""
+        row = rows[0]
+        rows = rows[:1] if self.field == "global_batch" else rows
         value = row[self.field]
+
+        def holds(candidate: Any) -> bool:
+            told = [{**each, self.field: candidate} for each in rows]
+            return all(rule.holds(each) for rule in (self, *beside) for each in told)
+
         if isinstance(value, str):
             names = SCHEDULES if self.field == "schedule" else ("gather", "ulysses")
-            return [name for name in names if self.holds({**row, self.field: name})]
+            return [name for name in names if holds(name)]
         if isinstance(value, bool):
             return ["false" if value else "true"]
-        most = max(4 * value, 64, *(n for n in row.values() if isinstance(n, int) and n < 2**16))
+        others = [n for name, n in row.items() if name != self.field and isinstance(n, int) and n < 2**16]
+        most = max(64, *others, _dp(row) if self.field == "global_batch" else 0)  # no axis is above all sizes
         found = []
-        for candidates in (range(value - 1, 0, -1), range(value + 1, most + 1)):
-            found += next(([n] for n in candidates if self.holds({**row, self.field: n})), [])
+        for candidates in (range(min(value - 1, most), 0, -1), range(value + 1, most + 1)):
+            found += next(([n] for n in candidates if holds(n)), [])
         return found
+
+
+class _Read(dict[str, Any]):
+    """A row of the simplest values, which has what it was asked for."""
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = value = SIMPLEST[name] if name in ("schedule", "cp_method") else 1
+        return value
 
 
 def _dp(row: Row) -> Any:
@@ -168,13 +204,13 @@ def _num_micro_batches(row: Row) -> Any:
     return -(-row["global_batch"] // (_dp(row) * row["micro_batch"]))
 
 
-def _divides(name: str, field: str, of: str, what: str) -> Rule:
-    """`field` divides `of`, which counts `what`; 0 of them are no hindrance."""
+def _divides(name: str, field: str, of: str, what: str, mend: Callable[[Row], str] | None = None) -> Rule:
+    """`field` divides `of`, which counts `what`; 0 of them are no hindrance. mend: another way out."""
     return Rule(
         name,
         field,
         lambda row: row[of] % row[field] == 0,
-        lambda row: f"must divide the {row[of]} {what}",
+        lambda row: f"must divide the {row[of]} {what}" + (mend(row) if mend is not None else ""),
     )
 
 
@@ -202,6 +238,21 @@ def _same_rounds(row: Row) -> Any:
     return count % rounds == 0
 
 
+def _with_padding(row: Row) -> str:
+    """A vocabulary with tokens that no text has, as published runs pad it: to whole columns of 128 on every
+    rank (arXiv 1909.08053), or of a small one to the next multiple of tp."""
+    tokens, tp = row["vocab_size"], row["tp"]
+    wide, least = (-(-tokens // unit) * unit for unit in (PADDED * tp, tp))
+    return f", or pad it: model.vocab_size={wide if wide < MUCH_PADDING * tokens else least}"
+
+
+def _more_sequences(row: Row) -> str:
+    """The batch that gives a rank as many micro batches as its pipeline has stages, where none is smaller."""
+    if row["micro_batch"] > 1:
+        return ""
+    return f"; run.global_batch={_dp(row) * (row['pp'] * row['stages_per_rank'] - 1) + 1} or more"
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "ranks-fit-batch",
@@ -220,7 +271,7 @@ RULES: tuple[Rule, ...] = (
     _divides("tp-heads", "tp", "num_heads", "attention heads"),
     _divides("tp-kv-heads", "tp", "num_kv_heads", "heads of keys and values"),
     _divides("tp-ffn", "tp", "ffn", "columns of the MLP"),
-    _divides("tp-vocab", "tp", "vocab_size", "tokens of the vocabulary"),
+    _divides("tp-vocab", "tp", "vocab_size", "tokens of the vocabulary", _with_padding),
     Rule(
         "tp-node",
         "tp",
@@ -286,7 +337,7 @@ RULES: tuple[Rule, ...] = (
                 & _implies(_is(row, "schedule", *ONE_STAGE), row["stages_per_rank"] == 1)
                 & _implies(_is(row, "schedule", *V_SHAPED), row["stages_per_rank"] == 2)
                 & _implies(
-                    _is(row, "schedule", "interleaved_1f1b", "interleaved_zero_bubble"),
+                    _is(row, "schedule", *INTERLEAVED),
                     row["stages_per_rank"] > 1,
                 )
             )
@@ -318,19 +369,17 @@ RULES: tuple[Rule, ...] = (
             )
         ),
         lambda row: (
-            f"gives {_num_micro_batches(row)} micro batches a rank; layout.schedule={row['schedule']} needs "
-            f"at least as many as its {row['pp'] * row['stages_per_rank']} stages"
+            f"gives {plural(_num_micro_batches(row), 'micro batch')} a rank; "
+            f"layout.schedule={row['schedule']} needs at least as many as its "
+            f"{row['pp'] * row['stages_per_rank']} stages{_more_sequences(row)}"
         ),
     ),
     Rule(
         "pp-rounds",
         "micro_batch",
+        lambda row: (row["pp"] == 1) | _implies(_is(row, "schedule", *INTERLEAVED), _same_rounds(row)),
         lambda row: (
-            (row["pp"] == 1)
-            | _implies(_is(row, "schedule", "interleaved_1f1b", "interleaved_zero_bubble"), _same_rounds(row))
-        ),
-        lambda row: (
-            f"gives {_num_micro_batches(row)} micro batches a rank, which layout.schedule="
+            f"gives {plural(_num_micro_batches(row), 'micro batch')} a rank, which layout.schedule="
             f"{row['schedule']} cannot cut into equal rounds of at least pp={row['pp']}"
         ),
     ),
@@ -364,6 +413,14 @@ RULES: tuple[Rule, ...] = (
         lambda row: "only GPUs that reach each other's memory, with layout.compile=true, can overlap so",
     ),
 )
+
+
+def broken(row: Row) -> Iterator[tuple[Rule, Any]]:
+    """Rules that ask for no more than `row` has, with where they are broken: what else a layout has can't
+    mend that."""
+    for rule in RULES:
+        if rule.asks <= row.keys():
+            yield rule, _not(rule.holds(row))
 
 
 OF_POOLS = ("global_batch", "micro_batch")  # fields that pools have for themselves
@@ -409,23 +466,53 @@ def violations(
     seq_len: int,
     node_size: int = 8,
     has_symmetric_memory: bool = False,
+    later: Sequence[tuple[int, int, int]] = (),
 ) -> list[str]:
-    """Every rule that `layout` breaks for a model and a fleet, in words with the nearest legal values."""
+    """Every rule that `layout` breaks for a model and a fleet, in words with the nearest legal values.
+
+    global_batch, seq_len: of the first step. later: (from step, global_batch, seq_len), wherever one of these
+    changes.
+    """
     row = layout_row(layout) | model_row(arch)
-    row |= {
-        "global_batch": global_batch,
-        "seq_len": seq_len,
-        "node_size": node_size,
-        "has_symmetric_memory": int(has_symmetric_memory),
-    }
+    row |= {"node_size": node_size, "has_symmetric_memory": int(has_symmetric_memory)}
+    rows = [
+        row | {"from_step": step, "global_batch": batch, "seq_len": length}
+        for step, batch, length in ((0, global_batch, seq_len), *later)
+    ]
     if not layout.pools:
-        return [rule.message(row) for rule in RULES if not rule.holds(row)]
-    common = [rule.message(row) for rule in RULES if rule.field not in OF_POOLS and not rule.holds(row)]
-    return common + _pool_violations(layout, row)
+        return in_words(RULES, rows)
+    common = in_words([rule for rule in RULES if rule.field not in OF_POOLS], rows)
+    return common + _pool_violations(layout, rows)
 
 
-def _pool_violations(layout: Layout, row: Row) -> list[str]:
+def in_words(rules: Iterable[Rule], rows: Sequence[Row]) -> list[str]:
+    """What is wrong, as a rule says it of the first row in which it does not hold, with values of its field
+    that mend all that is wrong with that and break nothing that is right. What holds once they are taken is
+    no fault of its own. Of a name, as of a schedule, every cause has a way out of its own, and a line."""
+    rules, found, told = list(rules), list[str](), set[str]()
+
+    def is_broken(rule: Rule) -> bool:
+        return not all(rule.holds(row) for row in rows)
+
+    while (rule := next((r for r in rules if r.name not in told and is_broken(r)), None)) is not None:
+        told.add(rule.name)
+        at = next(index for index, row in enumerate(rows) if not rule.holds(row))
+        judged = (rows[at], *rows[:at], *rows[at + 1 :])
+        own = [other for other in rules if other.field == rule.field and is_broken(other)]
+        read = [other for other in rules if rule.field in other.asks and not is_broken(other)]
+        kept = [other for other in read if other.field == rule.field]
+        choices = ([*own, *read], [*own, *kept], own)  # where no value pleases all, those of its own field
+        beside = next((some for some in choices if rule.nearest(*judged, beside=some)), own)
+        found.append(rule.message(*judged, beside=beside))
+        near = rule.nearest(*judged, beside=beside)
+        if near and not isinstance(near[0], str):
+            rows = [{**row, rule.field: near[0]} for row in rows]
+    return found
+
+
+def _pool_violations(layout: Layout, rows: Sequence[Row]) -> list[str]:
     """Pools are judged one by one: a replica with its share is a layout of its own."""
+    row = rows[0]
     pools, replicas = layout.pools, row["dp_replicate"]
     if sum(pool.replicas for pool in pools) != replicas:
         together = sum(pool.replicas for pool in pools)
@@ -438,13 +525,18 @@ def _pool_violations(layout: Layout, row: Row) -> list[str]:
         return [f"layout.pools: take {total} sequences together; run.global_batch={row['global_batch']}"]
     found = []
     for number, pool in enumerate(pools):
-        share = pool.share or row["global_batch"] // replicas
-        own = {**row, "dp_replicate": 1, "global_batch": share}
-        own["micro_batch"] = pool.micro_batch or row["micro_batch"]
-        own["recompute"] = RECOMPUTES.index(pool.recompute) if pool.recompute else row["recompute"]
-        broken = [rule for rule in RULES if not rule.holds(own)]
-        of_pool = [rule.message(own) for rule in broken if rule.field in OF_POOLS or rule.holds(row)]
-        found += [f"layout.pools[{number}]: {message}" for message in of_pool]
+        owns = []
+        for each in rows:
+            # A batch of another size is shared in the same proportions; who gets none has a row of padding.
+            part, whole = (pool.share, total) if total else (1, replicas)
+            least, rest = divmod(each["global_batch"] * (part or 0), whole)
+            for share in (least, least + 1) if rest and pool.share else (least,):
+                own = {**each, "dp_replicate": 1, "global_batch": max(1, share)}
+                own["micro_batch"] = pool.micro_batch or row["micro_batch"]
+                own["recompute"] = RECOMPUTES.index(pool.recompute) if pool.recompute else row["recompute"]
+                owns.append(own)
+        judged = [r for r in RULES if r.field in OF_POOLS or all(r.holds(each) for each in rows)]
+        found += [f"layout.pools[{number}]: {message}" for message in in_words(judged, owns)]
     return found
 
 

@@ -20,6 +20,12 @@ def _from_step_0(changes: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return changes
 
 
+def _one_above_0(weights: list[float]) -> list[float]:
+    if not any(weights):
+        raise ValueError("must be numbers of at least 0, one above 0")
+    return weights
+
+
 def _intervals(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     if any(stop <= first for first, stop in pairs):
         raise ValueError("must be pairs of (first sample, the one after the last)")
@@ -28,7 +34,10 @@ def _intervals(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 Names = Annotated[list[Name], BeforeValidator(_as_list), Field(min_length=1)]
 Weights = Annotated[
-    list[Annotated[float, Field(ge=0, le=10**9)]], BeforeValidator(_as_list), Field(min_length=1)
+    list[Annotated[float, Field(ge=0, le=10**9)]],
+    BeforeValidator(_as_list),
+    Field(min_length=1),
+    AfterValidator(_one_above_0),
 ]
 Pair = tuple[Annotated[int, Field(ge=0, le=10**16)], Annotated[int, Field(ge=1, le=10**16)]]
 
@@ -36,9 +45,15 @@ Pair = tuple[Annotated[int, Field(ge=0, le=10**16)], Annotated[int, Field(ge=1, 
 class PhaseChange(Section):
     """From step `from_step` on, samples have another length or come with other weights."""
 
-    from_step: int = derived(ge=0, le=10**9)
+    from_step: int = Field(ge=0, le=10**9)
     seq_len: int | None = derived(ge=2, le=10**8)
     weights: Weights | None = None
+
+
+def _each_step_once(phases: list[PhaseChange]) -> list[PhaseChange]:
+    if len({phase.from_step for phase in phases}) < len(phases):
+        raise ValueError("must be phases from different steps, each from_step once")
+    return phases
 
 
 class Data(Section):
@@ -52,7 +67,7 @@ class Data(Section):
     mask_documents: bool = derived()  # attention stays inside a document
     validation_fraction: float = derived(gt=0, lt=1)
     folder: Name = derived()  # where the token shards lie
-    phases: list[PhaseChange] = derived()
+    phases: Annotated[list[PhaseChange], AfterValidator(_each_step_once)] = derived()
     skip: Annotated[list[Pair], AfterValidator(_intervals)] = (
         derived()
     )  # half-open intervals of samples never trained on
@@ -112,7 +127,7 @@ class Fleet(Section):
     node: Name | None = None  # the server, of the catalogue
     pod: int | None = Field(default=None, ge=1, le=10**8)  # accelerators that reach each other at full rate
     oversubscription: float | None = Field(default=None, ge=1, le=1000)  # of the network between pods
-    failures_low: float | None = Field(default=None, ge=0, le=10**4)  # per 1000 node-days
+    failures_low: float | None = Field(default=None, ge=0, le=10**4)  # per 1000 days of a server of 8
     failures_high: float | None = Field(default=None, ge=0, le=10**4)
     restart_minutes: float | None = Field(default=None, ge=0, le=10**4)  # from a failure until steps go on
     save_seconds: float | None = Field(default=None, ge=0, le=10**5)  # that a checkpoint stops training
@@ -125,7 +140,7 @@ class Fleet(Section):
 class RunSection(Section):
     """How long, how much a step, and where. One of minutes, steps, tokens; the rest follows."""
 
-    minutes: float | None = derived(gt=0, le=10**7)
+    minutes: float | None = derived(ge=1e-4, le=10**7)
     steps: int | None = derived(ge=1, le=10**9)
     tokens: int | None = derived(ge=1, le=10**16)
     seed: int = derived(ge=0, le=2**62)
@@ -135,5 +150,6 @@ class RunSection(Section):
     expected_steps: int = derived(ge=1, le=10**16)  # what the length is likely to give; the clock decides
     threads: int = derived(ge=1, le=4096)
     validate_every: int = derived(ge=0, le=10**9)  # steps; 0: at the end only
+    branch_from: Name | None = None  # a run, or RUN@STEP: its checkpoint is what this one goes on from
     prompt: str = derived()  # what the sample at the end continues
     hooks: Annotated[list[Name], BeforeValidator(_as_list)] = derived()  # each `package.module:Name`

@@ -6,6 +6,9 @@ import math
 
 UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+BINARY = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
+WATTS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
 def count(value: float) -> str:
@@ -22,6 +25,48 @@ def size(num_bytes: float) -> str:
     if num_bytes < 1000:
         return f"{num_bytes:.0f} bytes"
     return _scaled(num_bytes, BYTES, " ")
+
+
+def memory(num_bytes: float) -> str:
+    """58.3 GiB, 94.2 MiB. Binary, as memory is."""
+    if num_bytes < 999.5:
+        return f"{num_bytes:.0f} bytes"
+    factor, unit = next((f, u) for f, u in BINARY if num_bytes >= 999.5 / 1024 * f)
+    return _scaled(num_bytes / factor, (), " ") + unit
+
+
+def energy(kilowatt_hours: float) -> str:
+    """198 Wh, 14.2 kWh, 6.3 GWh."""
+    return _of_unit(1e3 * kilowatt_hours, "Wh")
+
+
+def power(watts: float) -> str:
+    """850 W, 11.2 kW, 2.3 MW."""
+    return _of_unit(watts, "W")
+
+
+def _of_unit(value: float, unit: str) -> str:
+    names = tuple((factor, prefix + unit) for factor, prefix in WATTS)
+    scaled = _scaled(value, names, " ").strip()
+    return scaled if scaled.endswith(unit) else f"{scaled} {unit}"
+
+
+def dollars(value: float) -> str:
+    """$0.43, $432, $9,870, $17.2M."""
+    if not math.isfinite(value):
+        return f"${value}"
+    if 0 < value < 0.005:
+        return "<$0.01"
+    if value < 9_999.5:
+        return f"${value:,.2f}" if 0 < value < 99.995 else f"${value:,.0f}"
+    return f"${_scaled(value, UNITS, '')}"
+
+
+def span(seconds: float) -> str:
+    """16.6 s, 85.8 ms, 12 us: of one step, three digits."""
+    if not math.isfinite(seconds) or seconds >= 9_999.5:
+        return duration(seconds)
+    return _scaled(seconds, SECONDS, " ") if seconds >= 1e-6 else f"{seconds:.1g} s"
 
 
 def rate(flops_per_second: float) -> str:
@@ -72,8 +117,9 @@ def short(value: float, digits: int = 3) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """1 step, 2 steps."""
-    return f"{count(number)} {noun}" + ("" if number == 1 else "s")
+    """1 step, 2 steps, 2 batches."""
+    many = "es" if noun.endswith(("ch", "sh", "s", "x")) else "s"
+    return f"{count(number)} {noun}" + ("" if number == 1 else many)
 
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...], gap: str) -> str:

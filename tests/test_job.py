@@ -49,6 +49,21 @@ def test_the_stronger_length_wins_and_two_equals_contradict(tmp_path: Path) -> N
         load_job(None, ["run.minutes=5", "run.tokens=1e6"])
 
 
+NOT_FINITE = ("nan", "inf", "-inf", "1e400", "-1e999")
+ODD_KEYS = (
+    "",
+    ".",
+    "..",
+    "run.",
+    ".run",
+    ".run.steps",
+    "run..steps",
+    "run.steps.",
+    " run.steps",
+    "run .steps",
+)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -76,7 +91,29 @@ def test_the_stronger_length_wins_and_two_equals_contradict(tmp_path: Path) -> N
         ("data.weights=[1,-1]", "data.weights.1=-1: must be greater than or equal to 0"),
         ("data.corpus=['']", "data.corpus.0=: must not be empty"),
         ("data.phases=[{from_step=1,sequence_length=2}]", "data.phases.0.sequence_length: no such field"),
+        ("data.phases=[{}]", "data.phases.0.from_step: must be given"),
+        ("data.phases=[{from_step=3,seq_len=8},{from_step=3}]", "must be phases from different steps"),
         ("model.rope_scaling={factor=8}", "model.rope_scaling.original_max_seq_len: must be given"),
+        ("data.weights=[0,0.0]", "data.weights=[0, 0.0]: must be numbers of at least 0, one above 0"),
+        ("run.minutes=1e-300", "run.minutes=1e-300: must be greater than or equal to 0.0001"),
+        *((f"run.minutes={n}", f"run.minutes={n}: must be a finite number") for n in NOT_FINITE),
+        *((f"run.steps={n}", f"run.steps={n}: must be a finite number") for n in NOT_FINITE),
+        *((f"layout.tp={n}", f"layout.tp={n}: must be a finite number") for n in NOT_FINITE),
+        *((f"data.weights=[1,{n}]", f"data.weights.1={n}: must be a finite number") for n in NOT_FINITE),
+        *((f"data.skip=[[0,{n}]]", f"data.skip.0.1={n}: must be a finite number") for n in NOT_FINITE),
+        *((f"model.experts.scale={n}", f"model.experts.scale={n}: must be a fin") for n in NOT_FINITE),
+        *((f"{key}=3", f"'{key}=3': expected section.field=value or section=PRESET") for key in ODD_KEYS),
+        ("run.steps.x=3", "run.steps.x: no such field; run.steps has no fields"),
+        (
+            "model.experts.scale.x=3",
+            "model.experts.scale.x: no such field; model.experts.scale has no fields",
+        ),
+        ("data.phases.0.seq_len=3", "data.phases is a list of tables; give all of it, as in data.phases=[{"),
+        ("model.experts.per_tokn=2", "did you mean 'model.experts.per_token'?"),
+        ("model.experts={num_experts=4,per_tokn=2}", "did you mean 'model.experts.per_token'?"),
+        ("model.experts={num_expert=4}", "did you mean 'model.experts.num_experts'?"),
+        ("layout.pools=[{replica=1}]", "layout.pools.0 has replicas, share, micro_batch, recompute; did you"),
+        ("model.latent={x=1}", "model.latent.x: no such field; model.latent has q_rank, kv_rank, "),
     ],
 )
 def test_bad_input_is_one_clear_message(override: str, message: str) -> None:
@@ -250,3 +287,40 @@ def test_a_value_across_lines_stays_text() -> None:
     assert load_job(None, ["run.prompt='a'\nb = 3"]).run.prompt == "'a'\nb = 3"
     with pytest.raises(UserError, match=r"run\.steps"):
         load_job(None, ["run.steps=5\nx = 3"])
+
+
+def test_what_was_planned_or_derived_was_not_asked_for() -> None:
+    job = load_job(None, ["layout.tp=2"])
+    job = job.put({"layout.pp": 4}, "planned").put({"layout.cp": 8}, "derived")
+    assert [job.asked_for(f"layout.{axis}") for axis in ("tp", "pp", "cp", "ep")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    asked = job.asked()
+    assert (asked.layout.tp, asked.layout.pp, asked.layout.cp) == (2, None, None)
+
+
+def test_a_planned_layout_is_told_apart_in_the_file(tmp_path: Path) -> None:
+    job = load_job(None, ["run.steps=7"]).put({"layout.tp": 2}, "planned")
+    path = tmp_path / "job.toml"
+    save_job(dataclasses.replace(job, made={"processor": "x"}), path)
+    assert "tp = 2  # planned" in path.read_text()
+    again = load_job(path)
+    assert again.origins["layout.tp"] == "planned" and again.asked().layout.tp is None
+    assert again.asked().run.steps == 7
+
+
+def test_one_value_of_a_table_leaves_the_others(tmp_path: Path) -> None:
+    """Of a preset, of a file, and of words before."""
+    before = load_job(None, ["model=deepseek-v3"]).model.experts
+    job = load_job(None, ["model=deepseek-v3", "model.experts.per_token=4", "model.experts.scale=3"])
+    assert before is not None and job.model.experts == before.model_copy(
+        update={"per_token": 4, "scale": 3.0}
+    )
+    path = tmp_path / "job.toml"
+    path.write_text('[model]\npreset = "deepseek-v3"\nexperts = { num_experts = 12, per_token = 3 }\n')
+    experts = load_job(path, ["model.experts.scale=2"]).model.experts
+    assert experts is not None
+    assert (experts.num_experts, experts.per_token, experts.scale) == (12, 3, 2.0)

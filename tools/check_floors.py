@@ -44,6 +44,7 @@ FLOORS = {
     "errors": 0,
     "words": 0,
     "named": 0,
+    "untrusted": 0,
     "hardware": 0,
     "presets": 0,
 }
@@ -54,13 +55,14 @@ FRONT_DOOR = "__init__"  # of the package: a version, and names that are loaded 
 
 @dataclass(frozen=True)
 class Import:
-    """One import. late: inside a function. types_only: under TYPE_CHECKING."""
+    """One import, of a module or of a name from it. late: in a function. types_only: under TYPE_CHECKING."""
 
     file: Path
     line: int
     module: str
     late: bool
     types_only: bool
+    name: str = ""
 
 
 def imports(file: Path) -> Iterator[Import]:
@@ -75,8 +77,9 @@ def imports(file: Path) -> Iterator[Import]:
             elif isinstance(child, ast.ImportFrom):
                 module = "." * child.level + (child.module or "")
                 whole = module != "colossus"
-                for name in [module] if whole else [f"colossus.{a.name}" for a in child.names]:
-                    yield Import(file, child.lineno, name, inside, types_only)
+                for name in [alias.name for alias in child.names]:
+                    origin = (module, name) if whole else (f"colossus.{name}", "")
+                    yield Import(file, child.lineno, origin[0], inside, types_only, origin[1])
             elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
                 for statement in child.body:
                     yield from visit(ast.Module([statement], []), inside, True)
@@ -124,7 +127,42 @@ def faults(package: Path = PACKAGE) -> list[str]:
                 found.append(f"{where}: {room} imports {target}: {floors}")
             elif FLOORS[target] == FLOORS[room]:
                 graph.setdefault(room, set()).add(target)
-    return found + [f"rooms of one floor form a cycle: {' -> '.join(cycle)}" for cycle in cycles(graph)]
+    found = list(dict.fromkeys(found))  # several names of one import are one fault
+    found += [f"rooms of one floor form a cycle: {' -> '.join(cycle)}" for cycle in cycles(graph)]
+    return found + [f"files import each other: {' -> '.join(circle)}" for circle in circles(package)]
+
+
+def circles(package: Path = PACKAGE) -> list[list[str]]:
+    """Files that import each other, inside functions too; what is imported for types alone is left out."""
+    files = {_module_of(file, package): file for file in sorted(package.rglob("*.py"))}
+    graph = {
+        module: {
+            name if (name := f"{item.module}.{item.name}") in files else item.module
+            for item in imports(file)
+            if not item.types_only
+        }
+        - {module}
+        for module, file in files.items()
+    }
+    # Only what both reaches a file and is reached by it lies on a circle with it: few walks are left.
+    reached = {module: _reached(graph, module) for module in graph}
+    left = {module: {to for to in graph[module] if module in reached.get(to, ())} for module in graph}
+    return cycles(left)
+
+
+def _module_of(file: Path, package: Path) -> str:
+    parts = file.relative_to(package.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == FRONT_DOOR else parts)
+
+
+def _reached(graph: dict[str, set[str]], module: str) -> set[str]:
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        for target in graph.get(waiting.pop(), set()) - found:
+            found.add(target)
+            waiting.append(target)
+    return found
 
 
 def cycles(graph: dict[str, set[str]]) -> list[list[str]]:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from colossus.checkpoints.find import Say, latest, latest_verified, num_threads, read_exactly, verify, warn
+from colossus.checkpoints.find import (
+    Say,
+    committed,
+    latest,
+    latest_verified,
+    num_threads,
+    read_exactly,
+    verify,
+    verify_files,
+    warn,
+)
 from colossus.checkpoints.format import (
     ITEM_BYTES,
     DamagedCheckpoint,
@@ -19,13 +29,17 @@ from colossus.checkpoints.format import (
     Manifest,
     Piece,
     check_tiling,
+    checkpoints_folder,
+    read_claim,
     read_manifest,
 )
 from colossus.checkpoints.ranks import OneRank, Ranks
 from colossus.checkpoints.shards import bytes_of, shard_of
 from colossus.errors import MachineError, UserError, nearest
 from colossus.models.hf.header import TYPES
+from colossus.untrusted import open_file
 
+Found = TypeVar("Found")
 __all__ = ["Checkpoint", "DamagedCheckpoint", "latest", "newest_whole", "open_checkpoint", "verify"]
 
 
@@ -43,10 +57,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def newest_whole(run_folder: str | Path, world: Ranks | None = None, say: Say = warn) -> Checkpoint | None:
-    """What a run goes on from: its newest checkpoint of which every byte is as it was written.
+    """The newest checkpoint of which every byte is as it was written; None where the run never saved.
 
     Damaged ones are skipped, and said in one line each. In a world of several ranks all call this; rank 0
-    looks and verifies, and all open what it found. None where the run never saved.
+    looks and all open what it found, of which nothing is read before it is loaded (see `candidates`).
 
     Raises:
         MachineError: there are checkpoints, but none is whole (on every rank).
@@ -56,7 +70,7 @@ def newest_whole(run_folder: str | Path, world: Ranks | None = None, say: Say = 
     found: Path | Exception | None = None
     if world.rank == 0:
         try:
-            found = latest_verified(run_folder, say)
+            found = latest_verified(run_folder, say) if world.size == 1 else latest(run_folder, say)
         except (MachineError, UserError) as error:
             found = error
     found = world.broadcast(found)
@@ -65,14 +79,78 @@ def newest_whole(run_folder: str | Path, world: Ranks | None = None, say: Say = 
     return open_checkpoint(found) if found is not None else None
 
 
+def candidates(run_folder: str | Path, world: Ranks, say: Say = warn) -> Iterator[Checkpoint]:
+    """What a run may go on from, the newest first: every rank loads its part of the first, and who goes on to
+    the next one has agreed with all ranks that this one is damaged (`load_agreed`). Nothing where the run
+    never saved.
+
+    No rank reads more than its share: of each file's header here, of tensors what it loads.
+
+    Raises (on every rank):
+        DamagedCheckpoint: there are checkpoints, but none is whole.
+        UserError: the newest is of a newer format, or they lie elsewhere.
+    """
+    paths, told, error = list[Path](), list[str](), None
+    if world.rank == 0:
+        found, error = _tried(committed, run_folder, told.append)
+        paths = found or []
+        for message in told:
+            say(message)
+    paths, told, error = world.broadcast((paths, told, error))
+    if error is not None:
+        raise error
+    for path in paths:
+        checkpoint, error = _tried(_open, path, world)
+        damage = world.first_error(error)
+        if damage is None:
+            assert checkpoint is not None
+            yield checkpoint
+            damage = checkpoint.damage
+        assert damage is not None, "the next one is asked for where this one is damaged"
+        if not isinstance(damage, DamagedCheckpoint):
+            raise damage
+        told.append(f"skipped a damaged checkpoint: {damage}")
+        if world.rank == 0:
+            say(told[-1])
+    if told:
+        raise DamagedCheckpoint(f"no checkpoint in {checkpoints_folder(run_folder)} is whole; {told[0]}")
+
+
+def load_agreed(checkpoint: Checkpoint, load: Callable[[Checkpoint], None], world: Ranks) -> bool:
+    """Whether `load` found the checkpoint whole on every rank. `load` must not wait for other ranks.
+
+    Raises:
+        UserError: on every rank, where it was raised on one.
+    """
+    checkpoint.damage = error = world.first_error(_tried(load, checkpoint)[1])
+    if error is not None and not isinstance(error, DamagedCheckpoint):
+        raise error
+    return error is None
+
+
+def _open(path: Path, world: Ranks) -> Checkpoint:
+    checkpoint = Checkpoint(path, read_claim(path))
+    verify_files(path, checkpoint.manifest, world.rank, world.size)
+    return checkpoint
+
+
+def _tried(act: Callable[..., Found], *arguments: Any) -> tuple[Found | None, Exception | None]:
+    """What `act` returned, and what it raised."""
+    try:
+        return act(*arguments), None
+    except (MachineError, UserError) as error:
+        return None, error
+
+
 class Checkpoint:
     """A committed checkpoint. Whatever is read is compared with its checksums first."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+        self.damage: Exception | None = None  # that a rank found while it loaded
         for entry in manifest.tensors.values():
-            check_tiling(entry)
+            check_tiling(entry, path)
 
     @property
     def step(self) -> int:
@@ -181,7 +259,7 @@ class Checkpoint:
         last = first + len(out)
         path = self.path / piece.file
         try:
-            with path.open("rb", buffering=0) as stream:
+            with open_file(path) as stream:
                 for chunk in range(first // size, -(-last // size)):
                     begin, end = chunk * size, min((chunk + 1) * size, num_bytes)
                     low, high = max(begin, first), min(end, last)

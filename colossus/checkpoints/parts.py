@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,14 @@ from colossus.checkpoints.format import (
     Key,
     Manifest,
     Piece,
+    announcement_name,
     check_tiling,
     committed_line,
     encode,
     entries_from_json,
     entries_to_json,
+    is_committed,
+    pieces_name,
     write_synced,
 )
 from colossus.errors import MachineError
@@ -37,14 +41,6 @@ class Part:
     file: File
     entries: list[Entry]
     held: list[Key]  # tensors that it holds and that another rank writes
-
-
-def pieces_name(rank: int) -> str:
-    return f"pieces-{rank:05d}.safetensors"
-
-
-def announcement_name(rank: int) -> str:
-    return f"pieces-{rank:05d}.json"
 
 
 def announce(folder: Path, rank: int, save_id: str, part: Part) -> None:
@@ -65,8 +61,11 @@ def announce_failure(folder: Path, rank: int, save_id: str, message: str) -> Non
         write_synced(folder / announcement_name(rank), announcement)
 
 
-def collect(folder: Path, save_id: str, world_size: int, patience_seconds: float) -> list[Part]:
-    """Waits for the parts of ranks 1, 2, ... Raises MachineError where one failed or does not come."""
+def collect(
+    folder: Path, save_id: str, world_size: int, patience_seconds: float, cancelled: threading.Event
+) -> list[Part]:
+    """Waits for the parts of ranks 1, 2, ... Raises MachineError where one failed or does not come, or it is
+    `cancelled`."""
     deadline = time.monotonic() + patience_seconds
     parts: list[Part] = []
     pause = 0.005
@@ -79,7 +78,8 @@ def collect(folder: Path, save_id: str, world_size: int, patience_seconds: float
             continue
         if time.monotonic() > deadline:
             raise MachineError(f"rank {rank} wrote no part in {patience_seconds:.0f} s")
-        time.sleep(pause)
+        if cancelled.wait(pause):
+            raise MachineError("another rank could not write its part")
         pause = min(2 * pause, 0.5)
     return parts
 
@@ -122,7 +122,13 @@ def commit(folder: Path, step: int, serial: int, meta: dict[str, Any], parts: li
     )
     data = encode(manifest)
     write_synced(folder / MANIFEST, data)
-    write_synced(folder / COMMITTED, committed_line(serial, data).encode())
+    try:
+        write_synced(folder / COMMITTED, committed_line(serial, data).encode())
+    except BaseException:
+        if not is_committed(folder):
+            with contextlib.suppress(OSError):
+                (folder / MANIFEST).unlink()
+        raise
     return manifest
 
 
@@ -132,13 +138,32 @@ def forget(folder: Path, world_size: int) -> None:
         (folder / announcement_name(rank)).unlink(missing_ok=True)
 
 
+def take_back(folder: Path, save_id: str, world_size: int) -> None:
+    """Deletes the parts of other ranks that were announced for a save which is given up."""
+    for rank in range(1, world_size):
+        try:
+            theirs = _announcement(folder, rank, save_id)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            continue
+        if theirs is not None:
+            if "failed" not in theirs:  # else the rank has deleted its part itself
+                (folder / pieces_name(rank)).unlink(missing_ok=True)
+            (folder / announcement_name(rank)).unlink(missing_ok=True)
+
+
+def _announcement(folder: Path, rank: int, save_id: str) -> dict[str, Any] | None:
+    """What a rank announced for this save; None: for another one."""
+    tree = json.loads((folder / announcement_name(rank)).read_bytes())
+    return tree if tree["save"] == save_id else None
+
+
 def _read(folder: Path, rank: int, save_id: str) -> Part | None:
     """A rank's announcement; None while there is no whole one of this save."""
     try:
-        tree = json.loads((folder / announcement_name(rank)).read_bytes())
+        tree = _announcement(folder, rank, save_id)
     except (FileNotFoundError, ValueError):
         return None
-    if tree["save"] != save_id:
+    if tree is None:
         return None
     if "failed" in tree:
         raise MachineError(f"rank {rank}: {tree['failed']}")

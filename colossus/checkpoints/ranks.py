@@ -15,6 +15,12 @@ class Ranks(Protocol):
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+
+    def first_error(self, error: Exception | None) -> Exception | None:
+        """The error of the first rank that has one, on every rank."""
+
 
 class OneRank:
     """A world of one."""
@@ -24,3 +30,9 @@ class OneRank:
 
     def broadcast(self, value: Any) -> Any:
         return value
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def first_error(self, error: Exception | None) -> Exception | None:
+        return error

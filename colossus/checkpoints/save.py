@@ -4,29 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from colossus.checkpoints.find import committed, latest
-from colossus.checkpoints.format import Key, checkpoints_folder, read_serial, sync_folder
-from colossus.checkpoints.parts import Part, announce, announce_failure, collect, commit, forget, pieces_name
+from colossus.checkpoints.find import committed, latest, warn
+from colossus.checkpoints.format import (
+    Key,
+    announcement_name,
+    checkpoints_folder,
+    folder_name,
+    is_committed,
+    is_ours,
+    pieces_name,
+    read_serial,
+    sync_folder,
+)
+from colossus.checkpoints.parts import Part, announce, announce_failure, collect, commit, forget, take_back
 from colossus.checkpoints.ranks import OneRank, Ranks
-from colossus.checkpoints.retention import delete, delete_leftovers, prune
+from colossus.checkpoints.retention import delete_empty, delete_leftovers, is_whole, locked, prune
 from colossus.checkpoints.shards import Shard, Snapshot, shard_of, writes
 from colossus.checkpoints.write import write_shards
 from colossus.errors import MachineError, UserError
 
 FAREWELL_SECONDS = 30.0
+READ_BYTES = 4 << 30  # of an older checkpoint, to know whether it is whole: seconds
+CLEANING_SECONDS = 60.0  # of leftovers at the start, while the other ranks wait
+LOOK_SECONDS = 0.02  # between two looks at what is waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +65,13 @@ class _Save:
     shards: list[Shard]  # that this rank writes
     held: list[Key]  # that this rank holds, and another writes
     began: float
+    copied: bool
     blocked_seconds: float = 0.0
     thread: threading.Thread | None = None
+    made: list[Path] = field(default_factory=list)  # files of this rank that are on storage
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    unwanted: bool = False  # rank 0 has given it up
+    ended: bool = False
     error: BaseException | None = None
     saved: Saved | None = None
 
@@ -62,11 +80,13 @@ class Saver:
     """Writes checkpoints of a run to `run_folder/checkpoints`; every rank has one, made at the same time.
 
     `save` copies the state in memory and returns; a thread writes it. One save is under way at a time: the
-    next one waits for it. No collectives are used after construction: each rank writes what it holds, rank
-    0 waits until all parts are on storage and commits.
+    next one waits for it. No collectives are used after construction, but while all ranks stand still for a
+    save without a copy: each rank writes what it holds, rank 0 waits until all parts are on storage and
+    commits.
 
-    A save that fails (no space, no permission) deletes what it wrote, leaves the earlier checkpoints as they
-    were, and raises MachineError at the next `save`, `poll` or `wait`.
+    A save that fails (no space, no permission) deletes what it wrote itself and nothing else, leaves the
+    earlier checkpoints as they were, and raises MachineError at the next `save`, `poll` or `wait`. What is
+    committed is never taken back: errors of tidying are warnings.
 
     A folder is never written twice. What killed attempts left uncommitted is deleted here, at the start,
     while no rank writes yet; a save of a step whose folder exists (the run fell back behind a damaged
@@ -74,11 +94,14 @@ class Saver:
     same list of names.
 
     Args:
-        run_folder: of the run; only one Saver a rank may write to it.
+        run_folder: of the run; a second Saver of another process does no harm, but may find its steps taken.
         world: rank, size and broadcast; None is a world of one.
-        keep: the newest so many checkpoints stay.
+        keep: the newest so many whole checkpoints stay. One of an earlier attempt is read for that, once;
+            one of more than READ_BYTES is judged by its sizes, so that no save waits for that.
         keep_every: those of every so many steps stay for good; 0: none do.
         patience_seconds: how long rank 0 waits for the other ranks' parts.
+        found: the checkpoint that the run goes on from, which was read and is whole; damaged: those that
+            were read before it, and are not.
 
     Raises:
         MachineError: the folder cannot be made, read or cleaned, on any rank.
@@ -91,6 +114,8 @@ class Saver:
         keep: int = 2,
         keep_every: int = 0,
         patience_seconds: float = 600.0,
+        found: Path | None = None,
+        damaged: Iterable[Path] = (),
     ) -> None:
         self._run_folder = Path(run_folder)
         self._folder = checkpoints_folder(run_folder)
@@ -102,7 +127,12 @@ class Saver:
         self._preparing: threading.Thread | None = None
         self._current: _Save | None = None
         self._finished: list[Saved] = []
-        self._num_saves = 0
+        self.num_saves = 0  # begun
+        self._last: _Save | None = None
+        self._lock = threading.Lock()
+        self._is_whole = {path.name: False for path in damaged} | ({found.name: True} if found else {})
+        self.before: int | None = None  # see `prune`; whoever saves may set it, and `first`
+        self.first: int | None = None
 
         start = self._world.broadcast(self._clean() if self._world.rank == 0 else None)
         if isinstance(start, str):
@@ -126,6 +156,7 @@ class Saver:
         tensors: Mapping[Key, torch.Tensor],
         meta: dict[str, Any],
         asynchronous: bool = True,
+        together: bool = True,
     ) -> float:
         """Saves the state of a run after `step`; returns the seconds that the caller stood still.
 
@@ -137,19 +168,20 @@ class Saver:
                 of DTensors each rank gives those whose meshes it is in.
             meta: plain JSON; rank 0's is kept.
             asynchronous: False writes straight from `tensors`, without a copy in memory, and returns when
-                the checkpoint is whole.
+                the checkpoint is whole; all ranks wait for that together.
+            together: False: each rank waits only for its own part then, and rank 0 for the commit.
 
         Raises:
             MachineError: the save before this one failed (this one isn't begun), or this one did.
             ValueError, TypeError: `meta` is not plain JSON.
         """
         began = time.perf_counter()
-        number, self._num_saves = self._num_saves, self._num_saves + 1
+        number, self.num_saves = self.num_saves, self.num_saves + 1
         folder = self._folder / self._new_name(step)  # counted even if we raise: all ranks count alike
         self._finish()
         shards = self._own_shards(tensors)
         own = {shard.key for shard in shards}
-        save = self._current = _Save(
+        save = self._current = self._last = _Save(
             step=step,
             folder=folder,
             id=f"{self._attempt}-{number}",
@@ -158,6 +190,7 @@ class Saver:
             shards=shards,
             held=[key for key in tensors if key not in own],
             began=began,
+            copied=asynchronous,
         )
         if asynchronous:
             if self._preparing is not None:
@@ -165,10 +198,11 @@ class Saver:
                 self._preparing = None
             save.shards = self._snapshot.take(shards)
             save.blocked_seconds = time.perf_counter() - began
-            save.thread = threading.Thread(target=self._run_in_thread, args=(save,), daemon=True)
-            save.thread.start()
-        else:
-            self._run(save)
+        save.thread = threading.Thread(target=self._run, args=(save,), daemon=True)
+        save.thread.start()
+        if not asynchronous:
+            if together:
+                self.wait_together()
             self._finish()
         return time.perf_counter() - began
 
@@ -185,7 +219,7 @@ class Saver:
 
     def poll(self) -> list[Saved]:
         """The saves that finished since the last call, without waiting. Raises MachineError if one failed."""
-        if self._current is not None and not (self._current.thread and self._current.thread.is_alive()):
+        if not self.busy:
             self._finish()
         finished, self._finished = self._finished, []
         return finished
@@ -196,27 +230,63 @@ class Saver:
         self._finish()
         return time.perf_counter() - began
 
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's part of a save is still under way."""
+        thread = self._current.thread if self._current is not None else None
+        return thread is not None and thread.is_alive()
+
+    def wait_together(self) -> None:
+        """Waits until no rank is busy. Every rank calls this; none waits long for another in a collective,
+        and rank 0 learns of the failure of another."""
+        pause = LOOK_SECONDS
+        while self._world.any(self.busy):
+            if self._world.any(self._last is not None and self._last.error is not None):
+                self.cancel()
+            if self._current is not None and self._current.thread is not None:
+                self._current.thread.join(pause)
+            else:
+                time.sleep(pause)
+            pause = min(1.5 * pause, 0.5)
+
+    def cancel(self) -> None:
+        """Lets rank 0 wait no longer for parts of the save under way: some rank has failed."""
+        if self._current is not None:
+            self._current.cancelled.set()
+
+    def take_back(self) -> None:
+        """Deletes what this rank wrote of its last save: rank 0 said that it gave it up."""
+        save = self._last
+        if save is None:
+            return
+        with self._lock:
+            save.unwanted = True
+            if save.ended:
+                self._delete_made(save)
+
     def _clean(self) -> tuple[str, list[str], int] | str:
         """Rank 0, once: an id of this attempt, the names that are taken, the next serial number."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            delete_leftovers(self._run_folder)
+            sync_folder(self._folder.parent)
+            try:
+                delete_leftovers(self._run_folder, CLEANING_SECONDS)
+            except OSError as error:
+                warn(f"cannot tidy {self._folder}: {error.strerror}")
             newest = next(iter(committed(self._run_folder, say=lambda message: None)), None)
             serial = read_serial(newest) + 1 if newest is not None else 1
             return uuid.uuid4().hex, [path.name for path in self._folder.iterdir()], serial
         except OSError as error:
             return f"cannot save to {self._folder}: {error.strerror}"
+        except UserError as error:
+            return f"cannot save to {self._folder}: {error}"
 
     def _own_shards(self, tensors: Mapping[Key, torch.Tensor]) -> list[Shard]:
         rank, size = self._world.rank, self._world.size
         return [shard_of(key, t) for key, t in tensors.items() if writes(key, t, rank, size)]
 
     def _new_name(self, step: int) -> str:
-        name = plain = f"step-{step:08d}"
-        again = 2
-        while name in self._names:
-            name = f"{plain}.{again}"
-            again += 1
+        name = next(name for n in count(1) if (name := folder_name(step, n)) not in self._names)
         self._names.add(name)
         return name
 
@@ -232,18 +302,15 @@ class Saver:
         if save.saved is not None:
             self._finished.append(save.saved)
 
-    def _run_in_thread(self, save: _Save) -> None:
-        if sys.platform == "linux":
+    def _run(self, save: _Save) -> None:
+        """Everything after the copy, in a thread. What goes wrong is kept for the next call."""
+        if save.copied and sys.platform == "linux":
             with contextlib.suppress(OSError):  # a container may forbid it
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # training comes first
-        self._run(save)
-
-    def _run(self, save: _Save) -> None:
-        """Everything after the copy. What goes wrong is kept for the next call."""
         try:
             num_bytes = self._write(save)
             seconds = time.perf_counter() - save.began
-            blocked = save.blocked_seconds if save.thread is not None else seconds
+            blocked = save.blocked_seconds if save.copied else seconds
             save.saved = Saved(save.step, save.folder, num_bytes, blocked, seconds)
         except (OSError, MachineError) as error:
             save.error = MachineError(self._give_up(save, error))
@@ -253,40 +320,74 @@ class Saver:
             save.error = error
         finally:
             save.shards = []
+            with self._lock:
+                save.ended = True
+                if save.unwanted:
+                    self._delete_made(save)
 
     def _write(self, save: _Save) -> int:
         """Writes this rank's part; rank 0 then commits. Returns the bytes that this rank vouches for."""
         rank, size = self._world.rank, self._world.size
-        save.folder.mkdir(exist_ok=True)
-        sync_folder(self._folder)
-        file, entries = write_shards(save.folder / pieces_name(rank), save.shards)
-        part = Part(pieces_name(rank), file, entries, save.held)
         if rank != 0:
+            part = self._write_part(save)
             announce(save.folder, rank, save.id, part)
-            return file.bytes
-        parts = [part, *collect(save.folder, save.id, size, self._patience)]
-        manifest = commit(save.folder, save.step, save.serial, save.meta, parts)
+            save.made.append(save.folder / announcement_name(rank))
+            return part.file.bytes
+        with locked(self._folder):
+            part = self._write_part(save)
+            parts = [part, *collect(save.folder, save.id, size, self._patience, save.cancelled)]
+            manifest = commit(save.folder, save.step, save.serial, save.meta, parts)
+            save.made = []  # what is committed is nobody's to take back
+        self._is_whole[save.folder.name] = True
         try:  # the checkpoint is whole; what is left to do is tidying
             forget(save.folder, size)
-            prune(self._run_folder, self._keep, self._keep_every)
-        except OSError as error:
-            logging.getLogger(__name__).warning("cannot tidy %s: %s", self._folder, error)
+            prune(self._run_folder, self._keep, self._keep_every, self._counts, self.before, self.first)
+        except Exception as error:
+            warn(f"cannot tidy {self._folder}: {error}")
         return manifest.num_bytes
 
+    def _counts(self, path: Path) -> bool:
+        """Whether a checkpoint is one of those that are kept."""
+        if path.name not in self._is_whole:
+            self._is_whole[path.name] = is_whole(path, READ_BYTES)
+        return self._is_whole[path.name]
+
+    def _write_part(self, save: _Save) -> Part:
+        """Writes what this rank holds, to a folder of this save alone."""
+        try:
+            save.folder.mkdir()
+        except FileExistsError:  # another rank was here before; a user, or another saver, may have been
+            if self._world.size == 1 or not all(is_ours(path.name) for path in save.folder.iterdir()):
+                raise
+        sync_folder(self._folder)
+        name = pieces_name(self._world.rank)
+        file, entries = write_shards(save.folder / name, save.shards)
+        save.made.append(save.folder / name)
+        return Part(name, file, entries, save.held)
+
     def _give_up(self, save: _Save, error: BaseException) -> str:
-        """Takes back what was written; returns what to tell the user."""
+        """Takes back what this save wrote; returns what to tell the user."""
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         rank = self._world.rank
-        try:
-            if rank == 0:
-                delete(save.folder)
-            else:
-                (save.folder / pieces_name(rank)).unlink(missing_ok=True)
-        except OSError:
-            pass  # without its commit it is nothing, and the next start deletes it
+        if rank == 0:
+            with contextlib.suppress(OSError):
+                take_back(save.folder, save.id, self._world.size)
+        # Once a rank was about to announce its part, rank 0 may have read that, and only it knows whether it
+        # commits.
+        if rank == 0 or not save.made:
+            self._delete_made(save)
         if rank != 0:
             announce_failure(save.folder, rank, save.id, reason)
         return f"cannot save step {save.step} to {save.folder}: {reason}; {self._what_is_saved()}"
+
+    def _delete_made(self, save: _Save) -> None:
+        """Deletes what this rank wrote of a save that will never be committed."""
+        if is_committed(save.folder):  # by another saver, or its marker could neither be synced nor deleted
+            return
+        with contextlib.suppress(OSError):  # without its commit it is nothing, and the next start deletes it
+            for path in save.made:
+                path.unlink(missing_ok=True)
+            delete_empty(save.folder)
 
     def _what_is_saved(self) -> str:
         try:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from colossus.checkpoints.format import Key, checkpoints_folder, sync_folder
+from colossus.checkpoints.format import Key, checkpoints_folder, folder_name, pieces_name, sync_folder
 from colossus.checkpoints.load import Checkpoint
-from colossus.checkpoints.parts import Part, commit, pieces_name
+from colossus.checkpoints.parts import Part, commit
 from colossus.checkpoints.write import write_shards
 from colossus.models.hf.header import DTYPES, TYPES
 from colossus.models.hf.tensors import Box, Readable, bands, bytes_of, sizes_of, within
@@ -27,7 +27,7 @@ def save_streamed(
     Raises:
         OSError: the storage failed. MachineError: a tensor could not be read. What was written is left.
     """
-    folder = checkpoints_folder(run_folder) / f"step-{step:08d}"
+    folder = checkpoints_folder(run_folder) / folder_name(step)
     folder.mkdir(parents=True)
     sync_folder(folder.parent)
     file, entries = write_shards(folder / pieces_name(0), [_Stream(k, t) for k, t in tensors.items()])

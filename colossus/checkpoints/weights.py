@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from colossus.architecture import Architecture
@@ -25,6 +26,19 @@ class Weights:
     arch: Architecture
     tokenizer: Path
     source: Checkpoint | Mapping[str, Readable]
+
+    def check(self, model: nn.Module) -> None:
+        """Raises UserError where a parameter is missing or of another shape; reads and allocates nothing."""
+        for name, parameter in model.named_parameters():
+            name, shape = logical_name(name), tuple(parameter.shape)
+            if isinstance(self.source, Checkpoint):
+                there = self.source.shape(name)
+            elif name in self.source:
+                there = self.source[name].shape
+            else:
+                continue  # left to `load_into`
+            if there != shape:
+                raise UserError(f"{self.path}: {name} is {there}, not {shape}")
 
     def load_into(self, model: nn.Module) -> None:
         """Fills a model, whole or sharded. Buffers of training that were not kept become 0.
@@ -46,6 +60,27 @@ class Weights:
         for name, buffer in buffers.items():
             if (name, "buffer") not in there:
                 buffer.zero_()
+
+
+def architecture_of(checkpoint: Checkpoint) -> Architecture:
+    """What model a checkpoint is of.
+
+    Raises:
+        UserError: it does not say, or holds less than a model of so many layers has.
+    """
+    try:
+        arch = Architecture.model_validate(checkpoint.meta.get("architecture"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("architecture", *first["loc"])))
+        raise UserError(
+            f"{checkpoint.path}: its manifest describes no model ({where}: {first['msg']})"
+        ) from None
+    if arch.num_layers > len(checkpoint.manifest.tensors):
+        raise UserError(
+            f"{checkpoint.path}: holds too few tensors for the {arch.num_layers} layers of its model"
+        )
+    return arch
 
 
 def _read(path: Path, source: Readable, tensor: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from colossus.checkpoints.format import CHUNK_BYTES, ITEM_BYTES, Entry, File, Key, Piece, sync_folder
+from colossus.checkpoints.format import CHUNK_BYTES, ITEM_BYTES, Entry, File, Key, Piece, new_file
 
 
 class Writable(Protocol):
@@ -35,25 +35,20 @@ class Writable(Protocol):
 
 
 def write_shards(path: Path, shards: Sequence[Writable]) -> tuple[File, list[Entry]]:
-    """Writes shards to a new safetensors file, on storage when this returns.
+    """Writes shards to a new safetensors file, on storage when this returns; where that fails, none is left.
 
     Returns what the manifest says of the file, and of each tensor the piece that is in it.
     """
     shards = sorted(shards, key=lambda shard: -ITEM_BYTES[shard.dtype])  # so that each is aligned
     header, begins = _header(shards)
     entries = []
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
+    with new_file(path) as descriptor:
         _write(descriptor, memoryview(header))
         for shard, begin in zip(shards, begins, strict=True):
             checksums = _write_parts(descriptor, shard.parts())
             piece = Piece(path.name, _name_in_file(shard), shard.offset, shard.sizes, begin, checksums)
             entries.append(Entry(*shard.key, shard.dtype, shard.shape, (piece,)))
-        os.fsync(descriptor)
         size = os.fstat(descriptor).st_size
-    finally:
-        os.close(descriptor)
-    sync_folder(path.parent)
     return File(size, len(header), zlib.crc32(header)), entries
 
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from colossus.cli import data, doctor, evaluate, generate, interchange, models, plan, train
+from colossus.cli.output import nobody_reads_on
 from colossus.errors import MachineError, UserError
+from colossus.launcher.started import is_first_rank
 
 USER_ERROR, MACHINE_ERROR, INTERRUPTED = 2, 3, 130
 
@@ -31,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        _nobody_reads_on()
+        nobody_reads_on()
     except OSError as error:
-        _nobody_reads_on()
+        nobody_reads_on()
         return code or _say(f"the output cannot be written ({error.strerror})", MACHINE_ERROR)
     return code
 
@@ -49,10 +53,10 @@ def _run(words: list[str]) -> int:
         if error.name != "torch":
             raise
         return _say("this needs PyTorch, which is not installed: pip install torch", MACHINE_ERROR)
-    except (KeyboardInterrupt, typer.Abort):
-        return _say("interrupted", INTERRUPTED)
+    except (Interrupted, KeyboardInterrupt, typer.Abort):
+        return _say("interrupted", INTERRUPTED) if is_first_rank() else INTERRUPTED
     except BrokenPipeError:
-        return _nobody_reads_on()
+        return nobody_reads_on()
     except OSError:
         try:
             print(flush=True)
@@ -61,19 +65,36 @@ def _run(words: list[str]) -> int:
         raise
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # typer makes exit code 1 of it
-            return _nobody_reads_on()
+            return nobody_reads_on()
         raise
     except Exception as error:
         # What is wrong in the words themselves; the module of this error differs between releases of typer.
         format_message = getattr(error, "format_message", None)
         if format_message is None:
             raise
-        return _say(format_message(), USER_ERROR)
+        # All ranks were given the same ones.
+        return _say(format_message(), USER_ERROR) if is_first_rank() else USER_ERROR
+
+
+class Interrupted(Exception):
+    """Ctrl-C in a verb."""
+
+
+class Verbs(TyperGroup):
+    """Releases of typer differ in what they make of a KeyboardInterrupt; some make an exit code of it, which
+    looks as if a verb had returned it."""
+
+    def invoke(self, context: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
 
 
 def app() -> typer.Typer:
     """The verbs."""
     verbs = typer.Typer(
+        cls=Verbs,
         help="Trains language models from one job description, on the CPU of a laptop as on GPUs.",
         add_completion=False,
         rich_markup_mode=None,  # plain help: rich would double the time until it shows
@@ -99,12 +120,6 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
         print(__version__)
         raise typer.Exit
-
-
-def _nobody_reads_on() -> int:
-    """`colossus models | head` is done when head is; what is still to be written goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 def _say(message: str, code: int) -> int:

@@ -71,12 +71,15 @@ def _steps(job: Job) -> list[str]:
 
 
 def _tokens(job: Job) -> list[str]:
-    """How much each parameter will see; a model that is far too large for the run is called so."""
+    """How much each parameter will see; a model that is far too large for the run is called so. Who goes on
+    with weights has learned already: how much, they do not say."""
     run, seq_len = job.run, job.data.seq_len
     if any(name.startswith("model.") for name in job.missing()) or not (run.expected_steps and seq_len):
         return []
     tokens = run.expected_steps * run.global_batch * seq_len
     each = tokens / num_active(job.model)
+    if job.model.init_from is not None:
+        return [f"about {count(tokens)}"]
     parts = [f"about {count(tokens)}", f"{short(each)} a parameter"]
     if each < FEW_TOKENS:
         parts.append(f"too few to learn much: some {USUAL_TOKENS} a parameter are usual")

@@ -88,10 +88,10 @@ def show(
 
 def _with_data(job: Job) -> Job:
     """The job with all that building its data needs; a model that is not chosen yet can wait."""
-    from colossus.derive import derive_data
     from colossus.derive.dial import vocabulary
+    from colossus.derive.model import derive_data, follow_model
 
-    job = derive_data(job)
+    job = derive_data(follow_model(job))
     return job.derive(**{"model.vocab_size": vocabulary(job)})
 
 

@@ -15,6 +15,9 @@ def doctor(
     from colossus import api
     from colossus.measure.doctor import report
     from colossus.measure.machine import measure_again, this_machine
+    from colossus.measure.training import forget_timings
 
+    if refresh:
+        forget_timings()
     machine = measure_again() if refresh else this_machine()
     print(machine.to_json() if as_json else report(machine, api.resolve(api.load_job())))

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from colossus.cli.files import check_writable, write
+
 if TYPE_CHECKING:
     from colossus.evaluation.corpora import CorpusResult
     from colossus.evaluation.tasks import TaskResult
@@ -96,7 +98,7 @@ def evaluate(
             "versions": _versions(bool(results)),
             "seconds": round(time.perf_counter() - began, 3),
         }
-        _write(as_json, json.dumps(report, indent=1) + "\n")
+        write(as_json, json.dumps(report, indent=1) + "\n")
 
 
 def _check(
@@ -109,7 +111,7 @@ def _check(
     as_json: Path | None,
 ) -> None:
     """What can be told before a model is opened."""
-    from colossus.data.corpus import check_corpus
+    from colossus.data.open import check_corpus
     from colossus.errors import UserError
 
     if tasks is not None and not names:
@@ -119,23 +121,31 @@ def _check(
         raise UserError(f"{idle[0]}: is for tasks; name some: --tasks NAME,...")
     for corpus in corpora or ():
         check_corpus(corpus)
-    if as_json is not None and not as_json.absolute().parent.is_dir():
-        raise UserError(f"--json={as_json}: no such folder: {as_json.parent}")
+    check_writable("--json", as_json)
 
 
 def _of_corpora(results: list[CorpusResult]) -> list[str]:
-    from colossus.data.compressors import COMPRESSORS
-    from colossus.words import count, size
+    from colossus.data.compressors import COMPRESSORS, have_work
+    from colossus.data.lossless import LIMIT
+    from colossus.words import count, percent, size
 
     head = ["corpus", "documents", "text", "window", "loss", "bits/byte", *COMPRESSORS.values()]
     rows = []
     for found in results:
         r = found.result
-        bits = [r.bits_per_byte, r.gzip_bits_per_byte, r.bz2_bits_per_byte, r.xz_bits_per_byte]
+        others = [r.gzip_bits_per_byte, r.bz2_bits_per_byte, r.xz_bits_per_byte]
+        shown = [f"{value:.3f}" if have_work(r.num_documents, r.num_bytes) else "-" for value in others]
         which = count(r.num_documents) + ("" if found.whole else ", a part")
-        figures = [f"{r.loss:.4f}", *(f"{value:.3f}" for value in bits)]
+        own = "none" if r.bits_per_byte is None else f"{r.bits_per_byte:.3f}"
+        figures = [f"{r.loss:.4f}", own, *shown]
         rows.append([found.corpus, which, size(r.num_bytes), f"{found.seq_len:,}", *figures])
     said = ["Loss in nats a token; bits to store a byte of the text, less is better."]
+    for found in results:
+        if found.result.lost:
+            none = ", so that its bits per byte would say nothing" if found.result.lost >= LIMIT else ""
+            said.append(
+                f"{found.corpus}: the tokenizer loses {percent(found.result.lost)} of the text{none}."
+            )
     return [*_table(head, rows), *said]
 
 
@@ -172,12 +182,3 @@ def _versions(harness: bool) -> dict[str, str]:
 
     found = {"colossus": __version__, "torch": str(torch.__version__)}
     return found | {"lm_eval": version("lm_eval")} if harness else found
-
-
-def _write(path: Path, text: str) -> None:
-    from colossus.errors import MachineError
-
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MachineError(f"{path}: cannot be written ({error.strerror})") from error

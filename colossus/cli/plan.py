@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
+from colossus.cli.files import check_writable, write
 from colossus.cli.words import Words, split
+from colossus.errors import UserError
 
 DOES_NOT_FIT = 1
 
@@ -43,7 +45,13 @@ def plan(
         print(hardware_text())
         return 0
 
+    check_writable("--html", html)
+    check_writable("--job", job_file)
+    if html is not None and job_file is not None and html.absolute() == job_file.absolute():
+        raise UserError(f"--html and --job: both write {html}; name two files")
+
     from colossus import api
+    from colossus.job import to_toml
     from colossus.planner import report
     from colossus.planner.search import NothingFits
 
@@ -62,18 +70,14 @@ def plan(
     except NothingFits as error:
         print(f"no: {error}", file=sys.stderr)
         return DOES_NOT_FIT
-    if as_json:
-        print(json.dumps(made.to_dict(), indent=1))
-    else:
-        print(report.text(made))
+    said = "" if as_json and html is None else report.text(made)
+    print(json.dumps(made.to_dict(), indent=1) if as_json else said)
     if html is not None:
         from colossus.planner.sensitivity import days_by_count, days_if
 
-        html.write_text(report.page(made, days_by_count(made), days_if(made)), encoding="utf-8")
-        print(f"\nwrote {html}")
+        write(html, report.page(made, said, days_by_count(made), days_if(made)))
+        print(f"\nwrote {html}", file=sys.stderr if as_json else None)
     if job_file is not None:
-        from colossus.job import save_job
-
-        save_job(api.planned(job, made), job_file)
-        print(f"\nwrote {job_file}")
+        write(job_file, to_toml(api.planned(job, made)))
+        print(f"\nwrote {job_file}", file=sys.stderr if as_json else None)
     return 0

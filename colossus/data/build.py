@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import shutil
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from colossus.data.corpus import Corpus, Part, fingerprint_of
-from colossus.data.documents import chats_of
+from colossus.data.documents import chats_of, separated_once
 from colossus.data.encode import Task, journals
-from colossus.data.sample import proof_sample, tokenizer_sample
+from colossus.data.sample import tokenizer_sample
 from colossus.data.shards import (
     HELD_OUT,
     REMEDY,
@@ -26,15 +27,18 @@ from colossus.data.shards import (
     crc32,
     fingerprint,
     replace_synced,
+    try_to_write,
     write_manifest,
 )
 from colossus.data.split import Split, divide
 from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer, train_bpe
 from colossus.data.workers import run_tasks
 from colossus.errors import MachineError, UserError
+from colossus.untrusted import clear, make_folder, open_to_append
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
+BEGUN = {".lock", "request.json.part"}  # what a kill may leave before a folder is claimed
 SHARD_BYTES = 4 * 2**20  # of text a task; grows with the corpus, so that there are never many thousand
 MAX_SHARDS = 1024
 
@@ -50,18 +54,54 @@ class Request:
     held_out: float
     workers: int
 
-    @property
+    @cached_property
+    def _given(self) -> JsonTokenizer | BytesTokenizer | None:
+        return load_tokenizer(self.tokenizer) if self.tokenizer not in ("bpe", "bytes") else None
+
+    @cached_property
     def key(self) -> str:
         """Names the result: the same request gives the same shards."""
+        given = self._given
+        told = self._told(given) if isinstance(given, JsonTokenizer) else ()
+        return self._key(given.fingerprint if given is not None else None, told)
+
+    @cached_property
+    def earlier_key(self) -> str | None:
+        """The one of an earlier build, where its shards are others: it put a token in front of every text,
+        and encoded pieces each by itself."""
+        if not isinstance(self._given, JsonTokenizer):
+            return None
+        earlier = self._key(self._given.earlier_fingerprint, ())
+        return earlier if earlier != self.key else None
+
+    def _key(self, tokenizer_fingerprint: str | None, told: tuple[Any, ...]) -> str:
         tokenizer: tuple[Any, ...] = (self.tokenizer, self.vocab_size if self.tokenizer == "bpe" else 0)
-        given = load_tokenizer(self.tokenizer) if self.tokenizer not in ("bpe", "bytes") else None
-        if given is not None:
-            tokenizer = (given.fingerprint,)
+        if tokenizer_fingerprint is not None:
+            tokenizer = (tokenizer_fingerprint,)
         if any(corpus.chats for corpus in self.corpora):
-            tokenizer += (chats_of(given or BytesTokenizer()).fingerprint,)
+            tokenizer += (chats_of(self._given or BytesTokenizer()).fingerprint,)
+        tokenizer += told
         listing = [(corpus.name, corpus.fingerprint) for corpus in self.corpora]
         weights = self.weights if self.tokenizer == "bpe" and len(self.corpora) > 1 else ()
         return fingerprint_of([(SCHEMA,), *listing, tokenizer, weights, (self.held_out,)])
+
+    @property
+    def learns_texts(self) -> bool:
+        """Whether there is a corpus of something else than chats."""
+        return not all(corpus.chats for corpus in self.corpora)
+
+    def _told(self, tokenizer: JsonTokenizer) -> tuple[Any, ...]:
+        """What of a tokenizer makes other shards than an earlier build did."""
+        taught = tokenizer.taught(self.learns_texts, tokenizer.chats)
+        told: list[Any] = []
+        if taught.begins != (tokenizer.bos_id,) or separated_once(taught):
+            told.append(["begins", *taught.begins])
+        if others := tokenizer.account.ends - {tokenizer.eos_id}:
+            told.append(["ends", *sorted(others)])
+        pieces = any(corpus.masked and not corpus.chats for corpus in self.corpora)
+        if pieces and not tokenizer.is_the_same_in_parts:
+            told.append("whole")
+        return tuple(told)
 
 
 def build(request: Request, folder: Path, progress: Progress = lambda done, total: None) -> Path:
@@ -73,15 +113,31 @@ def build(request: Request, folder: Path, progress: Progress = lambda done, tota
         UserError: the folder holds other data, or a corpus is empty or unreadable.
         MachineError: no space, no permission, or a worker was killed.
     """
-    try:
+    with _storage_errors(folder):
         if not is_built(request, folder):  # else nothing is written: it may be another's, or read-only
+            _check_free(folder)
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(folder):
                 _build(request, folder, progress)
-    except OSError as error:
-        raise MachineError(f"data.folder={folder}: cannot be written ({error.strerror or error})") from error
     _drop_journals(request, folder)
     return folder
+
+
+def check_buildable(request: Request | None, folder: Path) -> None:
+    """Raises what `build` would before it reads a text, and leaves nothing. request: None where its corpora
+    are not listed yet: what was built there may be it."""
+    with _storage_errors(folder):
+        known = (folder / "request.json").is_file() if request is None else is_built(request, folder)
+        if not known:
+            _check_free(folder)
+
+
+@contextlib.contextmanager
+def _storage_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(f"data.folder={folder}: cannot be written ({error.strerror or error})") from error
 
 
 def _drop_journals(request: Request, folder: Path) -> None:
@@ -95,7 +151,8 @@ def _drop_journals(request: Request, folder: Path) -> None:
 def is_built(request: Request, folder: Path) -> bool:
     """Whether all of `request` is there. Raises UserError where the folder holds other data."""
     manifests = [corpus_folder(folder, index) / "manifest.json" for index in range(len(request.corpora))]
-    return _is_claimed(folder, request) and all(manifest.is_file() for manifest in manifests)
+    is_whole = all(manifest.is_file() for manifest in manifests)
+    return _is_claimed(folder, request, or_earlier=is_whole) and is_whole
 
 
 def _build(request: Request, folder: Path, progress: Progress) -> None:
@@ -138,20 +195,34 @@ def _claim_of(request: Request) -> dict[str, Any]:
     return {"key": request.key, "corpora": names, "tokenizer": request.tokenizer}
 
 
-def _is_claimed(folder: Path, request: Request) -> bool:
-    """Whether the folder is noted as the place of `request`; another's is refused, not mixed in."""
+def _is_claimed(folder: Path, request: Request, or_earlier: bool = False) -> bool:
+    """Whether the folder is noted as the place of `request`; another's is refused, not mixed in.
+
+    or_earlier: also where an earlier build made it; what it holds keeps its meaning.
+    """
     try:
         there = json.loads((folder / "request.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return False
     except ValueError as error:
         raise UserError(f"{folder / 'request.json'}: cannot be read ({error}); name another folder") from None
-    if there["key"] != request.key:
+    if there["key"] != request.key and not (or_earlier and there["key"] == request.earlier_key):
         raise UserError(
             f"data.folder={folder}: holds other data (corpora {there['corpora']}, tokenizer "
             f"{there['tokenizer']}, or files that changed since); name another folder"
         )
     return True
+
+
+def _check_free(folder: Path) -> None:
+    """Raises UserError where the folder holds something, and no build made it: the request comes first.
+    Raises OSError where it cannot be written."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if "request.json" not in names and (others := sorted(names - BEGUN)):
+        raise UserError(
+            f"data.folder={folder}: not empty, and holds no token shards but {others[0]}; name a new folder"
+        )
+    try_to_write(folder)
 
 
 def _tokenizer(
@@ -166,10 +237,13 @@ def _tokenizer(
         tokenizer = train_bpe(tokenizer_sample(divided, request.weights), request.vocab_size)
     else:
         tokenizer = load_tokenizer(request.tokenizer)
-    if any(corpus.chats for corpus in request.corpora):
-        tokenizer.chats = chats_of(tokenizer)  # kept with it: a model must be asked as it was taught
+    chats = chats_of(tokenizer) if any(corpus.chats for corpus in request.corpora) else tokenizer.chats
+    if isinstance(tokenizer, JsonTokenizer):
+        tokenizer = tokenizer.taught(request.learns_texts, chats)
+    else:
+        tokenizer.chats = chats
     temporary = folder.with_name("tokenizer.part")
-    shutil.rmtree(temporary, ignore_errors=True)
+    clear(temporary)
     tokenizer.save(temporary)
     temporary.replace(folder)
     return tokenizer
@@ -184,16 +258,20 @@ def _build_corpus(
     workers: int,
     progress: Callable[[int], None],
 ) -> None:
-    folder.mkdir(exist_ok=True)
-    quick = isinstance(tokenizer, JsonTokenizer) and tokenizer.quicken(proof_sample(corpus))
+    make_folder(folder)
+    quick = isinstance(tokenizer, JsonTokenizer) and tokenizer.quicken()
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     tasks = [
-        Task(index, parts, folder, tokenizer_folder, split, dtype, corpus.masked, quick)
+        Task(index, parts, folder, tokenizer_folder, split, dtype, corpus.masked, corpus.chats, quick)
         for index, parts in enumerate(_grouped(corpus))
     ]
     results = run_tasks(tasks, workers, progress)
     splits = {side: [r[side] for r in results if r[side]["num_tokens"]] for side in ("train", "validation")}
-    assert all(splits.values()), f"{corpus.name} changed while it was read"
+    if not all(splits.values()):
+        raise UserError(
+            f"data.corpus={corpus.name}: changed while it was read; build again when nothing writes to it"
+        )
+    lost = sum(result.get("lost_bytes", 0) for result in results)  # earlier builds did not look
     documents = folder / "validation.documents"
     replace_synced(documents, _held_out_documents(results, folder).tobytes())
     write_manifest(
@@ -205,9 +283,10 @@ def _build_corpus(
             "tokenizer": {
                 "fingerprint": tokenizer.fingerprint,
                 "vocab_size": tokenizer.vocab_size,
-                "bos_id": tokenizer.bos_id,
+                "bos_id": tokenizer.begin_id,
                 "eos_id": tokenizer.eos_id,
                 **({"chats": tokenizer.chats.fingerprint} if corpus.chats and tokenizer.chats else {}),
+                **({"separated_once": True} if separated_once(tokenizer) and not corpus.chats else {}),
             },
             "dtype": dtype,
             "splits": splits,
@@ -216,6 +295,7 @@ def _build_corpus(
                 "bytes": documents.stat().st_size,
                 "crc32": crc32(documents),
                 "of": "learned",  # the sizes of documents, where not all of them is learned
+                **({"lost_bytes": lost} if lost else {}),  # that tokens do not give back
             },
         },
     )
@@ -253,7 +333,7 @@ def _grouped(corpus: Corpus) -> list[tuple[Part, ...]]:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One build of a folder at a time; a second waits, and then finds it done."""
-    with (folder / ".lock").open("w") as file:
+    with os.fdopen(open_to_append(folder / ".lock"), "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

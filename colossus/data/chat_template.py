@@ -9,13 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from colossus.errors import UserError
+from colossus.untrusted import MIB, read_text
+
+if TYPE_CHECKING:
+    import jinja2
 
 Span = tuple[int, int]  # from the first character to behind the last one
 
@@ -33,6 +37,10 @@ DEFAULT = """\
 {%- endif %}
 """
 FILE = "chat_template.jinja"
+TOOLS_NAME = "tool_use"  # of several templates the one for chats with tools
+TOOLS_FILE = f"additional_chat_templates/{TOOLS_NAME}.jinja"
+MAX_BYTES = 4 * MIB
+MAX_TURNS = 5_000_000  # of all loops of a template together: seconds
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Around what a generation block renders. U+FDD0 is no character of any text (Unicode 16, 23.7).
 _BEGIN, _END = "\ufdd0begin\ufdd0", "\ufdd0end\ufdd0"
@@ -40,10 +48,14 @@ _BEGIN, _END = "\ufdd0begin\ufdd0", "\ufdd0end\ufdd0"
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A chat template as text, and the special tokens that it may name: `bos_token` and the like."""
+    """A chat template as text, and the special tokens that it may name: `bos_token` and the like.
+
+    with_tools: the template of chats with tools, where that is another one.
+    """
 
     template: str
     variables: Mapping[str, str]
+    with_tools: str | None = None
 
     @classmethod
     def default(cls, bos: str, eos: str) -> ChatFormat:
@@ -56,12 +68,20 @@ class ChatFormat:
     @property
     def fingerprint(self) -> str:
         """Changes with the template, and with the tokens that it may name."""
-        state = json.dumps([self.template, sorted(self.variables.items())])
+        more = [] if self.with_tools is None else [self.with_tools]
+        state = json.dumps([self.template, sorted(self.variables.items()), *more])
         return hashlib.sha256(state.encode()).hexdigest()[:16]
+
+    def mentions(self, name: str) -> bool:
+        """Whether a template may use what goes by that name."""
+        return name in self.template or name in (self.with_tools or "")
 
     def save(self, folder: Path) -> None:
         """Writes the template where `chat_format` finds it; the variables are tokenizer_config.json's."""
         (folder / FILE).write_text(self.template, encoding="utf-8")
+        if self.with_tools is not None:
+            (folder / TOOLS_FILE).parent.mkdir(exist_ok=True)
+            (folder / TOOLS_FILE).write_text(self.with_tools, encoding="utf-8")
 
 
 def chat_format(folder: Path, config: Mapping[str, Any], bos: str, eos: str) -> ChatFormat | None:
@@ -73,22 +93,29 @@ def chat_format(folder: Path, config: Mapping[str, Any], bos: str, eos: str) -> 
     Raises:
         UserError: it cannot be read, or none of several templates is the default.
     """
-    template = _template_in(folder, config)
-    if template is None:
+    found = _templates_in(folder, config)
+    if not found:
         return None
-    values = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items()}
-    variables = {k: v for k, v in values.items() if k.endswith("_token") and isinstance(v, str)}
-    return ChatFormat(template, variables if config else ChatFormat.default(bos, eos).variables)
+    variables = named_tokens(config) if config else ChatFormat.default(bos, eos).variables
+    return ChatFormat(found["default"], variables, found.get(TOOLS_NAME))
 
 
-def _template_in(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The text of the template, as `transformers` stores it: a file, which comes first, or a value of the
-    configuration; of several the one that is named "default"."""
-    if (path := folder / FILE).is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data.tokenizer: {path}: cannot be read ({error})") from None
+def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens of a tokenizer_config.json by what they are for, a model's own too."""
+    extra = config.get("extra_special_tokens")
+    named = {name: token for name, token in config.items() if name.endswith("_token")}
+    named |= extra if isinstance(extra, dict) else {}
+    values = {name: v.get("content") if isinstance(v, dict) else v for name, v in named.items()}
+    return {name: value for name, value in values.items() if isinstance(value, str)}
+
+
+def _templates_in(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of the templates by name, as `transformers` stores them: in files, which come first, or as a
+    value of the configuration. Where there is any, one is named "default"."""
+    files = {"default": FILE, TOOLS_NAME: TOOLS_FILE}
+    texts = {name: _text(folder / file, folder) for name, file in files.items() if (folder / file).is_file()}
+    if "default" in texts:
+        return texts
     found, where = config.get("chat_template"), folder / "tokenizer_config.json"
     if isinstance(found, list):
         found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
@@ -98,10 +125,21 @@ def _template_in(folder: Path, config: Mapping[str, Any]) -> str | None:
                 f"data.tokenizer: {where}: chat_template has {sorted(map(str, found))}; "
                 "one of them must be named default"
             )
-        found = found["default"]
-    if found is not None and not isinstance(found, str):
-        raise UserError(f"data.tokenizer: {where}: chat_template={found!r:.60}: a text, or texts by name")
-    return found
+        found = {name: found[name] for name in files if found.get(name) is not None}
+    elif found is not None:
+        found = {"default": found}
+    for template in (found or {}).values():
+        if not isinstance(template, str):
+            said = f"chat_template={template!r:.60}: a text, or texts by name"
+            raise UserError(f"data.tokenizer: {where}: {said}")
+    return (found or {}) | texts if found else {}
+
+
+def _text(path: Path, folder: Path) -> str:
+    try:
+        return read_text(path, MAX_BYTES, folder)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.tokenizer: {path}: cannot be read ({error})") from None
 
 
 class ChatTemplate:
@@ -112,17 +150,26 @@ class ChatTemplate:
     """
 
     def __init__(self, chats: ChatFormat) -> None:
+        self._chats = chats
+        self._environment = _environment()
+        self._template = self._compiled(chats.template)
+        self._with_tools = self._template if chats.with_tools is None else self._compiled(chats.with_tools)
+
+    def _compiled(self, text: str) -> jinja2.Template:
         import jinja2
 
-        self.marks_generation = _GENERATION.search(chats.template) is not None
-        self._variables = chats.variables
-        self._environment = _environment()
         try:
-            self._template = self._environment.from_string(chats.template)
+            template: jinja2.Template = self._environment.from_string(text)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
                 f"data.tokenizer: its chat template, line {error.lineno}: {error.message}"
             ) from None
+        return template
+
+    def marks_generation(self, tools: Any = None) -> bool:
+        """Whether it says itself which of its text is the assistant's."""
+        text = self._chats.template if tools is None else self._chats.with_tools or self._chats.template
+        return _GENERATION.search(text) is not None
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Any = None, add_generation_prompt: bool = False
@@ -132,12 +179,14 @@ class ChatTemplate:
         Raises:
             Exception: of any kind. A template is a program; `raise_exception` in it raises a TemplateError.
         """
-        return self._template.render(
+        self._environment.turns = 0
+        template = self._template if tools is None else self._with_tools
+        return template.render(
             messages=messages,
             tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
-            **self._variables,
+            **self._chats.variables,
         )
 
     def generated(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> tuple[str, list[Span]]:
@@ -148,6 +197,22 @@ class ChatTemplate:
         finally:
             self._environment.marking = False
         return _unmarked(marked)
+
+
+def end_of_turn(chats: ChatFormat, tokens: Iterable[str]) -> str | None:
+    """The one of `tokens` that ends what the assistant says; None where none does, or it cannot be told."""
+    answer = "colossus-answers"
+    messages = [{"role": "user", "content": "colossus-asks"}, {"role": "assistant", "content": answer}]
+    try:
+        text = ChatTemplate(chats).render(messages)
+    except Exception:  # a template is a program, which may refuse this chat in its own way
+        return None
+    _, found, rest = text.rpartition(answer)
+    names = sorted(
+        (name for name in tokens if name.strip()), key=len, reverse=True
+    )  # runs of blanks end nothing
+    first = re.search("|".join(map(re.escape, names)), rest) if names and found else None
+    return first[0] if first is not None else None
 
 
 def _unmarked(marked: str) -> tuple[str, list[Span]]:
@@ -188,6 +253,34 @@ def _environment() -> Any:
             marking: bool = self.environment.marking  # type: ignore[attr-defined]
             return f"{_BEGIN}{text}{_END}" if marking else text
 
+    class Bounded(ImmutableSandboxedEnvironment):
+        """Counts the turns of all loops: the sandbox bounds each `range`, but not loops in loops."""
+
+        def _parse(self, *source: Any) -> nodes.Template:
+            tree = super()._parse(*source)
+            for loop in tree.find_all(nodes.For):
+                counted = nodes.Filter(loop.iter, "_counted", [], [], None, None, lineno=loop.lineno)
+                loop.iter = counted.set_environment(self)
+            return tree
+
+    class Counted:
+        def __init__(self, items: Any) -> None:
+            self._items = items
+
+        def __len__(self) -> int:
+            return len(self._items)
+
+        def __iter__(self) -> Iterator[Any]:
+            for item in self._items:
+                environment.turns += 1
+                if environment.turns > MAX_TURNS:
+                    raise jinja2.TemplateError(f"its loops take more than {MAX_TURNS:,} turns for a chat")
+                yield item
+
+    @jinja2.pass_context  # so that nothing is counted when the template is compiled
+    def counted(context: Any, items: Any) -> Counted:
+        return Counted(items)
+
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
@@ -204,10 +297,9 @@ def _environment() -> Any:
         )
 
     now = datetime.now()  # once: else a chat across midnight would have two dates
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.extend(marking=False)
+    environment: Any = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.extend(marking=False, turns=0)
+    environment.filters["_counted"] = counted
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": now.strftime}
     return environment

@@ -1,25 +1,21 @@
-"""Where text comes from. A corpus is a list of parts; each part yields documents, the same at every reading.
+"""What a corpus is: a list of parts, each of which yields documents, the same at every reading.
 
 Parts are small descriptions that travel to worker processes; nothing is read before `documents()`.
+`data.open` says which corpus a name stands for.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import lzma
-import os
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from colossus import named
 from colossus.data.chats import Chat
-from colossus.errors import UserError, nearest
+from colossus.errors import UserError
 
 # Text, pieces of text with whether each is learned, or a conversation.
 Document = str | list[tuple[str, bool]] | Chat
@@ -72,48 +68,6 @@ class Corpus:
             yield from part.documents()
 
 
-def open_corpus(name: str, text_field: str = "text") -> Corpus:
-    """The corpus that `name` stands for: `python`, `hf:NAME[:SPLIT]`, `package.module:Name`, or a path.
-
-    Raises:
-        UserError: there is no such thing, or nothing in it can be read.
-    """
-    check_corpus(name)
-    if name == "python":
-        from colossus.data.python_corpus import python_corpus
-
-        return python_corpus()
-    if name.startswith("hf:"):
-        from colossus.data.hugging_face import stream_corpus
-
-        return stream_corpus(name, text_field)
-    if _is_there(path := _path(name)):
-        from colossus.data.files import local_corpus
-
-        return local_corpus(name, path, text_field)
-    return _users_own(name)
-
-
-def check_corpus(name: str) -> None:
-    """Raises the UserError of `open_corpus` where a path is not there or the user's own cannot be imported.
-
-    Reads nothing, so it can be asked before anything that takes long.
-    """
-    if name == "python" or name.startswith("hf:") or _is_there(path := _path(name)):
-        return
-    if ":" not in name or "/" in name:
-        raise _no_such_path(name, path)
-    named.find("data.corpus", name)
-
-
-def _path(name: str) -> Path:
-    return Path(name.removeprefix("file://")).expanduser()
-
-
-def _is_there(path: Path) -> bool:
-    return os.path.exists(path)  # noqa: PTH110  # Path.exists raises for a name that no file can have
-
-
 def fingerprint_of(entries: list[tuple[Any, ...]]) -> str:
     """A short hash of a listing."""
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
@@ -150,42 +104,3 @@ def _valid(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _no_such_path(name: str, path: Path) -> UserError:
-    folder = path.parent
-    siblings = [str(folder / p.name) for p in folder.iterdir()] if os.path.isdir(folder) else []  # noqa: PTH112
-    guess = nearest(str(path), [*siblings, "python"])
-    hint = f"; did you mean {guess!r}?" if guess else ""
-    return UserError(
-        f"data.corpus={name}: no such file or folder; python, a path, hf:NAME or package.module:Name{hint}"
-    )
-
-
-def _users_own(name: str) -> Corpus:
-    """`package.module:Name`: called without arguments, it gives an iterable of documents."""
-    named.find("data.corpus", name)
-    documents = _Called(name)
-    source = inspect.getsourcefile(sys.modules[name.partition(":")[0]])
-    code = zlib.crc32(Path(source).read_bytes()) if source else 0
-    return Corpus(name, (Part(name, 0, documents),), fingerprint_of([(name, code)]), masked=True)
-
-
-@dataclass(frozen=True)
-class _Called:
-    name: str
-
-    def __call__(self) -> Iterator[Document]:
-        for document in named.find("data.corpus", self.name)():
-            if not isinstance(document, str) and not _is_pieces(document):
-                raise UserError(
-                    f"data.corpus={self.name}: yields {type(document).__name__} {document!r:.60}; "
-                    "text, or a list of (text, learned) pieces"
-                )
-            yield document
-
-
-def _is_pieces(document: Any) -> bool:
-    return isinstance(document, list) and all(
-        isinstance(piece, tuple) and len(piece) == 2 and isinstance(piece[0], str) for piece in document
-    )

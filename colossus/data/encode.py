@@ -14,19 +14,21 @@ from typing import Any
 
 import numpy as np
 
+from colossus.data.chats import Chat
 from colossus.data.corpus import Document, Part, text_of
 from colossus.data.documents import Encoder
 from colossus.data.shards import STARTS, Shard, crc32, replace_synced
 from colossus.data.split import Split, key_of, sizes_of
 from colossus.data.tokenizer import JsonTokenizer, load_tokenizer
 from colossus.errors import MachineError
+from colossus.untrusted import open_to_append
 
 BATCH_BYTES = 2**21  # of text that is encoded at once
 
 
 @dataclass(frozen=True)
 class Task:
-    """Parts that become shard `index` of each split. quick: tiktoken was found to agree."""
+    """Parts that become shard `index` of each split. quick: tiktoken gives the same ids."""
 
     index: int
     parts: tuple[Part, ...]
@@ -35,6 +37,7 @@ class Task:
     split: Split
     dtype: str
     masked: bool
+    chats: bool
     quick: bool
 
     @property
@@ -52,7 +55,15 @@ def journals(folder: Path) -> list[Path]:
     return list(folder.glob("part-*.json"))
 
 
-def encode_task(task: Task) -> dict[str, Any]:
+def encoder_of(folder: Path, quick: bool) -> Encoder:
+    """By the tokenizer of a folder, for all tasks of a build."""
+    tokenizer = load_tokenizer(folder)
+    if quick and isinstance(tokenizer, JsonTokenizer):
+        tokenizer.quicken(proved=True)
+    return Encoder(tokenizer)
+
+
+def encode_task(task: Task, encoder: Encoder) -> dict[str, Any]:
     """Encodes the task's parts and returns its journal.
 
     Raises:
@@ -60,11 +71,7 @@ def encode_task(task: Task) -> dict[str, Any]:
     """
     if task.journal.is_file():
         return task.done()
-    tokenizer = load_tokenizer(task.tokenizer)
-    if task.quick and isinstance(tokenizer, JsonTokenizer):
-        tokenizer.quicken([])
     try:
-        encoder = Encoder(tokenizer)
         with _Writer(task, "train", encoder) as train, _Writer(task, "validation", encoder) as validation:
             if task.journal.is_file():  # finished meanwhile by a worker of a build that was killed
                 return task.done()
@@ -74,7 +81,12 @@ def encode_task(task: Task) -> dict[str, Any]:
                 sides = [task.split.holds_out(document) for document in batch]
                 train.add([d for d, out in zip(batch, sides, strict=True) if not out])
                 validation.add([d for d, out in zip(batch, sides, strict=True) if out], sizes=True)
-            done = {"train": train.finish(), "validation": validation.finish(), "sizes": validation.sizes}
+            done = {
+                "train": train.finish(),
+                "validation": validation.finish(),
+                "sizes": validation.sizes,
+                "lost_bytes": validation.num_lost_bytes,
+            }
     except OSError as error:
         raise MachineError(f"{task.folder}: cannot be written ({error.strerror or error})") from error
     replace_synced(task.journal, json.dumps(done).encode())
@@ -101,16 +113,23 @@ class _Writer:
     def __init__(self, task: Task, split: str, encoder: Encoder) -> None:
         stem = f"{split}-{task.index:05}"
         self._task, self._encoder = task, encoder
+        self._is_stream = split == "train"  # held-out documents are scored each by itself
+        self._behind_text = self._is_stream and task.index > 0 and not task.chats
         self._names = {"tokens": f"{stem}.bin", "starts": f"{stem}.starts"}
         if task.masked:
             self._names["mask"] = f"{stem}.mask"
-        self._files = {k: (task.folder / n).open("ab") for k, n in self._names.items() if k != "starts"}
+        self._files = {
+            k: os.fdopen(open_to_append(task.folder / n), "ab")
+            for k, n in self._names.items()
+            if k != "starts"
+        }
         # A worker of a build that was killed may not have noticed yet: it ends before we write.
         fcntl.flock(self._files["tokens"], fcntl.LOCK_EX)
         self._crc = dict.fromkeys(self._files, 0)
         self._starts: list[int] = []
         self._num_tokens = self._num_bytes = self._num_learned = 0
         self.sizes: list[list[int]] = []
+        self.num_lost_bytes = 0
 
     def __enter__(self) -> _Writer:
         return self
@@ -126,8 +145,13 @@ class _Writer:
             file.truncate(0)
 
     def add(self, documents: list[Document], sizes: bool = False) -> None:
-        """sizes: of what is learned of each document, plain and compressed, are noted too."""
-        for document, encoded in zip(documents, self._encoder(documents), strict=True):
+        """sizes: of what is learned of each document, plain and compressed, are noted too, and what of it the
+        tokenizer loses."""
+        follows: list[bool] = []
+        for document in documents:
+            follows.append(self._behind_text)
+            self._behind_text = self._is_stream and not isinstance(document, Chat)
+        for document, encoded in zip(documents, self._encoder(documents, follows), strict=True):
             self._starts.append(self._num_tokens)
             self._num_tokens += len(encoded.ids)
             self._put("tokens", encoded.ids.astype(self._task.dtype).tobytes())
@@ -136,6 +160,7 @@ class _Writer:
                 self._num_learned += int(encoded.mask.sum())
             self._num_bytes += len(encoded.text.encode())
             if sizes:
+                self.num_lost_bytes += self._encoder.lost_bytes(encoded)
                 self.sizes.append([key_of(text_of(document)) >> 1, *sizes_of(encoded.learned.encode())])
 
     def finish(self) -> dict[str, Any]:

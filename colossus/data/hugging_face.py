@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from colossus.data.chats import FIELD
 from colossus.data.corpus import Corpus, Document, Part, fingerprint_of
-from colossus.data.records import Rows
+from colossus.data.records import Rows, reading
+from colossus.data.tables import BATCH_ROWS, rows_of
 from colossus.errors import UserError
 
 ROWS_A_PART = 1000  # of a data set that was saved whole, which is cut into up to MAX_PARTS
@@ -22,10 +24,9 @@ def stream_corpus(name: str, text_field: str) -> Corpus:
     Raises:
         UserError: the extra is not installed, or there is no such data set or split.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"data.corpus={name}: needs the extra: pip install 'colossus-train[hf]'") from None
+    check_extra(name)
+    import datasets
+
     where, _, split = name.removeprefix("hf:").partition(":")
     split = split or "train"
     stream = _stream(where, split)
@@ -41,7 +42,19 @@ def stream_corpus(name: str, text_field: str) -> Corpus:
         Part(f"{where}@{index}", size // count, _Streamed(where, split, rows, index, count))
         for index in range(count)
     ]
-    return Corpus(name, tuple(parts), fingerprint_of(entries), masked=rows.chats, chats=rows.chats)
+    return Corpus(
+        name,
+        tuple(parts),
+        fingerprint_of([*entries, *reading(rows.chats)]),
+        masked=rows.chats,
+        chats=rows.chats,
+    )
+
+
+def check_extra(name: str) -> None:
+    """Raises UserError where `datasets`, which `hf:` needs, is not installed."""
+    if find_spec("datasets") is None:
+        raise UserError(f"data.corpus={name}: needs the extra: pip install 'colossus-train[hf]'")
 
 
 def _first_row(stream: Any) -> Any:
@@ -49,7 +62,7 @@ def _first_row(stream: Any) -> Any:
     if stream.features is not None and FIELD not in stream.features:
         return None
     try:
-        return next(iter(stream), None)
+        return next(_rows(stream, 1), None)
     except (OSError, ValueError):
         return None  # reading all of it will say what is wrong
 
@@ -74,6 +87,12 @@ def _stream(where: str, split: str) -> Any:
         raise UserError(f"data.corpus=hf:{where}:{split}: cannot be opened ({error})") from None
 
 
+def _rows(stream: Any, batch: int) -> Iterator[dict[str, Any]]:
+    """The rows of a stream, by way of Arrow, which tells nulls of a table from those of JSON text."""
+    for table in stream.with_format("arrow").iter(batch_size=batch):
+        yield from rows_of(table)
+
+
 @dataclass(frozen=True)
 class _Streamed:
     where: str
@@ -84,6 +103,6 @@ class _Streamed:
 
     def __call__(self) -> Iterator[Document]:
         stream = _stream(self.where, self.split).shard(num_shards=self.count, index=self.index)
-        for number, row in enumerate(stream, 1):
+        for number, row in enumerate(_rows(stream, BATCH_ROWS), 1):
             place = f"hf:{self.where}:{self.split}, shard {self.index}, row {number}"
             yield self.rows.document(row, f"hf:{self.where}", place)

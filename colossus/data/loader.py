@@ -45,6 +45,7 @@ class Batches:
     Every rank gets equally many rows, a multiple of `micro_batch`, so that all take as many passes;
     where the global batch does not divide, the last rows are padding without targets.
 
+    micro_batch: or (from step, rows), where it changes on the way.
     shares: of replicas that take unequal parts of a batch, the part of each; the ranks are theirs in turn.
 
     Raises (from `next`): what reading raised.
@@ -59,13 +60,14 @@ class Batches:
         start_step: int = 0,
         rank: int = 0,
         size: int = 1,
-        micro_batch: int = 1,
+        micro_batch: int | Sequence[tuple[int, int]] = 1,
         shares: Sequence[int] = (1,),
         mask_documents: bool = False,
         device: Any = "cpu",
     ) -> None:
         self._sources, self._order, self._schedule = list(sources), order, schedule
-        self._rank, self._size, self._micro_batch, self._shares = rank, size, micro_batch, list(shares)
+        self._rank, self._size, self._shares = rank, size, list(shares)
+        self._cuts = [(0, micro_batch)] if isinstance(micro_batch, int) else list(micro_batch)
         self._mask_documents, self._device = mask_documents, device
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=self._depth(start_step))
         self._stop = threading.Event()
@@ -102,7 +104,8 @@ class Batches:
         first, count = self._schedule.first_sample(step), self._schedule.batch(step)
         seq_len = self._order.phase(first).seq_len
         mine, share = rank_rows(count, self._rank, self._size, self._shares)
-        rows = -(-share // self._micro_batch) * self._micro_batch
+        micro_batch = [rows for since, rows in self._cuts if since <= step][-1]
+        rows = -(-share // micro_batch) * micro_batch
         tokens_BT = np.zeros((rows, seq_len), np.int64)
         targets_BT = np.full((rows, seq_len), IGNORED, np.int64)
         documents_BT = np.zeros((rows, seq_len), np.int64) if self._mask_documents else None

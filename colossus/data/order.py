@@ -285,17 +285,9 @@ class _Skips:
     """Sample s -> the s-th position that is in no skipped interval."""
 
     def __init__(self, intervals: Sequence[tuple[int, int]]) -> None:
-        merged: list[list[int]] = []
-        for first, stop in sorted((int(a), int(b)) for a, b in intervals):
-            if first < 0 or stop <= first:
-                raise UserError(f"data.skip={[first, stop]}: pairs of (first, stop) with 0 <= first < stop")
-            if merged and first <= merged[-1][1]:
-                merged[-1][1] = max(merged[-1][1], stop)
-            else:
-                merged.append([first, stop])
         self._samples: list[int] = []  # the first sample that comes after each interval
         self._shifts = [0]
-        for first, stop in merged:
+        for first, stop in _merged(intervals):
             self._samples.append(first - self._shifts[-1])
             self._shifts.append(self._shifts[-1] + stop - first)
 
@@ -309,3 +301,21 @@ class _Skips:
         if not self._samples:
             return samples
         return samples + np.array(self._shifts)[np.searchsorted(self._samples, samples, side="right")]
+
+
+def skipped_before(skips: Sequence[tuple[int, int]], sample: int) -> list[tuple[int, int]]:
+    """The positions that are skipped before `sample`, as half-open intervals: what its place depends on."""
+    last = _Skips(skips).position(sample - 1)
+    return [(first, stop) for first, stop in _merged(skips) if first <= last]
+
+
+def _merged(intervals: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for first, stop in sorted((int(a), int(b)) for a, b in intervals):
+        if first < 0 or stop <= first:
+            raise UserError(f"data.skip={[first, stop]}: pairs of (first, stop) with 0 <= first < stop")
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((first, stop))
+    return merged

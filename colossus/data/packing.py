@@ -41,7 +41,8 @@ def fill_window(
 
     The target of a token is the next one. It is ignored where the corpus masks it, and, where documents
     are kept apart (`documents_T` is given and gets the index of each token's document in the window),
-    where the next token begins another document.
+    where the next token begins another document. Where one token ends a document and begins the next, it is
+    a target of the one and is read as the first of the other, so that no target is lost.
     """
     seq_len = len(tokens_T)
     start = window * seq_len
@@ -53,5 +54,9 @@ def fill_window(
         targets_T[mask == 0] = IGNORED
     if documents_T is not None:
         begins = source.document_starts(start + 1, start + seq_len + 1) - start
+        if getattr(source, "separated_once", False):  # which a source may leave unsaid
+            begins = begins - 1
+        else:
+            targets_T[begins - 1] = IGNORED
         documents_T[:] = np.searchsorted(begins, np.arange(seq_len), side="right")
-        targets_T[begins - 1] = IGNORED
+        documents_T -= documents_T[0]

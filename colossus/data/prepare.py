@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from colossus.data.build import Progress, Request, build, corpus_folder
-from colossus.data.corpus import open_corpus
-from colossus.data.tokenizer import load_tokenizer
+from colossus.data.build import Progress, Request, build, check_buildable, corpus_folder, is_built
+from colossus.data.open import is_listed_here, open_corpus
+from colossus.data.order import BatchSchedule
+from colossus.data.sources import TrainingData
+from colossus.data.tokenizer import BytesTokenizer, load_tokenizer
 from colossus.errors import UserError
 from colossus.hardware.machine import available_cores, cache_folder
 from colossus.job import Job
@@ -23,19 +25,41 @@ def prepare_data(job: Job, progress: Progress = lambda done, total: None) -> Job
         UserError: a corpus or tokenizer is missing, empty or unreadable, or does not fit the model.
         MachineError: no space, no permission, or a process of the build was killed.
     """
-    corpora = tuple(open_corpus(name, job.data.text_field) for name in job.data.corpus)
-    request = Request(
-        corpora,
+    request = _request(job)
+    folder = _folder(job, request)
+    check_vocabulary(job)
+    build(request, folder, progress)
+    check_vocabulary(job, load_tokenizer(folder / "tokenizer").vocab_size)
+    return job.derive(**{"data.folder": str(folder)})
+
+
+def check_data(job: Job) -> None:
+    """Raises what `prepare_data` would before it reads the texts. Nothing is built, and neither a hub nor the
+    user's own code is asked."""
+    request = _request(job) if all(map(is_listed_here, job.data.corpus)) else None
+    check_vocabulary(job)
+    folder = _folder(job, request)
+    check_buildable(request, folder)
+    if request is not None and is_built(request, folder):
+        check_vocabulary(job, load_tokenizer(folder / "tokenizer").vocab_size)
+        TrainingData.open(job.derive(**{"data.folder": str(folder)}), BatchSchedule(job.run.batch_schedule))
+
+
+def _request(job: Job) -> Request:
+    return Request(
+        tuple(open_corpus(name, job.data.text_field) for name in job.data.corpus),
         tuple(job.data.weights),
         job.data.tokenizer,
         vocabulary_to_train(job),
         job.data.validation_fraction,
         available_cores(),
     )
-    folder = Path(job.data.folder or cache_folder() / "data" / request.key)
-    build(request, folder, progress)
-    check_vocabulary(job, load_tokenizer(folder / "tokenizer").vocab_size)
-    return job.derive(**{"data.folder": str(folder)})
+
+
+def _folder(job: Job, request: Request | None) -> Path:
+    """Where the shards lie: by their request, where the user names no folder; a new one if that is None."""
+    name = request.key if request is not None else "unknown"
+    return Path(job.data.folder or cache_folder() / "data" / name)
 
 
 def vocabulary_to_train(job: Job) -> int:
@@ -50,12 +74,20 @@ def vocabulary_to_train(job: Job) -> int:
     return size
 
 
-def check_vocabulary(job: Job, tokens: int) -> None:
-    """Raises `UserError` where the tokenizer has more tokens than the model has embeddings."""
+def check_vocabulary(job: Job, tokens: int | None = None) -> None:
+    """Raises `UserError` where the tokenizer has more tokens than the model has embeddings.
+
+    tokens: that it has; None: as many as it has at least, as far as that is known before it is made.
+    """
+    name, least = job.data.tokenizer, ""
+    if tokens is None:  # a bpe is trained to the model's vocabulary, and begins with bytes
+        made = name in ("bpe", "bytes")
+        tokens = BytesTokenizer.vocab_size if made else load_tokenizer(name).vocab_size
+        least = "at least " * (name == "bpe")
     if tokens > job.model.vocab_size:
         raise UserError(
-            f"model.vocab_size={job.model.vocab_size}: the tokenizer {job.data.tokenizer} has {tokens} "
-            f"tokens; at least {tokens}, or another data.tokenizer"
+            f"model.vocab_size={job.model.vocab_size}: the tokenizer {name} has {least}{tokens} tokens; at "
+            f"least {tokens}, or another data.tokenizer"
         )
 
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from colossus.data.chats import FIELD, chat_in, is_chat
+from colossus.data.chats import FIELD, chat_in, is_chat, read_json
 from colossus.data.corpus import Document
 from colossus.errors import UserError
+
+CHATS = 2  # grows when chats are read as something else
+
+
+def reading(chats: bool) -> list[tuple[Any, ...]]:
+    """How records are read, for fingerprints: shards of another reading are not those of this one."""
+    return [("chats", CHATS)] if chats else []
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Rows:
     @classmethod
     def like(cls, first: Any, text_field: str) -> Rows:
         """What they are where the first is `first`."""
-        return cls(text_field, isinstance(first, dict) and is_chat(first, text_field))
+        return cls(text_field, isinstance(first, dict) and is_chat(read_json(first, text_field), text_field))
 
     @property
     def columns(self) -> list[str]:
@@ -36,6 +43,7 @@ class Rows:
             UserError: it is none, or of the other kind than the rows before it.
         """
         place = place or where
+        row = read_json(row, self.text_field)
         if is_chat(row, self.text_field) != self.chats and (FIELD in row or self.text_field in row):
             kinds = [f"chats ({FIELD})", f"texts ({self.text_field})"]
             before, here = kinds if self.chats else kinds[::-1]

@@ -1,4 +1,4 @@
-"""Samples that stand for a corpus: what the tokenizer is trained on, and what an encoder is checked on."""
+"""A sample that stands for a corpus: what the tokenizer is trained on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ READ_BYTES = 2**25  # of text that is read at most
 TRAIN_BYTES = 2**23  # of text that is trained on: lines spread over all that was read
 PIECE = 2**16  # characters that are handed to the trainer at once: it takes 80 bytes for each
 PART_BYTES = 2**20  # that are read of a part at least, where there are many
-PROOF_DOCUMENTS, PROOF_CHARACTERS = 200, 8192  # on which tiktoken must agree with the tokenizer
 
 
 def tokenizer_sample(corpora: Sequence[tuple[Corpus, Split]], weights: Sequence[float]) -> Iterator[str]:
@@ -28,20 +27,6 @@ def tokenizer_sample(corpora: Sequence[tuple[Corpus, Split]], weights: Sequence[
         for index, text in enumerate(texts):
             lines = "".join(text.splitlines(keepends=True)[index % every :: every])
             yield from (lines[start : start + PIECE] for start in range(0, len(lines), PIECE))
-
-
-def proof_sample(corpus: Corpus) -> list[str]:
-    """Documents spread over the corpus, on which the quick encoder must agree with the tokenizer."""
-    every = max(1, len(corpus.parts) // PROOF_DOCUMENTS)
-    texts: list[str] = []
-    for part in corpus.parts[::every]:
-        for document in part.documents():
-            texts.append(text_of(document)[:PROOF_CHARACTERS])
-            if len(texts) == PROOF_DOCUMENTS:
-                return texts
-            if len(corpus.parts) > PROOF_DOCUMENTS:
-                break
-    return texts
 
 
 def _spread(corpus: Corpus, split: Split, budget: float) -> Iterator[str]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import resource
+import tempfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable
@@ -24,9 +25,12 @@ import numpy as np
 
 from colossus.data.compressors import COMPRESSORS
 from colossus.errors import MachineError, UserError
+from colossus.untrusted import MIB, locate, num_bytes, open_file, parse_json, read_file
 
 SCHEMA = 2
 REMEDY = "remove the folder and build the data again"
+MAX_MANIFEST_BYTES = 256 * MIB
+TOKENS = {"uint16": 2, "uint32": 4}  # bytes of one
 STARTS = np.dtype(np.int64)
 HELD_OUT = np.dtype([(n, np.int64) for n in ("start", "num_bytes", *(f"{c}_bytes" for c in COMPRESSORS))])
 
@@ -53,6 +57,8 @@ class ShardedTokens:
         manifest = read_manifest(folder)
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
+        # Shards of a time when this was not written have two tokens between documents.
+        self.separated_once: bool = manifest["tokenizer"].get("separated_once", False) is True
         self._dtype = np.dtype(manifest["dtype"])
         self.shards = [Shard(**shard) for shard in manifest["splits"][split]]
         self._files = [file for shard in self.shards for file in shard.files.values()]
@@ -60,7 +66,7 @@ class ShardedTokens:
             self._files.append(manifest["documents"])
         for file in self._files:
             path = folder / file["name"]
-            size = path.stat().st_size if path.is_file() else -1
+            size = _size_of(path)
             if size != file["bytes"]:
                 found = "missing" if size < 0 else f"{size} bytes"
                 raise UserError(f"{path}: {found}, written with {file['bytes']}; {REMEDY}")
@@ -103,6 +109,11 @@ class ShardedTokens:
         return self.mask(start, stop) if self.manifest["documents"].get("of") == "learned" else None
 
     @property
+    def num_lost_bytes(self) -> int:
+        """Bytes of the held-out text that its tokens do not give back, as far as that was looked at."""
+        return int(self.manifest["documents"].get("lost_bytes", 0))
+
+    @property
     def num_learned(self) -> int:
         """Tokens that are learned. Reads the whole mask, where there is one."""
         pairs = zip(self._masks, self.shards, strict=True)
@@ -127,12 +138,15 @@ class ShardedTokens:
         self._verify(self.manifest["documents"])
         return np.fromfile(self.folder / self.manifest["documents"]["name"], HELD_OUT)
 
-    def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
-        """Reads every byte. Raises UserError that names the file whose bytes changed.
+    def verify(
+        self, progress: Callable[[int], None] = lambda num_bytes: None, rank: int = 0, size: int = 1
+    ) -> None:
+        """Reads every byte, or the share of one of `size` ranks. Raises UserError that names the file whose
+        bytes changed.
 
         progress: called with the bytes of every file that was read.
         """
-        for file in self._files:
+        for file in self._files[rank::size]:
             self._verify(file)
             progress(file["bytes"])
 
@@ -156,7 +170,18 @@ class ShardedTokens:
     def _map(self, shard: Shard, kind: str, dtype: np.dtype, count: int) -> np.ndarray:
         if kind not in shard.files:
             return np.broadcast_to(np.ones((), dtype), (count,))  # of ones, in no memory
-        return np.memmap(self.folder / shard.files[kind]["name"], dtype, mode="r", shape=(count,))
+        path = self.folder / shard.files[kind]["name"]
+        return np.memmap(locate(path), dtype, mode="r", shape=(count,))
+
+
+def _size_of(path: Path) -> int:
+    """The bytes of a file of the folder; -1 where there is none."""
+    try:
+        return num_bytes(path)
+    except FileNotFoundError:
+        return -1
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {REMEDY}") from None
 
 
 def _allow_open_files(count: int) -> None:
@@ -178,7 +203,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = parse_json(read_file(path, MAX_MANIFEST_BYTES))
     except FileNotFoundError:
         raise UserError(f"{folder}: no token shards here (no manifest.json); build them first") from None
     except (OSError, ValueError) as error:
@@ -186,9 +211,39 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     checksum = manifest.pop("checksum", None) if isinstance(manifest, dict) else None
     if checksum != _checksum(manifest):
         raise UserError(f"{path}: its bytes changed since it was built; {REMEDY}")
-    if manifest["schema"] != SCHEMA:
-        raise UserError(f"{path}: of another version of Colossus (schema {manifest['schema']}); {REMEDY}")
+    if manifest.get("schema") != SCHEMA:
+        raise UserError(f"{path}: of another version of Colossus (schema {manifest.get('schema')}); {REMEDY}")
+    try:
+        _check(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: no manifest of shards ({error}); {REMEDY}") from None
     return manifest
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    """Raises ValueError and its like where a manifest tells of what cannot be, or lies elsewhere."""
+
+    def demand(holds: bool, what: str) -> None:
+        if not holds:
+            raise ValueError(what)
+
+    demand(manifest["dtype"] in TOKENS, f"tokens of the type {manifest['dtype']!r:.40}")
+    sizes = {"tokens": TOKENS[manifest["dtype"]], "starts": STARTS.itemsize, "mask": 1}
+    files = [manifest["documents"]]
+    for shard in (Shard(**shard) for split in ("train", "validation") for shard in manifest["splits"][split]):
+        for kind, file in shard.files.items():
+            count = shard.num_documents if kind == "starts" else shard.num_tokens
+            demand(file["bytes"] == count * sizes[kind], f"{file['name']!r:.80} of {file['bytes']} bytes")
+        demand({"tokens", "starts"} <= shard.files.keys(), "a shard lacks a file")
+        files += shard.files.values()
+    for file in files:
+        name, numbers = file["name"], (file["bytes"], file["crc32"])
+        demand(
+            name == Path(name).name and name not in ("", ".", ".."), f"{name!r:.80} is no file of the folder"
+        )
+        demand(all(type(n) is int and n >= 0 for n in numbers), f"{name!r:.80} has no size or no checksum")
+    lost = manifest["documents"].get("lost_bytes", 0)
+    demand(type(lost) is int and lost >= 0, f"{lost!r:.40} lost bytes")
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -205,7 +260,8 @@ def replace_synced(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(path.name + ".part")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # what a kill left, or a link or pipe that somebody put there
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -217,10 +273,28 @@ def replace_synced(path: Path, data: bytes) -> None:
         raise MachineError(f"{path}: cannot be written ({error.strerror})") from error
 
 
+def try_to_write(folder: Path) -> None:
+    """Raises the OSError that making `folder`, or a file in it, would. Nothing is left of the attempt."""
+    there = folder
+    while not _has_name(there):
+        there = there.parent
+    with tempfile.TemporaryDirectory(prefix=".colossus-", dir=there):
+        pass
+
+
+def _has_name(path: Path) -> bool:
+    """Whether anything is called so, also a link that leads nowhere. Raises OSError where nothing can be."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def crc32(path: Path) -> int:
     """CRC32 of a file's bytes."""
     value = 0
-    with path.open("rb", buffering=0) as file:
+    with open_file(path) as file:
         while chunk := file.read(2**22):
             value = zlib.crc32(chunk, value)
     return value

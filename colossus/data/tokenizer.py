@@ -7,34 +7,75 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from colossus.data.chat_template import ChatFormat, chat_format
+from colossus.data.account import (
+    BOS,
+    CONFIG,
+    EOS,
+    KEPT,
+    MAP,
+    TOKENIZER,
+    Account,
+    as_kept,
+    read_account,
+)
+from colossus.data.chat_template import ChatFormat, chat_format, end_of_turn, named_tokens
+from colossus.data.quick import as_tiktoken, byte_characters
 from colossus.errors import UserError
 
 if TYPE_CHECKING:
     import tiktoken
     import tokenizers
 
-BOS, EOS = "<|bos|>", "<|eos|>"
-# The split of GPT-2 (Radford et al. 2019), which `tokenizers` calls ByteLevel.
-GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+FALLBACK = tuple(f"<0x{byte:02X}>" for byte in range(256))  # tokens of bytes that no other token holds
+# Normalizers for which a part is what it is in its place, but for marks that join a letter across its ends.
+IN_PLACE = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents")
 
 
 class Tokenizer(Protocol):
-    """bos_id begins every document, eos_id ends it; neither comes out of `encode`.
+    """Text to ids and back, and what begins and ends a text.
 
+    bos_id, eos_id: the tokens that are named to begin a text and to end a document; neither comes out of
+        `encode`.
+    begins: what stands in front of every text, here and where it was trained; often nothing.
+    begin_id: what a document's first token follows: the last of `begins`, or else the token that ends the
+        document before.
+    prefix_id: what the standard harness puts before a text that has nothing before it.
+    ends: all tokens that end a text or a turn.
+    byte_ids: tokens that are one byte each, and text only in a whole run of them.
     chats: how it renders chats; None where it does not say.
     """
 
-    bos_id: int
-    eos_id: int
     chats: ChatFormat | None
+
+    @property
+    def bos_id(self) -> int: ...
+
+    @property
+    def eos_id(self) -> int: ...
+
+    @property
+    def begins(self) -> tuple[int, ...]: ...
+
+    @property
+    def begin_id(self) -> int: ...
+
+    @property
+    def prefix_id(self) -> int: ...
+
+    @property
+    def ends(self) -> frozenset[int]: ...
+
+    @property
+    def byte_ids(self) -> frozenset[int]: ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -47,9 +88,19 @@ class Tokenizer(Protocol):
     @property
     def special_tokens(self) -> dict[str, int]: ...
 
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Those that are looked for in texts before anything else; most are special."""
+        ...
+
     def encode_rendered(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each text, whose special tokens are spelled: ids, uint32 [N], and the first character of each
         token and the one behind its last, int64 [N, 2]."""
+        ...
+
+    def encode_named(self, text: str, names: Mapping[str, int]) -> list[int]:
+        """Ids of a text in which tokens go by other names, and whatever else spells one of them, or a special
+        one, is text."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -61,6 +112,8 @@ class BytesTokenizer:
     """A token a byte, and the two that begin and end a document."""
 
     bos_id, eos_id, vocab_size, fingerprint = 256, 257, 258, "bytes"
+    begins, begin_id, prefix_id = (256,), 256, 256
+    ends, byte_ids = frozenset({257}), frozenset[int]()
 
     def __init__(self, chats: ChatFormat | None = None) -> None:
         self.chats = chats
@@ -68,6 +121,10 @@ class BytesTokenizer:
     @property
     def special_tokens(self) -> dict[str, int]:
         return {BOS: self.bos_id, EOS: self.eos_id}
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        return self.special_tokens
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -91,6 +148,10 @@ class BytesTokenizer:
             at += len(piece)
         return np.concatenate(ids).astype(np.uint32), np.concatenate(offsets).astype(np.int64)
 
+    def encode_named(self, text: str, names: Mapping[str, int]) -> list[int]:
+        parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
+        return [i for part in parts for i in ([names[part]] if part in names else part.encode())]
+
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
@@ -105,25 +166,65 @@ class BytesTokenizer:
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers
 
-        vocabulary = {character: byte for byte, character in _byte_characters().items()}
+        vocabulary = {character: byte for byte, character in byte_characters().items()}
         tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens([BOS, EOS])
-        return JsonTokenizer(tokenizer.to_str(), self.bos_id, self.eos_id)
+        return _ours(tokenizer, self.bos_id, self.eos_id)
 
 
 class JsonTokenizer:
-    """Any `tokenizer.json`. Encodes by tiktoken where that gives the same ids (see `quick`)."""
+    """Any `tokenizer.json`. Encodes by tiktoken where that gives the same ids (see `quicken`).
 
-    def __init__(self, text: str, bos_id: int, eos_id: int, chats: ChatFormat | None = None) -> None:
-        self._text, self.bos_id, self.eos_id, self.chats = text, bos_id, eos_id, chats
+    account: what its files say of it.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        bos_id: int | None,
+        eos_id: int | None,
+        chats: ChatFormat | None = None,
+        account: Account | None = None,
+    ) -> None:
+        """account: what else is known; the other arguments count for what they say."""
+        told = Account(text) if account is None else account
+        self.account = replace(told, text=text, bos_id=bos_id, eos_id=eos_id, chats=chats)
+        self._text, self.chats = text, chats
         self._quick: tiktoken.Encoding | None = None
+
+    @classmethod
+    def of(cls, account: Account) -> JsonTokenizer:
+        return cls(account.text, account.bos_id, account.eos_id, account.chats, account)
 
     @cached_property
     def _tokenizer(self) -> tokenizers.Tokenizer:
         tokenizer = self._read()
         tokenizer.encode_special_tokens = True  # a text that spells one is text, not the end of a document
+        return tokenizer
+
+    @cached_property
+    def _of_texts(self) -> tokenizers.Tokenizer:
+        return self._in_letters() if self._state["model"].get("type") == "Unigram" else self._tokenizer
+
+    def _in_letters(self, also: Collection[str] = ()) -> tokenizers.Tokenizer:
+        """Encodes texts. To Unigram special tokens are pieces as all others, which it would choose where a
+        text spells one: here they have names that no text has.
+
+        also: further added tokens that are letters.
+        """
+        names = {*self.special_tokens, *also}
+        added = [token | {"special": token["content"] in names} for token in self._state["added_tokens"]]
+        state = self._state | {"added_tokens": added}
+        if state["model"].get("type") == "Unigram":
+            vocabulary = [
+                [f"\ufdd0{piece}\ufdd0" if piece in names else piece, score]
+                for piece, score in state["model"]["vocab"]
+            ]
+            state = state | {"model": state["model"] | {"vocab": vocabulary}}
+        tokenizer = self._read(json.dumps(state))
+        tokenizer.encode_special_tokens = True
         return tokenizer
 
     @cached_property
@@ -133,11 +234,11 @@ class JsonTokenizer:
         tokenizer.encode_special_tokens = False
         return tokenizer
 
-    def _read(self) -> tokenizers.Tokenizer:
+    def _read(self, text: str | None = None) -> tokenizers.Tokenizer:
         import tokenizers
 
         try:
-            tokenizer = tokenizers.Tokenizer.from_str(self._text)
+            tokenizer = tokenizers.Tokenizer.from_str(self._text if text is None else text)
         except Exception as error:  # it raises no narrower type
             raise UserError(f"data.tokenizer: not a tokenizer.json that can be used ({error})") from None
         tokenizer.no_truncation()  # some are published with the settings of somebody's batches
@@ -153,19 +254,120 @@ class JsonTokenizer:
         return hashlib.sha256(self._text.encode()).hexdigest()[:16]
 
     @property
+    def earlier_fingerprint(self) -> str:
+        """That of tokenizer.json alone, without the tokens that other files add to it."""
+        return hashlib.sha256(self.account.files.get(TOKENIZER, self._text).encode()).hexdigest()[:16]
+
+    @property
     def special_tokens(self) -> dict[str, int]:
         added = self._tokenizer.get_added_tokens_decoder()
         return {token.content: index for index, token in added.items() if token.special}
 
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items()}
+
+    @property
+    def eos_id(self) -> int:
+        """Raises `UserError` where none is known."""
+        if self.account.eos_id is None:
+            raise UserError(
+                f"data.tokenizer: none of its special tokens {sorted(self.special_tokens)} is known to end a "
+                "document; name eos_token (and bos_token) in tokenizer_config.json beside it"
+            )
+        return self.account.eos_id
+
+    @property
+    def bos_id(self) -> int:
+        named, usual = self.account.bos_id, self.account.usual_bos_id
+        return named if named is not None else usual if usual is not None else self.eos_id
+
+    @cached_property
+    def begins(self) -> tuple[int, ...]:
+        return self._own_begins if self.account.begins is None else self.account.begins
+
+    @cached_property
+    def _own_begins(self) -> tuple[int, ...]:
+        """What the tokenizer's own encoding puts in front of a text."""
+        encoded = self._tokenizer.encode("a")
+        marks = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
+        return tuple(index for index, _ in takewhile(lambda pair: pair[1], marks))
+
+    @property
+    def begin_id(self) -> int:
+        return self.begins[-1] if self.begins else self.eos_id
+
+    @property
+    def prefix_id(self) -> int:
+        return self.eos_id if self.account.bos_id is None else self.account.bos_id
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Those that a published model names, else the one that ends a document; what a run was taught of
+        documents counts as well, and the end of a turn always."""
+        is_said = self.account.eos_id is None or (self.account.ends and self.account.begins is None)
+        return self.said_ends if is_said else self.said_ends | {self.eos_id}
+
+    @property
+    def said_ends(self) -> frozenset[int]:
+        """Those that a published model names, and the token that ends a turn in the chat template."""
+        if self.chats is None:
+            return self.account.ends
+        ids = self.added_tokens
+        turn = end_of_turn(self.chats, ids)
+        return self.account.ends | ({ids[turn]} if turn is not None else set())
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        if "ByteFallback" not in _kinds(self._state.get("decoder")):
+            return frozenset()
+        ids = (self._tokenizer.token_to_id(name) for name in FALLBACK)
+        return frozenset(index for index in ids if index is not None)
+
+    @cached_property
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads(self._text)
+        return state
+
+    @cached_property
+    def is_the_same_in_parts(self) -> bool:
+        """Whether a part of a text has the ids that it has by itself, wherever it stands: so of byte-level
+        ones. Those made from SentencePiece begin a text with a blank, and WordPiece marks what goes on a
+        word."""
+        kinds = {*_kinds(self._state.get("pre_tokenizer")), *_kinds(self._state.get("normalizer"))}
+        split = [part for part in _parts(self._state.get("pre_tokenizer")) if part.get("type") == "ByteLevel"]
+        plain = {*IN_PLACE, "Sequence", "ByteLevel", "Split", "Digits", "Punctuation"}
+        return (
+            bool(split) and kinds <= plain and not any(part.get("add_prefix_space", True) for part in split)
+        )
+
     def encode_rendered(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        encoded = self._of_rendered.encode_batch(list(texts), add_special_tokens=False)
+        return self._with_offsets(self._of_rendered, texts)
+
+    def encode_named(self, text: str, names: Mapping[str, int]) -> list[int]:
+        import tokenizers
+
+        tokenizer = self._in_letters([self.name(index) for index in names.values()])
+        tokenizer.add_tokens([tokenizers.AddedToken(name, special=False, normalized=False) for name in names])
+        meant = {tokenizer.token_to_id(name): index for name, index in names.items()}
+        return [meant.get(index, index) for index in tokenizer.encode(text, add_special_tokens=False).ids]
+
+    def encode_in_place(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As `encode_rendered`, of texts in which nothing spells a special token."""
+        return self._with_offsets(self._of_texts, texts)
+
+    def _with_offsets(
+        self, tokenizer: tokenizers.Tokenizer, texts: Sequence[str]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [(np.array(e.ids, np.uint32), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encoded]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_many([text])[0].tolist()
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, uint32; the library's own batch encoding where tiktoken does not agree."""
+        """Ids of each text, uint32; the library's own batch encoding where tiktoken gives others."""
         if self._quick is not None:
             return [self._encode_quickly(self._quick, text) for text in texts]
         return self._encode_by_library(texts)
@@ -177,78 +379,139 @@ class JsonTokenizer:
             return self._encode_by_library([text])[0]
 
     def _encode_by_library(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        encoded = self._of_texts.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(e.ids, np.uint32) for e in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(
-            [i for i in ids if i not in (self.bos_id, self.eos_id)], skip_special_tokens=False
-        )
+        skipped = (self.account.bos_id, self.account.usual_bos_id, self.account.eos_id)
+        text = self._tokenizer.decode([i for i in ids if i not in skipped], skip_special_tokens=False)
+        return _cleaned(text) if self._cleans_up else text
+
+    @cached_property
+    def _cleans_up(self) -> bool:
+        """As `transformers`, which does it to no BPE: it would take blanks that are the text's."""
+        return self.account.cleans_up and self._state["model"].get("type") != "BPE"
 
     def name(self, token: int) -> str:
         return str(self._tokenizer.id_to_token(token))
 
+    def taught(self, texts: bool, chats: ChatFormat | None) -> JsonTokenizer:
+        """The tokenizer as a run keeps it.
+
+        texts: it learns texts, each behind a token that begins it; where nothing is put in front of texts,
+            that is the token that ended the text before.
+        """
+        begins = self.begins or ((self.eos_id,) if texts else ())
+        bos = self.account.bos_id if self.account.bos_id is not None else self.account.usual_bos_id
+        if begins and self._may_rename(bos, chats):
+            bos = begins[-1]
+            if chats is not None and "bos_token" in chats.variables:  # none that the template names
+                chats = replace(chats, variables={**chats.variables, "bos_token": self.name(bos)})
+        account = replace(self.account, begins=begins)
+        return JsonTokenizer(self._text, bos, self.eos_id, chats, account)
+
+    def _may_rename(self, bos: int | None, chats: ChatFormat | None) -> bool:
+        """Whether another token may be named to begin texts: not where the chat template uses the name, nor
+        where the name alone makes a token of what is a plain one in tokenizer.json."""
+        if chats is not None and chats.mentions("bos_token"):
+            return False
+        state = json.loads(self.account.files.get(TOKENIZER, self._text))
+        added = {token["content"] for token in state["added_tokens"]}
+        return bos is None or self.name(bos) in added
+
     def save(self, folder: Path) -> None:
+        """Writes the files that it is loaded from again."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in self.files().items():
-            (folder / name).write_text(text, encoding="utf-8")
+        files = self._files()
+        if self.account.begins is not None:
+            files[KEPT] = as_kept(replace(self.account, chats=self.chats))
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8", newline="")
         if self.chats is not None:
             self.chats.save(folder)
 
     def files(self) -> dict[str, str]:
-        """The files that other tools read it from, by name, but for the chat template."""
-        tokens = {"bos_token": self.name(self.bos_id), "eos_token": self.name(self.eos_id)}
-        if self.chats is not None:  # a template may rely on one that is not configured
-            tokens = dict(self.chats.variables)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | tokens
-        return {"tokenizer.json": self._text, "tokenizer_config.json": json.dumps(config, indent=1)}
+        """The files that other tools read it from, by name, but for the chat template. What they put in front
+        of a text is what is put there here."""
+        files = self._files()
+        if self.begins and self.begins != self._own_begins:
+            files[TOKENIZER] = _putting_in_front(self._read(), self.begins).to_str()
+        return files
 
-    def quicken(self, sample: Iterable[str]) -> bool:
-        """Encodes by tiktoken from now on where its ids are equal on every text of `sample`.
+    def _files(self) -> dict[str, str]:
+        return {TOKENIZER: self._text, **self.account.files, **self._settings()}
 
-        It is 3 to 5 times as fast. Whether it agrees is found out, never assumed.
+    def _settings(self) -> dict[str, str]:
+        """tokenizer_config.json, and the older file where that counts: as they were, but for what they do not
+        say or say otherwise of the tokens that begin and end a document."""
+        files = self.account.files
+        names = {"bos_token": self.account.bos_id, "eos_token": self.account.eos_id}
+        tokens = {key: self.name(index) for key, index in names.items() if index is not None}
+        if CONFIG not in files:
+            if self.chats is not None:  # a template may rely on one that is not configured
+                tokens = dict(self.chats.variables)
+            return {CONFIG: json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | tokens, indent=1)}
+        if self.chats is not None:
+            tokens = {**self.chats.variables, **tokens}
+        changed: dict[str, str] = {}
+        config = json.loads(files[CONFIG])
+        older = json.loads(files[MAP]) if MAP in files and "added_tokens_decoder" not in config else {}
+        for name, found in ((CONFIG, config), (MAP, older)):
+            said = named_tokens(found)
+            wrong = {k: v for k, v in tokens.items() if (k in found or name == CONFIG) and said.get(k) != v}
+            if wrong and (name == CONFIG or found):
+                changed[name] = json.dumps(found | wrong, indent=2, ensure_ascii=False) + "\n"
+        return changed
+
+    def quicken(self, proved: bool = False) -> bool:
+        """Encodes by tiktoken from now on, where the file says that its ids are the same for every text.
+
+        proved: another process has found so.
         """
-        quick, texts = self._as_tiktoken(), list(sample)
-        if quick is not None:
-            expected = self._encode_by_library(texts)
-            found = (self._encode_quickly(quick, text) for text in texts)
-            if not all(map(np.array_equal, found, expected)):
-                quick = None
-        self._quick = quick
-        return quick is not None
+        self._quick = as_tiktoken(self._text, proved)
+        return self._quick is not None
 
-    def _as_tiktoken(self) -> tiktoken.Encoding | None:
-        """The same merges for tiktoken, where the tokenizer is a byte-level BPE with GPT-2's split."""
-        import tiktoken
 
-        state = json.loads(self._text)
-        split = state.get("pre_tokenizer") or {}
-        plain = (
-            state["model"].get("type") == "BPE"  # which old files leave out
-            and not state.get("normalizer")
-            and not state["model"].get("dropout")
-            and all(token["special"] for token in state["added_tokens"])
-        )
-        if (
-            not plain
-            or split.get("type") != "ByteLevel"
-            or split.get("add_prefix_space")
-            or not split.get("use_regex", True)
-        ):
-            return None
-        special = {token["content"] for token in state["added_tokens"]}
-        byte_of = {character: byte for byte, character in _byte_characters().items()}
-        try:
-            ranks = {
-                bytes(byte_of[c] for c in token): rank
-                for token, rank in state["model"]["vocab"].items()
-                if token not in special
-            }
-        except KeyError:
-            return None
-        if not all(bytes([byte]) in ranks for byte in range(256)):
-            return None
-        return tiktoken.Encoding("same-merges", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={})
+def _parts(tree: Any) -> list[dict[str, Any]]:
+    """A part of a tokenizer.json, and those that it is made of."""
+    if not isinstance(tree, dict):
+        return []
+    inner = [tree.get(key) or [] for key in ("pretokenizers", "normalizers", "decoders", "processors")]
+    return [tree, *(part for parts in inner for each in parts for part in _parts(each))]
+
+
+def _kinds(tree: Any) -> set[str]:
+    return {str(part.get("type")) for part in _parts(tree)}
+
+
+def _cleaned(text: str) -> str:
+    """As `transformers` cleans up after a tokenizer that splits at punctuation."""
+    for found, instead in ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't")):
+        text = text.replace(found, instead)
+    for end in ("'m", "'s", "'ve", "'re"):
+        text = text.replace(" " + end, end)
+    return text
+
+
+def _putting_in_front(tokenizer: tokenizers.Tokenizer, begins: Sequence[int]) -> tokenizers.Tokenizer:
+    """The tokenizer, whose own encoding puts `begins` in front of every text from now on."""
+    from tokenizers import processors
+
+    names = [str(tokenizer.id_to_token(index)) for index in begins]
+    front = processors.TemplateProcessing(
+        single=[*names, "$A"],
+        pair=[*names, "$A", *(f"{name}:1" for name in names), "$B:1"],
+        special_tokens=[*dict(zip(names, begins, strict=True)).items()],
+    )
+    before = tokenizer.post_processor
+    tokenizer.post_processor = front if before is None else processors.Sequence([before, front])
+    return tokenizer
+
+
+def _ours(tokenizer: tokenizers.Tokenizer, bos_id: int, eos_id: int) -> JsonTokenizer:
+    """One that we made, which puts its BOS in front."""
+    text = _putting_in_front(tokenizer, [bos_id]).to_str()
+    return JsonTokenizer(text, bos_id, eos_id, account=Account(text, begins=(bos_id,)))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
@@ -275,80 +538,25 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     special = tokenizer.get_added_tokens_decoder()
     ids = {token.content: index for index, token in special.items()}
-    return JsonTokenizer(tokenizer.to_str(), ids[BOS], ids[EOS])
+    return _ours(tokenizer, ids[BOS], ids[EOS])
 
 
-def load_tokenizer(path: str | Path) -> JsonTokenizer | BytesTokenizer:
+def load_tokenizer(path: str | Path, partly: bool = False) -> JsonTokenizer | BytesTokenizer:
     """A tokenizer from its file, or from a folder that holds `tokenizer.json` (or that of plain bytes).
 
+    partly: also one of which no token is known to end a document.
+
     Raises:
-        UserError: there is none, or it says of no token that it begins or ends a document.
+        UserError: there is none, or it says of no token that it ends a document.
     """
     path = Path(path)
     if os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises for a name that no folder can have
         if (path / "bytes.json").is_file():
             return BytesTokenizer(chat_format(path, {}, BOS, EOS))
-        path = path / "tokenizer.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-        state = json.loads(text)
-        special = {token["content"]: token["id"] for token in state["added_tokens"]}
-        vocabulary = dict(state.get("model") or {}).get("vocab")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"data.tokenizer={path}: cannot be read ({error}); bpe, bytes or a tokenizer.json"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"data.tokenizer={path}: not a tokenizer.json") from None
-    config = _config(path.parent / "tokenizer_config.json")
-    special |= _configured_tokens(config, vocabulary)
-    bos, eos = _document_tokens(config, special)
-    if eos is None:
-        raise UserError(
-            f"data.tokenizer={path}: none of its special tokens {sorted(special)} is known to end a "
-            "document; name eos_token (and bos_token) in tokenizer_config.json beside it"
-        )
-    bos = eos if bos is None else bos
-    return JsonTokenizer(text, special[bos], special[eos], chat_format(path.parent, config, bos, eos))
-
-
-def _document_tokens(config: dict[str, Any], special: dict[str, int]) -> tuple[str | None, str | None]:
-    """The names of the tokens that begin and end a document: as configured, else the usual ones."""
-
-    def named(key: str, usual: tuple[str, ...]) -> str | None:
-        asked = config.get(key)
-        asked = asked.get("content") if isinstance(asked, dict) else asked
-        names = (asked, *usual) if isinstance(asked, str) else usual
-        return next((name for name in names if name in special), None)
-
-    bos = named("bos_token", (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]"))
-    eos = named("eos_token", (EOS, "</s>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "[EOS]"))
-    return bos, eos
-
-
-def _configured_tokens(config: dict[str, Any], vocabulary: Any) -> dict[str, int]:
-    """Ids of tokens that tokenizer_config.json names and that are plain ones of the vocabulary."""
-    asked = [config.get(key) for key in ("bos_token", "eos_token")]
-    names = [token.get("content") if isinstance(token, dict) else token for token in asked]
-    plain = vocabulary if isinstance(vocabulary, dict) else {}
-    return {name: plain[name] for name in names if isinstance(name, str) and name in plain}
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """What a tokenizer_config.json holds; nothing where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"data.tokenizer: {path}: cannot be read ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"data.tokenizer: {path}: not a tokenizer_config.json")
-    return config
-
-
-def _byte_characters() -> dict[int, str]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+        account = read_account(path / TOKENIZER, path)
+    else:  # named by the user, as a link perhaps
+        account = read_account(path, Path(os.path.realpath(path)).parent)
+    tokenizer = JsonTokenizer.of(account)
+    if not partly:
+        _ = tokenizer.eos_id  # which raises
+    return tokenizer

@@ -11,11 +11,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from multiprocessing import connection
 from types import ModuleType
 from typing import Any
 
-from colossus.data.encode import Task, encode_task
+from colossus.data.encode import Task, encode_task, encoder_of
 from colossus.errors import MachineError
 
 
@@ -38,11 +39,12 @@ def run_tasks(tasks: Sequence[Task], workers: int, progress: Callable[[int], Non
         if task.journal.is_file():
             finish(task, task.done())
     todo = [task for task in tasks if task.index not in results]
-    if len(todo) <= 1 or workers == 1:
-        for task in todo:
-            finish(task, encode_task(task))
-    else:
+    if len(todo) > 1 and workers > 1:
         _in_parallel(todo, min(workers, len(todo)), finish)
+    elif todo:
+        encoder = encoder_of(todo[0].tokenizer, todo[0].quick)
+        for task in todo:
+            finish(task, encode_task(task, encoder))
     return [results[task.index] for task in tasks]
 
 
@@ -51,7 +53,9 @@ def _in_parallel(tasks: Sequence[Task], workers: int, finish: Callable[[Task, di
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) as pool:
         try:
             with _nameless_main():
-                futures: dict[Future[dict[str, Any]], Task] = {pool.submit(encode_task, t): t for t in tasks}
+                futures: dict[Future[dict[str, Any]], Task] = {
+                    pool.submit(encode_in_worker, t): t for t in tasks
+                }
             for future in as_completed(futures):
                 finish(futures[future], future.result())
         except BrokenProcessPool:
@@ -61,6 +65,15 @@ def _in_parallel(tasks: Sequence[Task], workers: int, finish: Callable[[Task, di
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def encode_in_worker(task: Task) -> dict[str, Any]:
+    """As `encode_task`, in a process that goes on to other tasks of the build."""
+    return encode_task(task, _loaded(task.tokenizer, task.quick))
+
+
+# Once a process, which serves one build: of a large vocabulary it takes as long as some megabytes of text.
+_loaded = cache(encoder_of)
 
 
 def _begin() -> None:

@@ -22,7 +22,7 @@ from colossus.perf.flops import model_flops_per_token
 WIDTH_STEP, MAX_WIDTH = 32, 16_384  # of the default models
 MANY_HEADS = 128  # width from which a layer has more than one head of 64
 VOCABULARY = 4096  # of a small model's own tokenizer
-TOKENS_PER_FLOP = 2.2  # the constant of `tokens_for`
+TOKENS_PER_FLOP, TOKENS_EXPONENT = 2.2, 0.4757  # of `tokens_for`
 # The constant of `batch_tokens_for`: on 1e13 FLOPs a model of width 96 ended at 1.23 bits per byte with 2,048
 # tokens a step, at 1.35 with 4,096 (one seed each). More and smaller steps cost time on a processor.
 BATCH_TOKENS_PER_FLOP = 0.12
@@ -42,12 +42,24 @@ class Plan:
 def tokens_for(compute: float) -> float:
     """The tokens that make the best of `compute` model FLOPs: proportional to C^0.4757 (DeepSeek LLM, arXiv
     2401.02954, section 3.2; its constant is 5.83, for another corpus and without the output head)."""
-    return TOKENS_PER_FLOP * compute**0.4757
+    return TOKENS_PER_FLOP * compute**TOKENS_EXPONENT
+
+
+def best_compute_for(flops_per_token: float) -> float:
+    """The compute for which a model with so many model FLOPs a token is the best: its tokens are those of
+    `tokens_for`."""
+    return float((TOKENS_PER_FLOP * flops_per_token) ** (1 / (1 - TOKENS_EXPONENT)))
 
 
 def batch_tokens_for(compute: float) -> float:
     """Tokens of a step: proportional to C^0.3271 (DeepSeek LLM, section 3.1; its constant is 0.2920)."""
     return BATCH_TOKENS_PER_FLOP * compute**0.3271
+
+
+def sequences_for(compute: float, seq_len: int) -> int:
+    """Samples of a step: those of `batch_tokens_for`, in fours where there are more."""
+    batch = max(1, round(batch_tokens_for(compute) / seq_len))
+    return 4 * round(batch / 4) if batch > 4 else batch
 
 
 def lr_for(compute: float) -> float:
@@ -100,6 +112,24 @@ def shape(width: int, vocab_size: int, seq_len: int) -> dict[str, Any]:
     }
 
 
+def longest_sample(job: Job) -> int:
+    """Tokens of the longest samples of all phases."""
+    return max([job.data.seq_len, *(phase.seq_len for phase in job.data.phases if phase.seq_len)])
+
+
+def compute_of_length(job: Job, flops_per_token: float) -> float:
+    """Model FLOPs of a run of given tokens or steps; a step's tokens may follow from the compute."""
+    if job.run.tokens is not None:
+        return job.run.tokens * flops_per_token
+    assert job.run.steps is not None
+    compute = 1e12
+    for _ in range(50):  # the exponent is below 1, so this closes in on the one solution
+        batch = job.run.global_batch
+        tokens = batch * job.data.seq_len if batch is not None else batch_tokens_for(compute)
+        compute = job.run.steps * tokens * flops_per_token
+    return compute
+
+
 def dial(
     job: Job,
     compute_of: Callable[[Architecture], float],
@@ -142,8 +172,7 @@ def _distance(plan: Plan) -> float:
 def complete(job: Job, width: int) -> Architecture:
     """The model that was asked for, with what is left out of it taken from the default shape of a width."""
     asked = job.model
-    seq_len = max([job.data.seq_len, *(phase.seq_len or 0 for phase in job.data.phases)])
-    sizes = shape(asked.hidden_size or width, vocabulary(job), seq_len)
+    sizes = shape(asked.hidden_size or width, vocabulary(job), longest_sample(job))
     head_dim = asked.head_dim or (
         asked.hidden_size // asked.num_heads if asked.hidden_size and asked.num_heads else sizes["head_dim"]
     )

@@ -1,44 +1,44 @@
-"""What follows from the machine: type, threads, compilation, the rate of training, what fits."""
+"""What follows from the machine: device and ranks; type, threads, compilation and the rate of training, as
+steps of training were timed; what fits."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from colossus import layout
 from colossus.architecture import Architecture, Parameter, num_parameters, parameter_table
-from colossus.derive.dial import complete
+from colossus.derive.dial import complete, longest_sample
+from colossus.derive.model import default_optimizer
+from colossus.derive.settings import Choice, Compiling, Length, candidates, choose, compiling_of
 from colossus.errors import UserError
-from colossus.hardware.machine import Machine
+from colossus.hardware.machine import Machine, ranks_here
+from colossus.hardware.timings import Timing
 from colossus.job import Job
 from colossus.measure.machine import free_memory_bytes
-from colossus.measure.training import training_flops_per_second
+from colossus.measure.training import compiled_timings, step_timings
 from colossus.optim.optimizer import MUON_GROUPS
 from colossus.perf.flops import model_flops_per_token, saved_bytes_per_token
 from colossus.perf.parts import kernel_of
 from colossus.precision import torch_type
-from colossus.words import count, size
+from colossus.words import count, plural, size
 
 USABLE = 0.85  # of the minutes goes into training steps; the rest into validation, saving, compiling
-COMPILED_GAIN = 1.15  # of compiled blocks over eager ones: 1.14 at width 128, 1.26 at 192, 1.18 at 256
-COMPILE_SECONDS = 35.0  # of the first step on two cores; blocks are alike, so it hardly depends on the model
 KEPT_WEIGHTS = 0.05  # of a rank's memory, that gathered weights may take through a step
+RANK_BYTES = 200 * 10**6  # of a process that has loaded PyTorch and the trainer: 232 MB on Linux, x86-64
 MEASURED_WIDTH = 1024  # rates hardly grow beyond it
 
 
 def derive_machine(job: Job, machine: Machine, ranks: int | None = None) -> Job:
-    """Device, ranks, type and threads. ranks: so many; else as many as there are GPUs, or one.
+    """Device and ranks. ranks: so many; else as many as there are GPUs, or one.
 
     Raises:
         UserError: the machine lacks what was asked for.
     """
     check_device(job, machine)
-    if job.run.threads is not None and job.run.threads > machine.cores:
-        raise UserError(
-            f"run.threads={job.run.threads}: more than this machine's cores; at most {machine.cores}"
-        )
     job = job.derive(**{"fleet.name": "this-machine", "fleet.device": machine.device})
     axes = {f"layout.{axis}": 1 for axis in ("dp_replicate", "tp", "pp", "cp", "ep", "etp")}
     job = job.derive(**axes)
@@ -46,7 +46,7 @@ def derive_machine(job: Job, machine: Machine, ranks: int | None = None) -> Job:
     taken = job.layout.dp_replicate * job.layout.tp * job.layout.pp * job.layout.cp
     job = job.derive(**{"layout.dp_shard": max(1, devices // taken)})
     several = job.layout.schedule is not None and job.layout.schedule not in layout.ONE_STAGE
-    job = job.derive(
+    return job.derive(
         **{
             "layout.schedule": "1f1b",
             "layout.stages_per_rank": 2 if several and job.layout.pp > 1 else 1,
@@ -56,11 +56,15 @@ def derive_machine(job: Job, machine: Machine, ranks: int | None = None) -> Job:
             "layout.pools": [],
         }
     )
-    return job.derive(**{"precision.type": _type(job, machine), "run.threads": threads_of_rank(job, machine)})
 
 
 def check_device(job: Job, machine: Machine) -> None:
-    """Raises `UserError` where the machine has no such device, or not what it takes to compile."""
+    """Raises `UserError` where the machine has no such device or so many cores, or not what it takes to
+    compile."""
+    if job.asked_for("run.threads") and job.run.threads > machine.cores:
+        raise UserError(
+            f"run.threads={job.run.threads}: more than this machine's cores; at most {machine.cores}"
+        )
     if job.layout.compile and machine.compiler is None:
         raise UserError(
             "layout.compile=true: this machine lacks a C++ compiler that PyTorch can use, or Python.h; false"
@@ -69,27 +73,117 @@ def check_device(job: Job, machine: Machine) -> None:
         raise UserError.field("fleet.device", "cuda", "this machine has no GPU that PyTorch can use; cpu")
 
 
+def check_ranks(job: Job, machine: Machine) -> None:
+    """Raises `UserError` where this machine cannot hold its ranks of the job: each needs a GPU of its own, or
+    on a processor memory for the libraries alone. Ranks that a launcher has started have that already."""
+    here = ranks_here(job.layout.num_ranks)
+    if job.fleet.device == "cuda":
+        most = len(machine.gpus)
+        why = f"which has {plural(most, 'GPU')}, and each takes one"
+    elif "RANK" in os.environ:
+        return
+    else:
+        most = max(1, machine.memory_bytes // RANK_BYTES)
+        why = f"whose memory holds {count(most)} of at least {size(RANK_BYTES)} each"
+    if here <= most:
+        return
+    axis = max(layout.AXES, key=lambda name: job.get(f"layout.{name}"))
+    value = job.get(f"layout.{axis}")
+    fits = max(1, most * value // here)
+    raise UserError(f"layout.{axis}={value}: {count(here)} ranks on this machine, {why}; at most {fits}")
+
+
+def derive_settings(job: Job, machine: Machine) -> Job:
+    """Type, threads and compilation of a job whose model is known.
+
+    Of compilation: whether it is known to pay; where it may, the run's first steps say (see
+    `trainer.hooks.compile`).
+    """
+    chosen = _choice(job, machine, nearest(job, job.model), _length(job))
+    return job.derive(
+        **{
+            "precision.type": chosen.setting.type,
+            "run.threads": chosen.setting.threads,
+            "layout.compile": chosen.compile,
+        }
+    )
+
+
+def type_here(job: Job, machine: Machine) -> str:
+    """In which a job whose model is known would be trained here. Of a model that is too large for this
+    machine no step can be timed: the type of the quickest products."""
+    job = derive_machine(job, machine, job.fleet.count)
+    if job.fleet.device == "cuda":
+        return candidates(job, machine)[0].type
+    if job.precision.type is None and state_bytes(job, job.model) > memory_bytes(job, machine):
+        return machine.best.type
+    kind: str = derive_settings(job, machine).precision.type
+    return kind
+
+
 def choose_for_machine(job: Job, machine: Machine) -> dict[str, Any]:
     """Type, threads and compilation of a resolved job on another machine, but for what the user asked for."""
+    names = {"type": "precision.type", "threads": "run.threads", "compile": "layout.compile"}
+    job = job.without(*(name for name in names.values() if not job.asked_for(name)))
+    if machine.compiler is None:
+        job = job.put({"layout.compile": False}, "derived")
+    job = derive_settings(job, machine)
+    return {key: job.get(name) for key, name in names.items()}
 
-    def kept(name: str, choose: Callable[[], Any]) -> Any:
-        return job.get(name) if job.asked_for(name) else choose()
 
-    return {
-        "type": kept("precision.type", lambda: _type(job, machine)),
-        "threads": kept("run.threads", lambda: threads_of_rank(job, machine)),
-        "compile": machine.compiler is not None
-        and kept("layout.compile", lambda: compiling_pays(job, machine)),
-    }
+def _choice(job: Job, machine: Machine, arch: Architecture, length: Length) -> Choice:
+    device, settings = job.fleet.device or "cpu", candidates(job, machine)
+    timings = step_timings(machine, arch, job.data.seq_len, settings, device, optimizer_of(job))
+
+    def compiling(timing: Timing) -> Compiling | None:
+        return expected_compiling(job, machine, arch, timing) if may_compile(job, machine) else None
+
+    return choose(timings, length, compiling, forced=job.layout.compile is True)
+
+
+def expected_compiling(job: Job, machine: Machine, arch: Architecture, timing: Timing) -> Compiling:
+    """What compiling the layers of `arch` is expected to gain, where steps take what `timing` says."""
+    peak = machine.peak_flops_per_second(job.fleet.device or "cpu")
+    if job.fleet.device != "cuda":
+        peak = machine.flops_per_second(timing.type) or peak
+    return compiling_of(timing, arch.hidden_size, peak, compiled_timings())
+
+
+def may_compile(job: Job, machine: Machine) -> bool:
+    """Whether layers can be compiled here, in this layout, and the user did not say that they must not."""
+    if machine.compiler is None or (job.layout.compile is False and job.asked_for("layout.compile")):
+        return False
+    row = layout.layout_row(job.layout) | {"compile": 1}
+    return all(rule.holds(row) for rule in layout.RULES if rule.name == "no-compiled-zero-bubble")
+
+
+def optimizer_of(job: Job) -> str:
+    """The optimizer's name, as asked for or as it will be derived."""
+    return job.optimizer.name or default_optimizer(job)
+
+
+def _length(job: Job) -> Length:
+    if job.run.minutes is not None:
+        return Length(seconds=job.run.minutes * 60 * USABLE)
+    tokens = job.run.tokens or _tokens_of_steps(job)
+    flops = tokens * model_flops_per_token(job.model, job.data.seq_len)
+    return Length(flops=flops / job.layout.num_ranks)
+
+
+def _tokens_of_steps(job: Job) -> int:
+    """Of all steps, at the batches and lengths that occur; 0 where no number of steps is given."""
+    steps, shapes = job.run.steps or 0, job.shapes(job.run.global_batch or 0)
+    ends = [min(begin, steps) for begin, _, _ in shapes[1:]] + [steps]
+    return sum((end - begin) * b * t for (begin, b, t), end in zip(shapes, ends, strict=True) if end > begin)
 
 
 def check_memory(job: Job, arch: Architecture, machine: Machine) -> None:
     """Raises `UserError` where weights, gradients and optimizer state alone are more than there is memory."""
     needed, there = state_bytes(job, arch), memory_bytes(job, machine)
     if needed > there:
-        name = arch.preset or f"model.hidden_size={arch.hidden_size}"
+        name = f"model={arch.preset}" if arch.preset else f"model.hidden_size={arch.hidden_size}"
         raise UserError(
-            f"model={name}: {count(num_parameters(arch))} parameters need {size(needed)} for weights, "
+            f"{name}: {count(num_parameters(arch))} parameters need {size(needed)} for weights, "
             f"gradients and optimizer state, and {size(there)} is free here; a smaller model (see "
             "`colossus models`)"
         )
@@ -108,9 +202,12 @@ def state_bytes(job: Job, arch: Architecture) -> int:
 
 
 def memory_bytes(job: Job, machine: Machine) -> int:
-    """Memory that a run can take: what is free now on a processor, all of the GPUs."""
+    """Memory that a run can take on all its machines: what is free now on each, of GPUs all.
+
+    Other machines are taken to be like this one.
+    """
     if job.fleet.device == "cpu":
-        return free_memory_bytes()
+        return free_memory_bytes() * job.layout.num_ranks // ranks_here(job.layout.num_ranks)
     return machine.gpus[0].memory_bytes * job.layout.num_ranks
 
 
@@ -130,10 +227,11 @@ def micro_batch(job: Job, share: int, machine: Machine) -> int:
 
 
 def _is_scheduled(job: Job, micro_batch: int) -> bool:
-    """Whether a pipeline's schedule takes the micro batches that this gives."""
-    smallest = min(batch for _, batch in job.run.batch_schedule)
-    row = layout.layout_row(job.layout) | {"micro_batch": micro_batch, "global_batch": smallest}
-    return all(rule.holds(row) for rule in layout.RULES if rule.name in ("pp-micro-batches", "pp-rounds"))
+    """Whether a pipeline's schedule takes the micro batches that this gives, at every step."""
+    row = layout.layout_row(job.layout) | {"micro_batch": micro_batch}
+    rules = [rule for rule in layout.RULES if rule.name in ("pp-micro-batches", "pp-rounds")]
+    batches = {batch for _, batch, _ in job.shapes()}
+    return all(rule.holds(row | {"global_batch": batch}) for rule in rules for batch in batches)
 
 
 def letting_go_pays(job: Job, machine: Machine) -> bool:
@@ -144,59 +242,45 @@ def letting_go_pays(job: Job, machine: Machine) -> bool:
     return layout.pp == 1 and gathered > KEPT_WEIGHTS * memory_bytes(job, machine) / layout.num_ranks
 
 
-def longest_sample(job: Job) -> int:
-    """Tokens of the longest samples of all phases."""
-    return max([job.data.seq_len, *(phase.seq_len for phase in job.data.phases if phase.seq_len)])
-
-
-def measured_rates(job: Job) -> Callable[[Architecture], float]:
-    """The rate that training a model in `run.minutes` will reach, in model FLOP/s.
-
-    Measured, when asked, for the default models of widths that are powers of two, and in between in
-    proportion; for a model that was asked for, measured itself.
-    """
-    assert job.run.minutes is not None
-    compiled = job.layout.compile
-    if compiled is None:
-        compiled = _is_long(job.run.minutes * 60 * USABLE)
+def mean_rates(job: Job, machine: Machine) -> Callable[[Architecture], float]:
+    """The rate at which a model is trained in `run.minutes`, compiling included, in model FLOP/s."""
+    length = _length(job)
 
     @cache
-    def measured(arch: Architecture) -> float:
-        kind, threads, device = job.precision.type, job.run.threads, job.fleet.device
-        rate = training_flops_per_second(arch, job.data.seq_len, kind, threads, device)
-        return rate * COMPILED_GAIN if compiled else rate
+    def mean(arch: Architecture) -> float:
+        return _choice(job, machine, arch, length).mean_flops_per_second
 
     def rate(arch: Architecture) -> float:
-        if job.model.hidden_size is not None:
-            return measured(arch)
-        power = math.log2(min(arch.hidden_size, MEASURED_WIDTH))
-        below, share = 2 ** int(power), power % 1
-        low = measured(complete(job, below))
-        return low if not share else low ** (1 - share) * measured(complete(job, 2 * below)) ** share
+        near = neighbours(job, arch)
+        if len(near) == 1:
+            return mean(near[0])
+        share = math.log2(min(arch.hidden_size, MEASURED_WIDTH)) % 1
+        return mean(near[0]) ** (1 - share) * mean(near[1]) ** share
 
     return rate
 
 
-def compiling_pays(job: Job, machine: Machine) -> bool:
-    """Whether the run is long enough to win back the seconds that its first step takes longer."""
-    if machine.compiler is None:
-        return False
-    if job.run.minutes is not None:
-        return _is_long(job.run.minutes * 60 * USABLE)
-    steps = job.run.steps or 0
-    tokens = job.run.tokens or steps * job.run.global_batch * job.data.seq_len
-    flops = tokens * model_flops_per_token(job.model, job.data.seq_len)
-    return _is_long(flops / (0.3 * machine.peak_flops_per_second(job.fleet.device) * job.layout.num_ranks))
+def neighbours(job: Job, arch: Architecture) -> list[Architecture]:
+    """The models that are timed in the place of `arch`, the narrower one first: of a model that was asked
+    for, itself; of the default models, those whose widths are powers of two."""
+    if job.asked_for("model.hidden_size") or job.model.init_from is not None:
+        return [arch]
+    job = job.without(*(f"model.{n}" for n in type(arch).model_fields if not job.asked_for(f"model.{n}")))
+    power = math.log2(min(arch.hidden_size, MEASURED_WIDTH))
+    return [complete(job, 2**n) for n in sorted({math.floor(power), math.ceil(power)})]
 
 
-def _is_long(seconds: float) -> bool:
-    return seconds * (1 - 1 / COMPILED_GAIN) > COMPILE_SECONDS
+def nearest(job: Job, arch: Architecture) -> Architecture:
+    """That of its neighbours whose width is nearer."""
+    return min(neighbours(job, arch), key=lambda other: abs(math.log(other.hidden_size / arch.hidden_size)))
 
 
-def _type(job: Job, machine: Machine) -> str:
-    return "bf16" if job.fleet.device == "cuda" else machine.best.type
+def peak_flops_per_second(job: Job, machine: Machine) -> float:
+    """The denominator of MFU for a job's ranks together: those on one machine share its processor."""
+    sharing = ranks_here(job.layout.num_ranks) if job.fleet.device == "cpu" else 1
+    return machine.peak_flops_per_second(job.fleet.device or "cpu") * job.layout.num_ranks / sharing
 
 
 def threads_of_rank(job: Job, machine: Machine) -> int:
     """Of what the machine is quickest with, a rank's share."""
-    return max(1, machine.best_threads // job.layout.num_ranks)
+    return max(1, machine.best_threads // ranks_here(job.layout.num_ranks))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from colossus.architecture import Architecture
+from colossus.checkpoints.weights import Weights
 from colossus.data.tokenizer import BytesTokenizer, load_tokenizer
 from colossus.errors import UserError
 from colossus.generation.load import open_weights
 from colossus.job import Job
+from colossus.models.hf.elsewhere import folders_beside, remedy
 from colossus.section import Section
 
 # Of the rate that a model from scratch would get: published recipes for tuning take a tenth to a thirtieth of
@@ -27,9 +30,24 @@ def follow_model(job: Job) -> Job:
     """
     if job.model.init_from is None:
         return job
-    weights = open_weights(job.model.init_from)
+    weights = _opened(job.model.init_from)
     job = _follow_architecture(job, weights.arch)
     return _follow_tokenizer(job, weights.tokenizer)
+
+
+def _opened(name: str) -> Weights:
+    """The weights that `model.init_from` names, in whose words the error is where there are none."""
+    path, field = Path(name), f"model.init_from={name}"
+    if not os.path.isdir(path):  # noqa: PTH112  # False too for a name that no folder can have
+        allowed = "the folder of a run, of a checkpoint or of a Hugging Face model"
+        what = "a file, not a folder" if os.path.exists(path) else "no such folder"  # noqa: PTH110
+        raise UserError.field(
+            "model.init_from", name, f"{what}; {allowed}{remedy(path)}", folders_beside(path)
+        )
+    try:
+        return open_weights(path)
+    except UserError as error:
+        raise UserError(f"{field}: {str(error).removeprefix(f'{name}: ').removeprefix(f'{name} ')}") from None
 
 
 def _follow_architecture(job: Job, arch: Architecture) -> Job:

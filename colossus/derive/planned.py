@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 
-from colossus.derive.machine import check_device, compiling_pays, longest_sample, threads_of_rank
+from colossus.derive.machine import check_device, threads_of_rank
 from colossus.errors import UserError
 from colossus.hardware.fleets import hardware_of
 from colossus.hardware.machine import Machine
@@ -53,12 +53,11 @@ def derive_layout_by_plan(job: Job, machine: Machine, ranks: int) -> Job:
     Raises:
         UserError: the job cannot be planned; NothingFits: no layout is legal and fits.
     """
-    job = job.derive(**{"layout.compile": compiling_pays(job, machine)})
-    names = [name for name in (*FIELDS, "cp_method", "pools") if not job.asked_for(f"layout.{name}")]
+    fields = (*FIELDS, "recompute_layers", "cp_method", "pools")
+    names = [name for name in fields if not job.asked_for(f"layout.{name}")]
     question = job.without(*(f"layout.{name}" for name in names))
     conditions = {
         "run.global_batch": min(count for _, count in job.run.batch_schedule),
-        "data.seq_len": longest_sample(job),
         "precision.type": "fp32" if job.precision.type == "fp64" else job.precision.type,
     }
     if job.fleet.accelerator is None and job.fleet.pools is None:
@@ -68,7 +67,7 @@ def derive_layout_by_plan(job: Job, machine: Machine, ranks: int) -> Job:
     plan = make_plan(question.put(conditions, "derived"), machine, whole=whole)
     chosen = {"pools": []} | plan.layout()
     job = job.put({f"layout.{name}": chosen[name] for name in names}, "planned")
-    if not job.asked_for("run.threads"):
+    if not job.asked_for("run.threads") and job.fleet.device == "cuda":  # where some may rest
         job = job.put({"run.threads": threads_of_rank(job, machine)}, "derived")
     predicted = (f"{plan.best.seconds:.6g}", f"{plan.best.reserved:.0f}")
     return dataclasses.replace(job, made=job.made | dict(zip(PREDICTED, predicted, strict=True)))

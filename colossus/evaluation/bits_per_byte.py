@@ -21,11 +21,13 @@ from torch import nn
 
 from colossus.architecture import IGNORED
 from colossus.data.compressors import COMPRESSORS
+from colossus.data.lossless import LIMIT
 from colossus.errors import UserError
 from colossus.evaluation.eager import eagerly
 from colossus.evaluation.windows import Windows, batches, windows
 
 BATCH_TOKENS = 8192
+FEW_DOCUMENTS = 32  # among which there is a question, where there are any
 
 
 class HeldOut(Protocol):
@@ -61,12 +63,14 @@ class Ranks(Protocol):
 class ValidationResult:
     """loss: nats a token. The compressors saw the same documents, each by itself.
 
+    bits_per_byte: None where it is withheld, since the tokenizer loses too much of the text.
+    lost: the share of the bytes of all held-out text that it loses.
     num_tokens: predicted tokens that count. num_positions: forward positions that it took, padding included.
     seconds: of wall time.
     """
 
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     gzip_bits_per_byte: float
     bz2_bits_per_byte: float
     xz_bits_per_byte: float
@@ -75,6 +79,7 @@ class ValidationResult:
     num_bytes: int
     num_positions: int
     seconds: float
+    lost: float = 0.0
 
 
 class Validation:
@@ -98,6 +103,8 @@ class Validation:
             name: np.concatenate([table[f"{name}_bytes"] for table in tables])[order].astype(np.int64)
             for name in ("num", *COMPRESSORS)
         }
+        lost = sum(getattr(corpus, "num_lost_bytes", 0) for corpus in self._corpora)  # not all have looked
+        self.lost = lost / max(1, int(self._bytes["num"].sum()))
         if not self._bytes["num"].sum():
             raise UserError(
                 "data.validation_fraction: no text was held out; a larger fraction, or more documents"
@@ -134,6 +141,17 @@ class Validation:
         """The windows of the first `num_documents`, or of all."""
         return windows(self._num_tokens[:num_documents], self.seq_len)
 
+    def question(self) -> np.ndarray | None:
+        """What stands before the first answer of a document, as tokens [N] in the template: of the first that
+        is not learned from its beginning on; None where none of the first few is such."""
+        for index in range(min(FEW_DOCUMENTS, self.num_documents)):
+            corpus, start = self._corpora[self._corpus[index]], int(self._start[index])
+            stop = start + int(self._num_tokens[index])
+            scored = corpus.scored(start, stop)
+            if scored is not None and scored.any() and not scored[0]:
+                return corpus.tokens(start, start + int(np.argmax(scored)))
+        return None
+
     def batch(self, table: Windows, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """tokens_BT and targets_BT (int64) of some windows, padded on the right to `length`."""
         tokens_BT = np.zeros((len(rows), length), np.int64)
@@ -161,12 +179,13 @@ class Validation:
         bits = {f"{name}_bits_per_byte": 8 * totals[name] / num_bytes for name in COMPRESSORS}
         return ValidationResult(
             loss=nats / max(1, num_tokens),
-            bits_per_byte=nats / math.log(2) / num_bytes,
+            bits_per_byte=nats / math.log(2) / num_bytes if self.lost < LIMIT else None,
             num_documents=count,
             num_tokens=num_tokens,
             num_bytes=totals["num"],
             num_positions=num_positions,
             seconds=seconds,
+            lost=self.lost,
             **bits,
         )
 

@@ -12,14 +12,15 @@ import numpy as np
 
 from colossus.checkpoints.format import is_committed
 from colossus.data.build import open_split
-from colossus.data.corpus import Corpus, Document, open_corpus, text_of
+from colossus.data.corpus import Corpus, Document, text_of
 from colossus.data.documents import Encoder
+from colossus.data.open import open_corpus
 from colossus.data.shards import HELD_OUT, ShardedTokens
 from colossus.data.split import key_of, sizes_of
 from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer
 from colossus.errors import UserError
 from colossus.evaluation.bits_per_byte import HeldOut, Validation, ValidationResult, evaluate
-from colossus.job import Job, load_job
+from colossus.job import Job, load_run_job
 
 if TYPE_CHECKING:
     from colossus.models import Decoder
@@ -53,6 +54,7 @@ class Texts:
 
     ids: of all documents, one after the other; mask: which of them count. table: a row a document (dtype
     HELD_OUT), in fixed order; its bytes are of the text that counts: of chats, what the assistant says.
+    num_lost_bytes: of that text, what its tokens do not give back.
     """
 
     corpus: str
@@ -60,6 +62,7 @@ class Texts:
     ids: np.ndarray
     mask: np.ndarray
     table: np.ndarray
+    num_lost_bytes: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -93,8 +96,7 @@ def choose_texts(
     """
     if documents is not None and documents < 1:
         raise UserError.field("documents", documents, "must be at least 1")
-    if megabytes is not None and not megabytes > 0:
-        raise UserError.field("megabytes", megabytes, "must be above 0")
+    _check_megabytes(megabytes)
     max_bytes = max(1, int((MEGABYTES if megabytes is None else megabytes) * 1e6))
     found, whole = _read(open_corpus(name, text_field))
     if not found:
@@ -112,12 +114,14 @@ def choose_texts(
         chosen.append(document)
         total += len(data)
     assert isinstance(tokenizer, JsonTokenizer | BytesTokenizer)
-    encoded = list(Encoder(tokenizer)(chosen))
+    encoder = Encoder(tokenizer)
+    encoded = list(encoder(chosen))
     starts = np.cumsum([0, *(len(document.ids) for document in encoded)])
     rows = [(s, *sizes_of(d.learned.encode())) for s, d in zip(starts, encoded, strict=False)]
     ids, mask = np.concatenate([d.ids for d in encoded]), np.concatenate([d.mask for d in encoded])
     whole = whole and len(chosen) == len(found)
-    return Texts(name, whole, ids.astype(np.int64), mask, np.array(rows, HELD_OUT))
+    lost = sum(map(encoder.lost_bytes, encoded))
+    return Texts(name, whole, ids.astype(np.int64), mask, np.array(rows, HELD_OUT), lost)
 
 
 def _read(corpus: Corpus) -> tuple[list[Document], bool]:
@@ -198,7 +202,7 @@ def held_out_of(path: str | Path, tokenizer: Tokenizer) -> tuple[Job, list[Shard
     run = run_at(path)
     if run is None:
         raise UserError(f"{path}: no run, so nothing was held out for it; name a corpus: --corpus NAME")
-    job = load_job(run / "job.toml")
+    job = load_run_job(run)
     if job.data.folder is None:
         raise UserError(f"{run / 'job.toml'}: says nothing of its data; name a corpus: --corpus NAME")
     splits = []
@@ -248,12 +252,16 @@ def check_vocabulary(model: Decoder, tokenizer: Tokenizer) -> None:
         )
 
 
+def _check_megabytes(megabytes: float | None) -> None:
+    if megabytes is not None and not 0 < megabytes < float("inf"):
+        raise UserError.field("megabytes", megabytes, "must be above 0, and a finite number")
+
+
 def _fitting(validation: Validation, documents: int | None, megabytes: float | None) -> int:
     """How many of the held-out documents, from the first on, are asked for; at least one."""
     if documents is not None and documents < 1:
         raise UserError.field("documents", documents, "must be at least 1")
-    if megabytes is not None and not megabytes > 0:
-        raise UserError.field("megabytes", megabytes, "must be above 0")
+    _check_megabytes(megabytes)
     count = min(validation.num_documents, documents or validation.num_documents)
     if megabytes is not None:
         sizes: Sequence[int] = validation.num_bytes()[:count].tolist()

@@ -6,6 +6,8 @@ Needs the extra `eval`; `evaluation/tasks.py` says so where it is missing.
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +30,18 @@ if TYPE_CHECKING:
 LOGITS = 2**26  # that exist at once, unless a single row has more: 256 MiB in fp32
 MAX_NEW_TOKENS = 256  # of a text where its task does not say
 MAX_NEW_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+DRAWING = ("top_k", "top_p", "min_p")  # settings that only a text that is drawn has
+SETTINGS = ("until", *MAX_NEW_TOKENS_NAMES, "do_sample", "temperature", *DRAWING, "repetition_penalty")
+WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "typical_p": 1, "no_repeat_ngram_size": 0}
+"""Settings of `transformers` that are read where they change nothing."""
 
 Generate = Callable[..., list[str]]  # as `colossus.generation.generate`
 Scored = tuple[float, bool]  # (log-likelihood in nats, whether each token is the likeliest)
 
 
 class HarnessModel(TemplateLM):
-    """Answers the harness's requests. Every text begins with the token that begins a document, as in
-    training.
+    """Answers the harness's requests, as its own model of `transformers` does of what is exported: in front
+    of a text stands what the model was taught to find there.
 
     generate: continues prompts; it is given by the caller, since generation is built on evaluation.
     world: ranks that share the batches. Each makes the same number of forward calls and gets all answers;
@@ -59,6 +65,8 @@ class HarnessModel(TemplateLM):
         self._ranks = world
         self.max_length = max_length or model.arch.max_seq_len
         self._before_batch = before_batch or (lambda: None)
+        behind = tokenizer.encode("a a")[len(tokenizer.encode("a")) :]
+        self._lost = "" if tokenizer.decode(behind).startswith(" ") else " "
         self._batch_tokens = max(1, min(BATCH_TOKENS, LOGITS // model.arch.vocab_size))
 
     @property
@@ -67,23 +75,41 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self._tokens.bos_id
+        return self._tokens.prefix_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text, behind the token that begins a document unless that is declined."""
+        """Ids of a text, behind what begins every text unless that is declined."""
         ids = self._tokens.encode(string)
-        return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
+        return ids if add_special_tokens is False else [*self._tokens.begins, *ids]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Scored]:
-        """Of each (context, continuation): what the continuation has after the context."""
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        """Of each (context, continuation): what the continuation has after the context. One that makes no
+        token has no probability: with 0 nats, as the sum over none, it would be the best of all."""
+        made = [bool(self.tok_encode(request.args[1], add_special_tokens=False)) for request in requests]
+        asked = [request for request, is_made in zip(requests, made, strict=True) if is_made]
+        if len(asked) < len(requests):
+            logging.getLogger(__name__).warning(
+                f"tasks: {len(requests) - len(asked):,} of {len(requests):,} continuations make no token "
+                f"(the first behind {requests[made.index(False)].args[0][-60:]!r}): they count as impossible"
+            )
+        scores = iter(super().loglikelihood(asked, disable_tqdm=disable_tqdm))
+        return [next(scores) if is_made else (-math.inf, False) for is_made in made]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As the harness: blanks between the two are the continuation's. Where that has no token of its own,
+        because its text became one with the context's, each is encoded by itself. A context of blanks alone
+        is as one that is empty."""
+        first, then = super()._encode_pair(context, continuation)
+        then = then or self.tok_encode(continuation, add_special_tokens=False)
+        return first or [self.prefix_token_id], then
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of each whole text, in the harness's windows: side by side, the last one filled up to the left."""
+        """Of each whole text, in the harness's windows: side by side, the last one filled up to the left. As
+        with its own model, what stands in front of a text is scored too, behind the prefix."""
         owners: list[int] = []
         pieces: list[tuple[tuple[str, str], list[int], list[int]]] = []
         for index, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            ids = self.tok_encode(request.args[0])
             for rolled in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
                 context, continuation = make_disjoint_window(rolled)
                 owners.append(index)
@@ -94,7 +120,9 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """A continuation of each prompt, up to the first of its stop strings."""
+        """A continuation of each prompt, up to the first of its stop strings. As with the harness's own model
+        a blank at a prompt's end is read as it is, and one with which a text begins is lost where decoding
+        loses it."""
         assert self._ranks is None or self._ranks.size == 1, "texts are written by one rank alone"
         same: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -103,11 +131,13 @@ class HarnessModel(TemplateLM):
         for indices in same.values():
             self._before_batch()
             settings = sampling_of(requests[indices[0]].args[1])
-            prompts = [requests[index].args[0] for index in indices]
+            prompts = [
+                self.tok_encode(requests[index].args[0]) or [self._tokens.begin_id] for index in indices
+            ]
             for index, text in zip(
                 indices, self._generate(self._model, self._tokens, prompts, **settings), strict=True
             ):
-                texts[index] = text
+                texts[index] = text.removeprefix(self._lost)
         return texts
 
     @torch.no_grad()
@@ -168,16 +198,31 @@ def _score(logits_TV: torch.Tensor, continuation: list[int]) -> Scored:
 
 
 def sampling_of(asked: dict[str, Any]) -> dict[str, Any]:
-    """What a task asks of a text, as the arguments of `generate`.
+    """What a task asks of a text (its `generation_kwargs`), as the arguments of `generate`.
 
-    Without `do_sample` it is the likeliest text, whatever its temperature, as the harness has it.
+    Without `do_sample` it is the likeliest text, whatever its temperature, as the harness has it. Then what
+    narrows the choice where a text is drawn has no effect, as in `transformers`; a penalty has.
+
+    Raises:
+        UserError: a setting that is not known.
     """
+    for name, value in asked.items():
+        if name not in SETTINGS and value is not None and value != WITHOUT_EFFECT.get(name):
+            allowed = f"{value!r} is asked for, which is not supported; {', '.join(SETTINGS)} are"
+            raise UserError.field("generation_kwargs", name, allowed, SETTINGS)
     until = asked.get("until") or []
     lengths: Iterable[Any] = (asked[name] for name in MAX_NEW_TOKENS_NAMES if asked.get(name) is not None)
     samples = bool(asked.get("do_sample"))
     settings: dict[str, Any] = {
         "max_tokens": int(next(iter(lengths), MAX_NEW_TOKENS)),
-        "stop": [until] if isinstance(until, str) else list(until),
+        "stop": [text for text in (until if isinstance(until, list) else [until]) if text != ""],
         "temperature": float(asked.get("temperature", 1.0)) if samples else 0.0,
     }
-    return settings | {name: asked[name] for name in ("top_k", "top_p") if samples and asked.get(name)}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if samples:
+        settings |= {name: given[name] for name in DRAWING if name in given}
+        if settings.get("top_k") == 0:  # no bound, in `transformers`
+            del settings["top_k"]
+        if settings.get("top_p") == 0:  # the likeliest token alone
+            settings |= {"top_p": None, "top_k": 1}
+    return settings | {name: given[name] for name in ("repetition_penalty",) if name in given}

@@ -128,7 +128,7 @@ def run_tasks(
     """
     from lm_eval.evaluator import evaluate
 
-    from colossus.evaluation.harness import HarnessModel
+    from colossus.evaluation.harness import HarnessModel, sampling_of
 
     if limit is not None and limit < 1:
         raise UserError.field("limit", limit, "must be at least 1")
@@ -136,8 +136,13 @@ def run_tasks(
     check_ranks(tasks, world)
     most = window(model, seq_len, model.arch.max_seq_len)
     asked = HarnessModel(model, tokenizer, generate, world=world, max_length=most, before_batch=before_batch)
-    for task in tasks.loaded["tasks"].values():
+    for name, task in tasks.loaded["tasks"].items():
         task._instances = None  # of an earlier run
+        if name in tasks.writing:
+            try:
+                sampling_of(task.get_config("generation_kwargs") or {})
+            except UserError as error:
+                raise UserError(f"tasks={name}: {error}") from None
     with _seeded(), _without_processes(), _silence(quiet):
         found = evaluate(
             lm=asked,

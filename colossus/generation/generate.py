@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from colossus.errors import UserError
 from colossus.evaluation.eager import eagerly
+from colossus.generation.arguments import Prompt, check_prompt, check_prompts, check_stop, check_whole
 from colossus.generation.sampling import Sampling
 from colossus.generation.text import TextBuilder
 from colossus.models import Decoder, KVCache
@@ -43,7 +46,7 @@ class _Row:
 def generate(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     max_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -52,25 +55,39 @@ def generate(
     stop: Sequence[str] = (),
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    special: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[str]:
     """The continuation of each prompt, without the prompt.
 
-    It ends before the end-of-document token, before the first of the `stop` strings, or after
-    `max_tokens` tokens. See `Sampling` for what narrows the choice. Text may be longer than the model's
-    window: where the window is full it moves on by half, so that every token is predicted from at least
-    half a window.
+    It ends before a token that ends a text or a turn (`Tokenizer.ends`), before the first of the `stop`
+    strings, or after `max_tokens` tokens. See `Sampling` for what narrows the choice. Text may be longer than
+    the model's window: where the window is full it moves on by half, so that every token is predicted from at
+    least half a window.
+
+    A prompt is a text, or a list of the tokenizer's ids, which are read as they are. In front of a text
+    stands what the model was taught to find there; of a published one, what the tokenizer's own encoding
+    puts there. It may be a list of messages, too, each with `role` and `content`, which the tokenizer's chat
+    template renders, with the header of the answer that is written.
+
+    tools: JSON schemas of the functions that messages may call, which the chat template renders too.
+
+    special: special tokens that a text spells are read as such, and not in letters. Never for texts that
+        somebody else may have written. A message is always text, whatever it spells.
 
     A space at a prompt's end belongs to the word that follows, as it did in the training text: the first
-    new token is chosen among those that begin with a space.
+    new token is chosen among those that begin with a space. Where the tokenizer has none, the prompt is read
+    as it is.
 
     Raises:
-        UserError: prompts are no list of strings, or a number is outside its range.
+        UserError: prompts are no list of texts, ids or messages, or a number is outside its range; the model
+            has no embedding for a token of a prompt; messages do not fit into its context.
     """
-    if isinstance(prompts, str):
-        raise UserError.field("prompts", prompts, "expected a list of strings; write [prompt]")
-    texts = [""] * len(prompts)
+    checked = check_prompts(prompts, tokenizer, model.arch.max_seq_len, tools)
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
-    for index, piece in _pieces(model, tokenizer, prompts, max_tokens, sampling, stop):
+    rows = _rows(model, tokenizer, checked, max_tokens, stop, special)
+    texts = [""] * len(rows)
+    for index, piece in _pieces(model, tokenizer, rows, sampling):
         texts[index] += piece
     return texts
 
@@ -78,7 +95,7 @@ def generate(
 def stream(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Prompt,
     max_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -87,12 +104,16 @@ def stream(
     stop: Sequence[str] = (),
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    special: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> Iterator[str]:
     """The pieces of what `generate` returns for one prompt, each as soon as it is certain."""
+    checked = [check_prompt("prompt", prompt, tokenizer, model.arch.max_seq_len, tools)]
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
-    for _, piece in _pieces(model, tokenizer, [prompt], max_tokens, sampling, stop):
-        if piece:
-            yield piece
+    rows = _rows(
+        model, tokenizer, checked, max_tokens, stop, special
+    )  # a mistake is told before the first piece
+    return (piece for _, piece in _pieces(model, tokenizer, rows, sampling) if piece)
 
 
 def window_begin(position: int, window: int) -> int:
@@ -101,19 +122,32 @@ def window_begin(position: int, window: int) -> int:
     return max(0, -(-(position - window) // stride) * stride)
 
 
-def _pieces(
+def _rows(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[int]],
     max_tokens: int,
-    sampling: Sampling,
     stop: Sequence[str],
+    special: bool,
+) -> list[_Row]:
+    """The prompts, ready to be continued. Raises as `generate` does."""
+    max_tokens, stop = check_whole("max_tokens", max_tokens, 0), check_stop(stop)
+    if not special:
+        _warn_of_letters([prompt for prompt in prompts if isinstance(prompt, str)], tokenizer)
+    rows = [_row(i, prompt, tokenizer, max_tokens, stop, special) for i, prompt in enumerate(prompts)]
+    most = max((max(row.tokens) for row in rows), default=0)
+    if most >= model.arch.vocab_size:
+        raise UserError(
+            f"prompts: token {most} of the tokenizer's {tokenizer.vocab_size:,}; the model has embeddings "
+            f"for {model.arch.vocab_size:,}: the two do not belong together"
+        )
+    return rows
+
+
+def _pieces(
+    model: Decoder, tokenizer: Tokenizer, rows: list[_Row], sampling: Sampling
 ) -> Iterator[tuple[int, str]]:
     """(index of a prompt, piece of its continuation)."""
-    if max_tokens < 0:
-        raise UserError.field("max_tokens", max_tokens, "must be 0 or more")
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    rows = [_row(i, prompt, tokenizer, max_tokens, stop) for i, prompt in enumerate(prompts)]
     was_training = model.training
     model.eval()
     try:
@@ -122,17 +156,50 @@ def _pieces(
         model.train(was_training)
 
 
-def _row(index: int, prompt: str, tokenizer: Tokenizer, max_tokens: int, stop: tuple[str, ...]) -> _Row:
-    space = " " if prompt.endswith(" ") else ""
-    tokens = [tokenizer.bos_id, *tokenizer.encode(prompt.removesuffix(space))]
-    first_ids = _ids_that_begin_with_a_space(tokenizer) if space else None  # type: ignore[arg-type]  # by identity
-    text = TextBuilder(tokenizer, stop, drop_prefix=space)
+def _row(
+    index: int,
+    prompt: str | list[int],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    stop: tuple[str, ...],
+    special: bool,
+) -> _Row:
+    if not isinstance(prompt, str):
+        text = TextBuilder(tokenizer, stop, prompt=prompt)
+        return _Row(index, prompt, text, len(prompt) + max_tokens, None)
+    first_ids = _ids_that_begin_with_a_space(tokenizer) if prompt.endswith(" ") else None  # type: ignore[arg-type]  # by identity
+    if first_ids is not None and not len(first_ids):
+        first_ids = None
+    space = " " if first_ids is not None else ""
+    tokens = _ids(prompt.removesuffix(space), tokenizer, special) or [tokenizer.begin_id]
+    text = TextBuilder(tokenizer, stop, space, tokens)
     return _Row(index, tokens, text, len(tokens) + max_tokens, first_ids)
+
+
+def _ids(text: str, tokenizer: Tokenizer, special: bool) -> list[int]:
+    """Of a text, behind what begins every text, unless it spells that itself."""
+    begins = list(tokenizer.begins)
+    ids = tokenizer.encode_rendered([text])[0][0].tolist() if special else tokenizer.encode(text)
+    return ids if begins and ids[: len(begins)] == begins else begins + ids
+
+
+def _warn_of_letters(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Says of special tokens that prompts spell, and that are read as text, how they are read as such."""
+    text = "\n".join(prompts)
+    spelled = sorted(name for name in tokenizer.special_tokens if name in text)
+    if spelled:
+        logging.getLogger(__name__).warning(
+            f"prompts: {', '.join(spelled)}: read in letters, as text; to read special tokens as such: "
+            "--special (special=True)"
+        )
 
 
 @lru_cache(maxsize=4)
 def _ids_that_begin_with_a_space(tokenizer: Tokenizer) -> torch.Tensor:
-    return torch.tensor([i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).startswith(" ")])
+    word = tokenizer.encode("a")  # some decoders take the space from a text's first token
+    known = len(tokenizer.decode(word))
+    ids = [i for i in range(tokenizer.vocab_size) if tokenizer.decode([*word, i])[known:].startswith(" ")]
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _continue(
@@ -144,8 +211,11 @@ def _continue(
     waiting = deque(sorted(rows, key=lambda row: len(row.tokens)))
     if not waiting:
         return
+    if model.copies is not None:
+        model.copies.refresh(model)
     cache = _cache(model, waiting)
     vocab_size = tokenizer.vocab_size  # the model's may be larger: padded, never trained
+    ends = tokenizer.ends
     open_rows = [waiting.popleft() for _ in cache.lengths]
     while open_rows:
         _read_ahead(model, open_rows, cache)
@@ -154,12 +224,11 @@ def _continue(
         for place, (row, logits_V) in enumerate(zip(open_rows, logits_BV, strict=True)):
             position = len(row.tokens)
             if row.first_ids is not None:
-                logits_V = torch.full_like(logits_V, -torch.inf).index_copy(
-                    0, row.first_ids, logits_V[row.first_ids]
-                )
+                first_ids = row.first_ids[row.first_ids < len(logits_V)]  # of the model's vocabulary
+                logits_V = torch.full_like(logits_V, -torch.inf).index_copy(0, first_ids, logits_V[first_ids])
                 row.first_ids = None
             token = sampling.choose(logits_V, row.tokens, row.index, position)
-            ended = token == tokenizer.eos_id
+            ended = token in ends
             if not ended:
                 row.tokens.append(token)
                 yield row.index, row.text.add(token)
@@ -222,7 +291,8 @@ def _neighbours(places: list[int], lengths: list[int]) -> Iterator[list[int]]:
 def _read(model: Decoder, tokens: list[list[int]], cache: KVCache) -> torch.Tensor:
     """Feeds tokens to the cache; the logits [B, V] that follow the last ones, in fp32 on the CPU."""
     tokens_BT = torch.tensor(tokens, device=next(model.parameters()).device)
-    with torch.no_grad(), eagerly():
+    serving = contextlib.nullcontext() if model.copies is None else model.copies.serving()
+    with torch.no_grad(), eagerly(), serving:
         for part_BT in tokens_BT.split(max(1, PREFILL_TOKENS // len(tokens)), dim=1):
             logits_B1V = model(part_BT, cache=cache, only_last=True)
     return logits_B1V[:, -1].float().cpu()

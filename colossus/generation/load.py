@@ -2,42 +2,88 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 import torch
 
-from colossus.architecture import Architecture
 from colossus.checkpoints.find import latest
 from colossus.checkpoints.format import checkpoints_folder, is_committed
 from colossus.checkpoints.load import open_checkpoint
-from colossus.checkpoints.weights import Weights
+from colossus.checkpoints.weights import Weights, architecture_of
 from colossus.data.tokenizer import Tokenizer, load_tokenizer
 from colossus.errors import UserError
 from colossus.generation.ready import generation_type, make_ready
+from colossus.measure.machine import memory_bytes
 from colossus.models import Decoder
+from colossus.models.hf.elsewhere import no_folder, other_form
 from colossus.models.hf.published import open_published
+from colossus.untrusted import check_folder
+from colossus.words import size
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
-) -> tuple[Decoder, Tokenizer]:
+    path: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device | None = "cpu"
+) -> tuple[Decoder, Tokenizer | None]:
     """The model and the tokenizer of a run (its newest whole checkpoint), a checkpoint or a Hugging Face one.
+
+    The tokenizer is None where a folder has weights alone. One of which no token is known to end a text never
+    ends one.
 
     dtype: of the matrix products, and of the matrices; fp32 are the weights as they were trained. None: what
         is quickest for generation here (see `generation.ready`).
+    device: None: a GPU that has room for it, else the processor.
 
     Raises:
-        UserError: there is no run or checkpoint at `path`, or nothing was saved yet.
+        UserError: there is no run or checkpoint at `path`, nothing was saved yet, or there is no such device.
         MachineError: what is there is damaged.
     """
     weights = open_weights(path)
     with torch.device("meta"):
         model = Decoder(weights.arch)
-    model.to_empty(device=device)
+    place = _roomy(model) if device is None else _device(device)
+    weights.check(model)
+    _check_memory(path, model, place)
+    model.to_empty(device=place)
     weights.load_into(model)
-    make_ready(model, dtype or generation_type(torch.device(device)))
-    return model.eval(), load_tokenizer(weights.tokenizer)
+    make_ready(model, dtype or generation_type(place))
+    return model.eval(), tokenizer_in(weights.tokenizer)
+
+
+def tokenizer_in(folder: Path) -> Tokenizer | None:
+    """The tokenizer that lies in a folder, as far as it is known; None where there is none."""
+    names = ("tokenizer.json", "bytes.json")
+    is_there = any(os.path.lexists(folder / name) for name in names)
+    return load_tokenizer(folder, partly=True) if is_there else None
+
+
+def _check_memory(path: str | Path, model: Decoder, place: torch.device) -> None:
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    if place.type == "cpu" and needed > memory_bytes():
+        raise UserError(f"{path}: its weights take {size(needed)}; this machine has {size(memory_bytes())}")
+
+
+def _roomy(model: Decoder) -> torch.device:
+    """The GPU where there is one with room for the weights and as much again, else the processor."""
+    needed = 2 * sum(parameter.nbytes for parameter in model.parameters())
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    free, _ = torch.cuda.mem_get_info()
+    if needed <= free:
+        return torch.device("cuda")
+    logging.getLogger(__name__).warning(
+        f"on the CPU: the model wants {size(needed)} of the GPU's memory, {size(free)} of it is free"
+    )
+    return torch.device("cpu")
+
+
+def _device(name: str | torch.device) -> torch.device:
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    known = ["cpu", *(["cuda", *gpus] if gpus else [])]
+    if str(name) not in known:
+        raise UserError.field("device", str(name), f"this machine has {', '.join(known)}", known)
+    return torch.device(name)
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -48,8 +94,13 @@ def open_weights(path: str | Path) -> Weights:
         return Weights(path, opened.arch, path, opened.tensors)
     checkpoint_folder, run_folder = find_checkpoint(path)
     checkpoint = open_checkpoint(checkpoint_folder)
-    arch = Architecture.model_validate(checkpoint.meta["architecture"])
-    return Weights(path, arch, run_folder / "tokenizer", checkpoint)
+    tokenizer = check_folder(run_folder / "tokenizer", run_folder)
+    return Weights(path, architecture_of(checkpoint), tokenizer, checkpoint)
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """Where the tokenizer of what `load_model` loads lies. Raises as it does."""
+    return path if is_published(path) else find_checkpoint(path)[1] / "tokenizer"
 
 
 def is_published(path: Path) -> bool:
@@ -63,13 +114,7 @@ def is_published(path: Path) -> bool:
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
     """(checkpoint, run) for a run's folder or a checkpoint's. Raises UserError where it is neither."""
     if not os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises for a name that no folder can have
-        siblings = [str(p) for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []  # noqa: PTH112
-        raise UserError.field(
-            "path",
-            str(path),
-            "no such folder; a run, a checkpoint or a Hugging Face folder is expected",
-            siblings,
-        )
+        raise no_folder(path, "a run, a checkpoint or a Hugging Face folder")
     if is_committed(path):
         return path, path.resolve().parent.parent  # `step-00000100` alone says nothing of its run
     if checkpoints_folder(path).is_dir() or (path / "job.toml").is_file():
@@ -79,5 +124,5 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         return newest, path
     raise UserError(
         f"{path}: neither a run (it has no job.toml), nor a whole checkpoint (no COMMITTED), nor a Hugging "
-        "Face folder (no config.json)"
+        f"Face folder (no config.json){other_form(path)}"
     )

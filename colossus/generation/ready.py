@@ -7,11 +7,8 @@ import torch
 from colossus.measure.machine import free_memory_bytes
 from colossus.measure.vectors import quickest_vector_product
 from colossus.models import Decoder
-from colossus.models.attention import Attention
+from colossus.models.copies import Copies, owners_of
 from colossus.models.experts import Experts
-from colossus.models.linear import Embedding, Linear, pack_together
-from colossus.models.mlp import MLP
-from colossus.models.packed import pack
 
 
 def generation_type(device: torch.device) -> torch.dtype:
@@ -22,42 +19,25 @@ def generation_type(device: torch.device) -> torch.dtype:
 def make_ready(model: Decoder, dtype: torch.dtype) -> None:
     """Products are computed in `dtype`, and the matrices kept in it. Norms, routers and biases stay.
 
-    On a processor where it is quicker, and where memory allows, each matrix is copied in the layout of
-    `models.packed` as well. The copies serve for as long as the weights are not changed.
+    On a processor where it is quicker, and where memory allows, generation works on copies of the matrices
+    in the layout of `models.packed`.
     """
     model.compute_dtype = dtype
-    owners: list[Linear | Embedding] = [module for module in model.modules() if isinstance(module, Linear)]
-    if model.head is None:
-        assert model.embedding is not None
-        owners.append(model.embedding)
-    for owner in owners:
-        owner.weight.data = owner.weight.data.to(dtype)
+    for owners in owners_of(model):
+        for owner in owners:
+            owner.weight.data = owner.weight.data.to(dtype)
     for module in model.modules():
         if isinstance(module, Experts):
             for tensor in module.parameters():
                 tensor.data = tensor.data.to(dtype)
-    if _packs(owners, dtype):
-        _pack(model, owners, dtype)
+    model.copies = Copies(dtype) if _packs(model, dtype) else None
+    if model.copies is not None:
+        model.copies.refresh(model)
 
 
-def _pack(model: Decoder, owners: list[Linear | Embedding], dtype: torch.dtype) -> None:
-    """Matrices that take the same input together, the others by themselves."""
-    together: list[tuple[Linear, ...]] = []
-    for module in model.modules():
-        if isinstance(module, Attention):
-            together.append((module.wq, module.wk, module.wv))
-        elif isinstance(module, MLP) and module.w_gate is not None:
-            together.append((module.w_gate, module.w_up))
-    for group in together:
-        pack_together(group, dtype)
-    grouped = {id(linear) for group in together for linear in group}
-    for owner in owners:
-        if id(owner) not in grouped:
-            owner.packed = pack([owner.weight], [getattr(owner, "bias", None)], dtype)
-
-
-def _packs(owners: list[Linear | Embedding], dtype: torch.dtype) -> bool:
-    if owners[0].weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+def _packs(model: Decoder, dtype: torch.dtype) -> bool:
+    weights = [owner.weight for owners in owners_of(model) for owner in owners]
+    if weights[0].device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
-    size = sum(owner.weight.nbytes for owner in owners)
+    size = sum(weight.nbytes for weight in weights)
     return 2 * size < free_memory_bytes() and quickest_vector_product(dtype).packed

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from colossus.errors import UserError
+from colossus.generation.arguments import MAX_SEED, check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Sampling:
     min_p: among those that are at least this times as likely as the likeliest.
 
     Raises:
-        UserError: a number outside its range.
+        UserError: a value that is no number, or outside its range.
     """
 
     repetition_penalty: float = 1.0
@@ -35,16 +36,27 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise UserError.field("repetition_penalty", self.repetition_penalty, "must be above 0; 1 is none")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError.field("temperature", self.temperature, "must be 0 (the likeliest token) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError.field("top_k", self.top_k, "must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError.field("top_p", self.top_p, "must be above 0 and at most 1")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise UserError.field("min_p", self.min_p, "must be from 0 to 1")
+        check_number(
+            "repetition_penalty",
+            self.repetition_penalty,
+            lambda value: 0 < value < math.inf,
+            "must be a number above 0; 1 is none",
+        )
+        check_number(
+            "temperature",
+            self.temperature,
+            lambda value: 0 <= value < math.inf,
+            "must be a number, 0 (the likeliest token) or more",
+        )
+        if self.top_k is not None:
+            check_whole("top_k", self.top_k, 1)
+        if self.top_p is not None:
+            check_number(
+                "top_p", self.top_p, lambda value: 0 < value <= 1, "must be a number above 0 and at most 1"
+            )
+        if self.min_p is not None:
+            check_number("min_p", self.min_p, lambda value: 0 <= value <= 1, "must be a number from 0 to 1")
+        check_whole("seed", self.seed, 0, MAX_SEED)
 
     def choose(self, logits_V: torch.Tensor, seen: Sequence[int], prompt: int, position: int) -> int:
         """The next token of the prompt of that index, which will stand at `position` behind `seen`."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from colossus.architecture import Architecture
-from colossus.hardware.machine import Machine, Positive, cache_folder, slug
+from colossus.hardware.machine import Machine, Positive, cache_folder, keep_text, slug
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,7 @@ def kept_file(machine: Machine) -> Path:
 def keep(calibration: Calibration, machine: Machine) -> Path:
     """Writes it whole or not at all."""
     path = kept_file(machine)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(calibration.to_json())
-    temporary.replace(path)
+    keep_text(path, calibration.to_json())
     return path
 
 

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from colossus.errors import UserError
-from colossus.hardware.catalogue import Accelerator, Node, accelerator, node, node_names, table
+from colossus.hardware.catalogue import (
+    Accelerator,
+    Node,
+    accelerator,
+    name_of_driver,
+    node,
+    node_names,
+    table,
+)
 from colossus.hardware.machine import Machine
 from colossus.job import preset_facts
 from colossus.sections import Fleet
 
+DAY = 86400.0
 NODE_SIZE = 8  # devices that are linked as ranks of tp must be
+ONE_SERVER = 8  # accelerators of a fleet that does not say how many
 NIC = 50e9  # bytes/s: 400 Gb/s, what every H100 and H200 server of the catalogue has for each GPU
 RESTART_MINUTES = 10.0  # detection, replacement, start and load; published runs lie between 3 and 15
 SAVE_SECONDS = 2.0  # that an asynchronous checkpoint stops training
 REPAIR_HOURS = 24.0
-FAILURES = (2.3, 10.0)  # per 1000 node-days: RSC-2 and FT-HSDP's servers; runs of order 100,000 GPUs
+SERVER = 8  # accelerators of those servers whose failures were published
+FAILURES = (
+    2.3,
+    10.0,
+)  # per 1000 days of such a server: RSC-2 and FT-HSDP's servers; runs of order 100,000 GPUs
 POWER_SHARE = 0.76  # of a server's rating that a compute-bound step draws: arXiv 2506.14551
 
 
@@ -32,8 +47,8 @@ class Hardware:
     """A fleet that can be priced. nic: bytes/s of each accelerator's share of its server's cards.
 
     pod: accelerators that reach each other at full rate; beyond it the network is `oversubscription` times
-    slower. failures: unexpected interruptions per 1000 node-days, low and high. assumptions: what nobody
-    published, in words.
+    slower. failures: unexpected interruptions per 1000 days of a server of 8 accelerators, low and high.
+    assumptions: what nobody published, in words.
     """
 
     name: str
@@ -60,6 +75,16 @@ class Hardware:
     def accelerator(self) -> Accelerator:
         """That of the largest pool."""
         return max(self.pools, key=lambda pool: pool.count).accelerator
+
+    @property
+    def server(self) -> int:
+        """Accelerators that fail and are repaired together: a node's, of a larger one 8."""
+        return min(self.node_size, SERVER)
+
+    def failing(self, accelerators: float, rate: float) -> float:
+        """Failures a second of so many, in whole servers, at `rate` per 1000 days of 8 accelerators."""
+        servers = math.ceil(accelerators / self.server)
+        return servers * self.server / SERVER * rate / 1000 / DAY
 
     def with_count(self, count: int) -> Hardware:
         """The same machines, so many of them, in the same proportion where there are several kinds."""
@@ -93,13 +118,29 @@ def hardware_of(fleet: Fleet, machine: Machine | None = None, ranks: int = 1) ->
     facts = preset_facts("fleet", fleet.preset) if fleet.preset else {}
     assumptions: list[str] = [facts["assumed"]] if "assumed" in facts else []
     server = _server(fleet, pools[0].accelerator, assumptions)
-    size = server.size if server else 8
+    size = server.size if server else NODE_SIZE
     nic = server.nics * server.nic / server.size if server and server.nic else 0.0
     if not nic:
         nic = NIC
         assumptions.append("400 Gb/s of network for each accelerator")
+    if fleet.pools is None and fleet.count is None:
+        assumptions.append(f"fleet.count={ONE_SERVER}: one server")
+    if not (server and server.watts):
+        assumptions.append("power of a server's rest, from a model of an H100's")
     if fleet.oversubscription is None and "assumed" not in facts:
         assumptions.append("a network without oversubscription")
+    if size != SERVER:
+        assumptions.append(
+            f"failures by the number of accelerators: {size} fail {size / SERVER:g} times as often as a "
+            f"server of {SERVER}, whose rate was published"
+        )
+    guessed = {
+        f"a restart takes {RESTART_MINUTES:g} min": fleet.restart_minutes,
+        f"a checkpoint stops training for {SAVE_SECONDS:g} s": fleet.save_seconds,
+        f"a repair takes {REPAIR_HOURS:g} h": fleet.repair_hours,
+    }
+    if unsaid := [words for words, value in guessed.items() if value is None]:
+        assumptions.append(", ".join(unsaid))
     count = sum(pool.count for pool in pools)
     usd = fleet.usd_per_hour
     if usd is None:
@@ -139,18 +180,18 @@ def _pools(fleet: Fleet) -> tuple[Pool, ...] | None:
         return tuple(Pool(accelerator(pool.accelerator), pool.count) for pool in fleet.pools)
     if fleet.accelerator is None:
         return None
-    return (Pool(accelerator(fleet.accelerator), fleet.count or 8),)
+    return (Pool(accelerator(fleet.accelerator), fleet.count or ONE_SERVER),)
 
 
 def _server(fleet: Fleet, part: Accelerator, assumptions: list[str]) -> Node | None:
-    if fleet.node is not None:
-        return node(fleet.node)
-    for name in node_names():
-        if node(name).accelerator == part.name:
-            assumptions.append(f"servers like {name}")
-            return node(name)
-    assumptions.append("servers of 8 accelerators")
-    return None
+    name = fleet.node or next((n for n in node_names() if node(n).accelerator == part.name), None)
+    if name is None:
+        assumptions.append(f"servers of {NODE_SIZE} accelerators")
+        return None
+    if fleet.node is None:
+        assumptions.append(f"servers like {name}")
+    assumptions.extend(node(name).assumed)
+    return node(name)
 
 
 def _rent(part: Accelerator, assumptions: list[str]) -> float:
@@ -221,7 +262,6 @@ def _processor(machine: Machine, ranks: int) -> Accelerator:
         units=machine.cores,
         nvlink=bandwidth / 4,  # ranks of one processor talk through its memory: two copies there and back
         watts=0.0,
-        idle_watts=0.0,
         kind="measured",
         source=("this machine",),
         measured=("rate of products", "memory bandwidth", "dispatch"),
@@ -231,18 +271,22 @@ def _processor(machine: Machine, ranks: int) -> Accelerator:
 
 
 def _measured_gpu(machine: Machine) -> Accelerator:
-    """The catalogue's part whose name the driver's resembles, with what was measured of it."""
+    """The catalogue's part of the driver's name, with what was measured of it."""
     gpu = machine.gpus[0]
-    name = gpu.name.lower()
-    key = next((k for k in ("h200", "h100", "a100", "b200") if k in name), None)
-    known = {"h200": "h200-sxm", "h100": "h100-sxm", "a100": "a100-sxm-80", "b200": "b200-sxm"}
-    base = accelerator(known[key] if key else "h100-sxm")
+    name = name_of_driver(gpu.name, gpu.memory_bytes)
+    if name is None:
+        raise UserError(
+            f"fleet: the catalogue does not know this machine's {gpu.name} (colossus plan --hardware); name "
+            f"the accelerator that is most like it (fleet.accelerator, fleet.count={len(machine.gpus)})"
+        )
+    base = accelerator(name)
     return replace(
         base,
         title=gpu.name,
         memory=float(gpu.memory_bytes),
         reachable=min(1.0, gpu.bf16_flops_per_second / base.bf16),
-        kind="measured" if key else "assumed",
+        kind="measured",
         dispatch=machine.dispatch_seconds,
         measured=("rate of bf16 products", *base.measured),
+        assumed=tuple(words for words in base.assumed if not words.startswith("rate of bf16")),
     )

@@ -14,16 +14,18 @@ from pydantic import Field, TypeAdapter
 
 CGROUP = Path("/sys/fs/cgroup")  # the limits of a container, where this is one
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+KEEPING_PAYS = 1.05  # times quicker, at least
 Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
 class Rate:
-    """What a square matrix product of one type reaches on so many threads."""
+    """What square matrix products of one type reach on so many threads, at the size where that is most."""
 
     type: str
     threads: Count
     flops_per_second: Positive
+    size: Count = 1024
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Machine:
     """A measured machine. What depends on the moment (free memory) is read when asked.
 
     compiler: what torch.compile would use on the processor; None where it can't.
+    instructions: what the libraries of products may use; "" in a table that does not say.
+    keeping_gain: how many times quicker a large product is where freed memory is kept.
     quiet: no other program held the cores while the rates were measured.
     seconds: what measuring took.
     """
@@ -53,6 +57,8 @@ class Machine:
     compiler: str | None
     gpus: tuple[Gpu, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    instructions: str = ""
+    keeping_gain: Positive = 1.0
     quiet: bool = True
     seconds: float = 0.0
 
@@ -71,6 +77,11 @@ class Machine:
         best = self.best
         same = (rate for rate in self.rates if rate.type == best.type)
         return min(rate.threads for rate in same if rate.flops_per_second >= 0.97 * best.flops_per_second)
+
+    @property
+    def keeps_freed_memory(self) -> bool:
+        """Whether that pays on a processor."""
+        return not self.gpus and self.keeping_gain >= KEEPING_PAYS
 
     def peak_flops_per_second(self, device: str) -> float:
         """The denominator of MFU: of one GPU, or of the whole processor in its best type."""
@@ -118,11 +129,26 @@ def available_cores() -> int:
     return cores
 
 
+def ranks_here(num_ranks: int) -> int:
+    """Of the ranks of a job, those on this machine: as many as its launcher started here, else all."""
+    return min(num_ranks, max(1, int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))))
+
+
 def cache_folder() -> Path:
     """Where measurements and token shards are kept: COLOSSUS_CACHE, else the user's cache folder."""
     if folder := os.environ.get("COLOSSUS_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "colossus"
+
+
+def keep_text(path: Path, text: str) -> None:
+    """Keeps a file of the cache, whole or not at all, and not where a link leads. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    temporary.unlink(missing_ok=True)
+    with temporary.open("x", encoding="utf-8") as file:
+        file.write(text)
+    temporary.replace(path)
 
 
 def slug(text: str) -> str:

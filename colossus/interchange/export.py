@@ -12,12 +12,14 @@ import torch
 from colossus.architecture import Architecture, Parameter, parameter_table
 from colossus.checkpoints.load import open_checkpoint
 from colossus.checkpoints.stream import CheckpointTensor
+from colossus.checkpoints.weights import architecture_of
 from colossus.errors import UserError
 from colossus.generation.load import find_checkpoint, is_published
 from colossus.interchange.files import Say, as_json, check_vocabulary, files_of
 from colossus.models.hf.published import fitting_family, open_published, publish, warn
 from colossus.models.hf.tensors import Box, Readable
 from colossus.models.hf.writing import write_checkpoint
+from colossus.untrusted import check_folder
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -58,14 +60,19 @@ def _opened(path: Path, say: Say) -> tuple[Architecture, dict[str, Readable], Ma
         return opened.arch, opened.tensors, opened.config, path
     checkpoint_folder, run_folder = find_checkpoint(path)
     checkpoint = open_checkpoint(checkpoint_folder)
-    arch = Architecture.model_validate(checkpoint.meta["architecture"])
+    arch = architecture_of(checkpoint)
     tensors: dict[str, Readable] = {
         parameter.name: CheckpointTensor.of(
             checkpoint, parameter.name, "weight" if parameter.trainable else "buffer"
         )
         for parameter in parameter_table(arch)
     }
-    return arch, tensors, checkpoint.meta.get("published_config"), run_folder / "tokenizer"
+    return (
+        arch,
+        tensors,
+        checkpoint.meta.get("published_config"),
+        check_folder(run_folder / "tokenizer", run_folder),
+    )
 
 
 @dataclass(frozen=True, slots=True)

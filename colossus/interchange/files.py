@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from colossus.architecture import Architecture
-from colossus.data.tokenizer import BytesTokenizer, load_tokenizer
+from colossus.data.chat_template import TOOLS_FILE
+from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
 from colossus.errors import MachineError, UserError
+from colossus.untrusted import MIB, parse_json, read_file
 
 GENERATION = "generation_config.json"
 KEPT = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model"),
-    *("chat_template.jinja", "chat_template.json", GENERATION),
+    *("chat_template.jinja", TOOLS_FILE, "chat_template.json", GENERATION),
 )
 """What is kept byte for byte at import, and given back at export."""
+MAX_BYTES = 512 * MIB  # of one of them; the longest tokenizer.json that is known has 35
 
 Say = Callable[[str], None]
 
@@ -29,7 +32,9 @@ Say = Callable[[str], None]
 def read_kept(folder: Path) -> dict[str, bytes]:
     """The files of a folder that are kept, by name. Raises MachineError."""
     try:
-        return {name: (folder / name).read_bytes() for name in KEPT if (folder / name).is_file()}
+        return {
+            name: read_file(folder / name, MAX_BYTES, folder) for name in KEPT if (folder / name).is_file()
+        }
     except OSError as error:
         raise MachineError(f"{error.filename}: {error.strerror}") from error
 
@@ -42,7 +47,7 @@ def check_vocabulary(folder: Path, arch: Architecture, say: Say) -> None:
     if not (folder / "tokenizer.json").is_file() and not (folder / "bytes.json").is_file():
         say(f"{folder} has no tokenizer.json: what is made of it has no tokenizer")
         return
-    num = load_tokenizer(folder).vocab_size
+    num = load_tokenizer(folder, partly=True).vocab_size
     if num > arch.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {num} tokens, more than the {arch.vocab_size} of the model "
@@ -54,21 +59,41 @@ def check_vocabulary(folder: Path, arch: Architecture, say: Say) -> None:
 
 
 def files_of(tokenizer_folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """(files to lie beside exported weights, ids of tokens for `config.json`) of a run's tokenizer."""
+    """(files to lie beside exported weights, ids of tokens for `config.json`) of a run's tokenizer.
+
+    They are as they were, but that others put in front of a text and end it with what is put there and ends
+    it here.
+    """
     files = read_kept(tokenizer_folder)
-    if (tokenizer_folder / "bytes.json").is_file():
-        files |= _of_bytes()
-    elif "tokenizer.json" not in files:
+    is_bytes = (tokenizer_folder / "bytes.json").is_file()
+    if not is_bytes and "tokenizer.json" not in files:
         return files, {}
-    tokenizer = load_tokenizer(tokenizer_folder)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    files.setdefault(GENERATION, as_json(ids))
+    tokenizer = load_tokenizer(tokenizer_folder, partly=True)
+    ids = ids_of(tokenizer)
+    # Plain bytes become a byte-level BPE without merges.
+    theirs = tokenizer.as_json() if isinstance(tokenizer, BytesTokenizer) else tokenizer
+    files |= {name: text.encode() for name, text in theirs.files().items()}
+    settings = parse_json(files[GENERATION]) if GENERATION in files else {}
+    if GENERATION not in files or not theirs.said_ends <= {*_list(settings.get("eos_token_id"))}:
+        files[GENERATION] = as_json(settings | ids)
     return files, ids
 
 
-def _of_bytes() -> dict[str, bytes]:
-    """Plain bytes as a `tokenizer.json`: a byte-level BPE without merges."""
-    return {name: text.encode() for name, text in BytesTokenizer().as_json().files().items()}
+def ids_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokens that begin, end and fill up texts, as a `config.json` names them: those that are known."""
+    account = tokenizer.account if isinstance(tokenizer, JsonTokenizer) else None
+    bos = tokenizer.bos_id if account is None else account.bos_id
+    ends = sorted(tokenizer.ends, key=lambda end: (account is not None and end != account.eos_id, end))
+    ids = {
+        "bos_token_id": bos,
+        "eos_token_id": (ends if len(ends) > 1 else ends[0]) if ends else None,
+        "pad_token_id": account.pad_id if account is not None else None,
+    }
+    return {name: index for name, index in ids.items() if index is not None}
+
+
+def _list(ids: Any) -> list[Any]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def as_json(tree: dict[str, Any]) -> bytes:

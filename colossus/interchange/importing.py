@@ -9,6 +9,7 @@ import torch
 from colossus.architecture import parameter_table
 from colossus.checkpoints.format import Key, sync_folder, write_synced
 from colossus.checkpoints.stream import save_streamed
+from colossus.data.account import KEPT, TOKENIZER, as_kept, read_account
 from colossus.interchange.files import Say, check_vocabulary, made_whole, read_kept
 from colossus.models import Decoder
 from colossus.models.hf.published import Opened, open_published, warn
@@ -36,7 +37,11 @@ def import_model(path: str | Path, out: str | Path | None = None, say: Say = war
     with made_whole(out) as folder:
         (folder / "tokenizer").mkdir()
         for name, data in read_kept(path).items():
+            (folder / "tokenizer" / name).parent.mkdir(exist_ok=True)
             write_synced(folder / "tokenizer" / name, data)
+        if (path / TOKENIZER).is_file():  # what config.json says of texts, which does not lie there
+            kept = as_kept(read_account(path / TOKENIZER, path))
+            write_synced(folder / "tokenizer" / KEPT, kept.encode())
         meta = {
             "step": 0,
             "optimizer_steps": 0,

@@ -1,193 +1,193 @@
-"""Starts the ranks of a job on this machine: one in this process, several under torchelastic."""
+"""Trains in this process, or starts the ranks of a job on this machine and waits for them."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import json
+import dataclasses
 import os
-import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Iterable, Sequence
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING
 
-from colossus.errors import MachineError, UserError
+from colossus.errors import GOES_ON, MachineError
 from colossus.events import Listener, Tail
 from colossus.job import Job
+from colossus.launcher.protocol import Failure, Work
+from colossus.launcher.started import is_rank
 
 if TYPE_CHECKING:
     from colossus.trainer.hooks import Hook
 
-Prepared = TypeVar("Prepared")
-PREPARING = timedelta(days=1)  # that building the data may take
-TELLING = timedelta(seconds=10)  # that the others have to hear why there is none
-STOP_SECONDS = 0.2  # between two looks at the ranks, and at the event log
-FAREWELL_SECONDS = 5.0  # that a parent has to read the result of a rank that a signal ended
-TOLD = {kind.__name__: kind for kind in (UserError, MachineError)}
-
-
-def is_first_rank() -> bool:
-    """Whether this process is alone, or the first of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-@contextlib.contextmanager
-def first_rank_prepares(prepare: Callable[[], Prepared]) -> Iterator[Prepared]:
-    """What `prepare` returns; where torchrun started several processes, the first one alone calls it.
-
-    The place where they meet for that stays open until this is left: a process group that is made within
-    meets there too. What the first rank raises is raised on all, and told by the first.
-
-    Raises:
-        MachineError: not all came, or the first rank ended.
-    """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield prepare()
-        return
-    from torch.distributed import DistError
-
-    from colossus.parallel.meeting import meet
-
-    store, rank, size = meet("preparing")
-    store.set_timeout(PREPARING)
-    if rank != 0:
-        try:
-            prepared = pickle.loads(store.get("colossus/prepared"))
-            store.set(f"colossus/told-{rank}", "")
-        except DistError:
-            prepared = MachineError("rank 0 has ended before it was ready")
-        if isinstance(prepared, (UserError, MachineError)):
-            prepared.told = True
-    else:
-        try:
-            prepared = prepare()
-        except (UserError, MachineError) as error:
-            prepared = error
-        store.set("colossus/prepared", pickle.dumps(prepared))
-    if isinstance(prepared, Exception):
-        if rank == 0:  # the store may end with this process
-            with contextlib.suppress(DistError):
-                store.wait([f"colossus/told-{other}" for other in range(1, size)], TELLING)
-        raise prepared
-    yield prepared
+HERE = "127.0.0.1"
+LOOK_SECONDS = 0.2  # between two looks at the ranks, and at the event log
+FOLLOW_SECONDS = 60.0  # that the other ranks have to end, when one has failed
+LEAVE_SECONDS = 60.0  # that a rank may take for what its libraries do at its end
+SAME_SECONDS = 1.0  # in which a second Ctrl-C is the same wish
 
 
 def launch(job: Job, folder: Path, hooks: Sequence[Hook] = (), listeners: Iterable[Listener] = ()) -> None:
     """Trains `job` in `folder` on all its ranks, and returns when they have ended.
 
-    Under torchrun (RANK is set) this process is one rank. With several ranks, `hooks` are pickled to
-    each, and `listeners` are called here, by a reader of the event log.
-    """
-    from colossus.trainer.loop import train
+    Under torchrun (RANK is set) this process is one rank. With several ranks, each has copies of `hooks`, and
+    `listeners` are called here, by a reader of the event log. Ranks are processes of ours: the caller's
+    script is not run again. A signal is handed on to them, and they have as long as they need to save.
 
-    if job.layout.num_ranks == 1 or "RANK" in os.environ:
+    Raises:
+        UserError, MachineError: what a rank raised first. RankFailed: of anything else.
+    """
+    if job.layout.num_ranks == 1 or is_rank():
+        from colossus.trainer.loop import train
+
         train(job, folder, hooks, listeners)
         return
-    with _Follower(folder, listeners), TemporaryDirectory(prefix="colossus-ranks-") as errors:
-        _launch_ranks(job, folder, hooks, Path(errors))
+    with _Follower(folder, listeners):
+        _launch_ranks(job, folder, hooks)
 
 
-def _launch_ranks(job: Job, folder: Path, hooks: Sequence[Hook], errors: Path) -> None:
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def _launch_ranks(job: Job, folder: Path, hooks: Sequence[Hook]) -> None:
+    from torch._C._distributed_c10d import TCPStore  # torch.distributed has it, unlisted
 
     from colossus.trainer.run import Run
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=job.layout.num_ranks,
-        run_id=f"colossus-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=STOP_SECONDS,
+    work = Work.of(job, folder, hooks)
+    store = TCPStore(HERE, 0, is_master=True, wait_for_workers=False)
+    size = job.layout.num_ranks
+    ranks: list[_Rank] = []
+    with _Signals() as signals:
+        try:
+            for rank in range(size):
+                ranks.append(_Rank(rank, size, store.port))
+            for each in ranks:
+                each.send(work)
+            _wait(ranks, signals)
+        finally:
+            for each in ranks:
+                each.end()
+    failure = _what_failed(ranks)
+    if signals.asked is not None and (failure is None or failure.follows):
+        if Run(folder).outcome == "unfinished":  # they had not begun, or were not let save
+            signal.raise_signal(signals.asked)
+    elif failure is not None:
+        raise failure.as_error()
+
+
+class _Rank:
+    """One rank in a process and a session of its own: a terminal's Ctrl-C reaches the parent alone, which
+    hands it on once."""
+
+    def __init__(self, rank: int, size: int, port: int) -> None:
+        self.rank = rank
+        self.answered = False
+        self.failure: Failure | None = None
+        places = {"MASTER_ADDR": HERE, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        # Where this process finds modules, so does the rank; -P: and nowhere else.
+        path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+        variables = places | {name: str(number) for name, number in numbers.items()} | {"PYTHONPATH": path}
+        self.pipe, theirs = Pipe()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "colossus.launcher.rank", str(theirs.fileno())],
+                env=os.environ | variables,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise MachineError(f"rank {rank} cannot be started ({error.strerror})") from error
+        finally:
+            theirs.close()
+
+    def send(self, message: Work | int) -> None:
+        with contextlib.suppress(OSError):  # it has ended, which is seen elsewhere
+            self.pipe.send(message)
+
+    def listen(self) -> None:
+        """Takes what it says at its end: nothing, or why it failed."""
+        try:
+            self.failure = self.pipe.recv()
+        except (EOFError, OSError):
+            code = self.process.wait()
+            name = f" ({signal.Signals(-code).name})" if code < 0 else ""
+            text = f"rank {self.rank} ended with exit code {code}{name}"
+            self.failure = Failure(MachineError.__name__, text, died=True)
+        self.answered = True
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.pipe.close()
+
+
+def _wait(ranks: Sequence[_Rank], signals: _Signals) -> None:
+    """Until all have ended. Of a rank that fails, the others learn by themselves, and end."""
+    told: int | None = None
+    end = float("inf")
+    while any(each.process.poll() is None for each in ranks) or not all(each.answered for each in ranks):
+        silent = {each.pipe: each for each in ranks if not each.answered}
+        for pipe in wait(list(silent), LOOK_SECONDS) if silent else []:
+            assert isinstance(pipe, Connection)
+            silent[pipe].listen()
+        if not silent:
+            time.sleep(LOOK_SECONDS / 4)
+        if signals.asked is not None and told is None:
+            told = signals.asked
+            for each in ranks:
+                each.send(told)
+        if all(each.answered for each in ranks):
+            end = min(end, time.monotonic() + LEAVE_SECONDS)
+        elif any(each.failure is not None for each in ranks):
+            end = min(end, time.monotonic() + FOLLOW_SECONDS)
+        if signals.insisted or time.monotonic() > end:
+            return
+
+
+def _what_failed(ranks: Sequence[_Rank]) -> Failure | None:
+    """Why the first rank failed that could say it, else which one could not; and how many ended with it."""
+    failures = [each.failure for each in ranks if each.failure is not None]
+    first = min(
+        (failure for failure in failures if failure.text),
+        key=lambda failure: (failure.follows, failure.died),
+        default=None,
     )
-    try:
-        with _signals_given_back():
-            elastic_launch(config, _rank)(job, folder, list(hooks), errors)
-    except SignalException as stopped:
-        if Run(folder).outcome == "unfinished":  # the ranks had not begun, so there was nothing to save
-            raise SystemExit(128 + stopped.sigval) from None
-    except ChildFailedError as failed:
-        rank, failure = min(failed.failures.items(), key=lambda item: item[1].timestamp)
-        if failure.exitcode >= 0 and (told := _first_told(errors)) is not None:
-            raise told from None
-        said: Any = failure.message
-        text = said["extraInfo"]["py_callstack"] if isinstance(said, dict) else said
-        raise MachineError(f"rank {rank} ended with exit code {failure.exitcode}: {text}") from failed
+    if first is None or first.follows:
+        return first
+    others = sum(failure.follows for failure in failures)
+    because = f"; {others} other{'s' * (others != 1)} ended with it" if others else ""
+    return dataclasses.replace(first, text=f"{first.text}{because}" + (f"; {GOES_ON}" if first.died else ""))
 
 
-@contextlib.contextmanager
-def _signals_given_back() -> Iterator[None]:
-    """torchelastic takes the signals that end a process, and keeps them; a script or a notebook goes on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+class _Signals:
+    """SIGINT and SIGTERM, while ranks run: handed on once. A second Ctrl-C ends the ranks at once; a second
+    SIGTERM changes nothing, since schedulers send it again while a run still saves."""
 
+    asked: int | None = None
+    insisted = False
 
-def _tell(errors: Path, error: UserError | MachineError) -> None:
-    """Leaves what a rank raised for the parent, to which torchelastic hands on a part of its text alone."""
-    kind = next(name for name, kind in TOLD.items() if isinstance(error, kind))
-    with contextlib.suppress(OSError):
-        (errors / f"{time.time_ns()}-{os.getpid()}").write_text(
-            json.dumps({"kind": kind, "text": str(error)}), encoding="utf-8"
-        )
+    def __enter__(self) -> _Signals:
+        self._restore = contextlib.ExitStack()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(number, self._take)
+                self._restore.callback(signal.signal, number, before or signal.SIG_DFL)
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._restore.close()
 
-def _first_told(errors: Path) -> UserError | MachineError | None:
-    """The error that came first: the others may be of waiting for that rank in vain."""
-    first = min(errors.iterdir(), default=None)
-    if first is None:
-        return None
-    told = json.loads(first.read_text(encoding="utf-8"))
-    return TOLD[told["kind"]](told["text"])
-
-
-def _rank(job: Job, folder: Path, hooks: list[Hook], errors: Path) -> None:
-    # Ctrl-C in a terminal reaches every process of its group, and two signals end a rank without saving; it
-    # gets one from its parent. (Where the parent is killed, PyTorch has the kernel send SIGINT, on Linux.)
-    os.setsid()
-    from colossus.trainer.hooks.stop import Signalled
-    from colossus.trainer.loop import train
-
-    signalled = Signalled()
-    try:
-        train(job, folder, [*hooks, signalled])
-    except Exception as error:
-        atexit.register(_leave_late)
-        if isinstance(error, (UserError, MachineError)):
-            _tell(errors, error)
-        raise
-    # torchelastic lets a rank wait until all results were read, and then waits for each rank that waits: one
-    # that was gone by then would keep it for ever. Only a parent that is told to stop, or killed, reads none.
-    if signalled.was:
-        leave = threading.Timer(FAREWELL_SECONDS, os._exit, (0,))
-        leave.daemon = True
-        leave.start()
-
-
-def _leave_late() -> None:
-    """Ends a rank that failed. Others fail when it is gone: the parent looks before they are gone, too.
-
-    Python is not taken down: PyTorch's threads may abort a process then, rarely, and the parent would see a
-    signal in place of the error.
-    """
-    time.sleep(3 * STOP_SECONDS)
-    os._exit(1)
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.asked is None:
+            self.asked, self._asked_at = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._asked_at > SAME_SECONDS:
+            self.insisted = True
 
 
 class _Follower:
@@ -210,7 +210,7 @@ class _Follower:
 
     def _follow(self) -> None:
         while True:
-            ended = self._end.wait(STOP_SECONDS)
+            ended = self._end.wait(LOOK_SECONDS)
             for event in self._tail.new():
                 for listener in self._listeners:
                     listener(event)

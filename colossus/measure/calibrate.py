@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from colossus.hardware.calibration import Calibration, Timing, layer_arch
-from colossus.hardware.machine import Machine
+from colossus.hardware.machine import Machine, Rate
 from colossus.measure.loopback import message_timings
 from colossus.measure.machine import HOPELESS
 from colossus.models.attend import attend
@@ -86,7 +86,7 @@ LONG_SECONDS = {"cpu": 0.1, "cuda": 0.03}  # of whole layers, whose rest is a di
 HELD_SECONDS, HELD_SIZE = 3.0, 8192
 ATTEMPTS = 4  # at a probe beside which the reference wandered by more than WANDERED
 WANDERED = 0.08
-REFERENCE_SIZE, REFERENCE_RUNS = 1024, 2
+REFERENCE_RUNS = 2
 LAYER_FFN = 8 / 3  # of a layer's width, as Llama's
 
 
@@ -115,14 +115,14 @@ class _Bench:
         best = self.machine.best
         attempts: list[tuple[float, float]] = []  # (how far the reference wandered, seconds at its best rate)
         for _ in range(ATTEMPTS):
-            before = reference_rate(best.type)
+            before = reference_rate(best)
             times: list[float] = []
             end = time.perf_counter() + budget
             while len(times) < 3 or time.perf_counter() < end:
                 began = time.perf_counter()
                 act()
                 times.append(time.perf_counter() - began)
-            after = reference_rate(best.type)
+            after = reference_rate(best)
             rate = (before + after) / 2
             seconds = statistics.median(times) * rate / best.flops_per_second
             attempts.append((abs(before - after) / rate, seconds))
@@ -197,14 +197,14 @@ def calibrate(machine: Machine, say: Say = lambda line: None, *, quick: bool = F
     )
 
 
-def reference_rate(precision: str, runs: int = REFERENCE_RUNS) -> float:
-    """Mean FLOP/s of a square product on the processor, now: what speeds are given as a share of."""
-    left, right = (torch.ones(REFERENCE_SIZE, REFERENCE_SIZE, dtype=TYPES[precision]) for _ in range(2))
+def reference_rate(best: Rate, runs: int = REFERENCE_RUNS) -> float:
+    """Mean FLOP/s of the product that was the quickest on the processor, now: speeds are shares of it."""
+    left, right = (torch.ones(best.size, best.size, dtype=TYPES[best.type]) for _ in range(2))
     out = torch.empty_like(left)
     began = time.perf_counter()
     for _ in range(runs):
         torch.mm(left, right, out=out)
-    return runs * 2.0 * REFERENCE_SIZE**3 / (time.perf_counter() - began)
+    return runs * 2.0 * best.size**3 / (time.perf_counter() - began)
 
 
 def _ranks(machine: Machine) -> int:

@@ -31,11 +31,11 @@ def _product_added(total: Shape, left: Shape, right: Shape, **_: Any) -> int:
     return product_flops(left[0], left[1], right[1])
 
 
-def _grouped_product(x_MI: Shape, w_XOI: Shape, ends_X: Shape, **_: Any) -> int:
+def _grouped_product(x_MI: Shape, w_XOI: Shape, ends_X: Shape, *_: Any, **__: Any) -> int:
     return product_flops(x_MI[0], x_MI[1], w_XOI[1])
 
 
-def _grouped_outer_product(g_MO: Shape, x_MI: Shape, ends_X: Shape, **_: Any) -> int:
+def _grouped_outer_product(g_MO: Shape, x_MI: Shape, ends_X: Shape, *_: Any, **__: Any) -> int:
     return product_flops(g_MO[1], x_MI[0], x_MI[1])
 
 

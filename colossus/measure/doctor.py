@@ -16,7 +16,7 @@ from colossus import __version__
 from colossus.architecture import num_parameters
 from colossus.hardware.machine import Machine, cache_folder
 from colossus.job import Job
-from colossus.measure.machine import SIZE, compiler_lacks, free_memory_bytes
+from colossus.measure.machine import compiler_lacks, free_memory_bytes
 from colossus.words import count, duration, plural, rate, short, size
 
 OLDEST_TORCH, NEWEST_TORCH = "2.11", "2.13.0"  # the range that pyproject.toml states
@@ -74,7 +74,7 @@ def _rates(machine: Machine) -> str:
     table = [["", *(plural(n, "thread") for n in threads)]]
     table += [[type, *(rates.get((type, n), "-") for n in threads)] for type in types]
     lines = [f"  {row[0]:<10}" + "".join(f"{cell:>14}" for cell in row[1:]) for row in table]
-    return "\n".join([f"Matrix products of {SIZE} x {SIZE}, as measured on the processor", *lines])
+    return "\n".join(["Matrix products, the best of several sizes, as measured on the processor", *lines])
 
 
 def _follows(machine: Machine, job: Job | None) -> Iterator[Row]:
@@ -84,16 +84,26 @@ def _follows(machine: Machine, job: Job | None) -> Iterator[Row]:
     else:
         yield "type", f"{_type(machine)}; weights are kept in fp32"
         yield "threads", f"{machine.best_threads} of {plural(machine.cores, 'core')}"
+        if job is not None and job.run.threads is not None:
+            threads = plural(job.run.threads, "thread")
+            yield "training", f"{job.precision.type} on {threads}, whose steps were timed to be the quickest"
+        yield "memory", _freed(machine)
     yield (
         "MFU",
         f"counted against {rate(machine.peak_flops_per_second(machine.device))}, {_denominator(machine)}",
     )
     yield (
         "compile",
-        "where a run is long enough for it to pay" if machine.compiler else "no: layers run as they are",
+        "where a run's first steps show that it pays" if machine.compiler else "no: layers run as they are",
     )
     if job is not None:
         yield "a run", _run(job)
+
+
+def _freed(machine: Machine) -> str:
+    if not machine.keeps_freed_memory:
+        return "what was freed goes back to the system: keeping it gains nothing here"
+    return f"what was freed is kept in training: large products {_times(machine.keeping_gain)} as fast"
 
 
 def _type(machine: Machine) -> str:

@@ -2,9 +2,10 @@
 
 Processors differ by more than two orders of magnitude in the same type, so nothing is taken from a name.
 
-What else runs only makes a probe slower. So each takes the quickest of many runs, and where its threads did
-not get the processor time that they asked for, it tries once more. A table that was disturbed all the same is
-measured again once it is two minutes old; each figure keeps the better of both.
+Products are timed at several sizes: a library may run those of one size on one thread and of the next on two.
+What else runs only makes a probe slower. So each takes the quickest of many runs, and where others took the
+cores meanwhile, it tries once more. A table that was disturbed all the same is measured again once it is two
+minutes old; each figure keeps the better of both.
 """
 
 from __future__ import annotations
@@ -24,15 +25,27 @@ from pathlib import Path
 
 import torch
 
-from colossus.hardware.machine import CGROUP, Gpu, Machine, Rate, available_cores, cache_folder, slug
+from colossus.hardware.machine import (
+    CGROUP,
+    Gpu,
+    Machine,
+    Rate,
+    available_cores,
+    cache_folder,
+    keep_text,
+    slug,
+)
+from colossus.measure import accounting
+from colossus.measure.instructions import held_to, instructions
+from colossus.measure.memory import keeping_gain
 from colossus.precision.policy import TYPES
 
-SIZE = 1024  # of the square products
+SIZES = (768, 1024)  # of square products; then larger ones, as long as one takes no more than PROBE_SECONDS
+LARGER, LARGEST = 1.5, 8192
 GPU_SIZE = 8192
 SMALL = 128  # a product that shows a hopeless type within milliseconds
-PROBE_SECONDS = 0.1
+PROBE_SECONDS = 0.05
 SMALL_SECONDS = 0.01
-QUIET = 0.85  # of the processor time that a probe's threads ask for: with less, other programs ran too
 ATTEMPTS = 2  # at a probe that was disturbed
 DISTURBED_SECONDS = 120.0  # for so long a disturbed table does
 HOPELESS = 0.1  # of the best type's rate on small products: a type below it is not timed at full size
@@ -42,7 +55,7 @@ HOPELESS = 0.1  # of the best type's rate on small products: a type below it is 
 def this_machine() -> Machine:
     """The machine from its kept table, or measured now."""
     kept = _kept()
-    if kept is None or not (kept.quiet or _age_seconds(_table()) < DISTURBED_SECONDS):
+    if kept is None or not (kept.quiet or age_seconds(table_path()) < DISTURBED_SECONDS):
         return measure_again()
     return kept
 
@@ -53,12 +66,9 @@ def measure_again() -> Machine:
     if kept is not None and not machine.quiet:
         machine = machine.with_best_of(kept)
     this_machine.cache_clear()
-    path = _table()
+    path = table_path()
     with contextlib.suppress(OSError):  # where nothing can be kept, measuring again costs a second
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.part")
-        temporary.write_text(machine.to_json())
-        temporary.replace(path)
+        keep_text(path, machine.to_json())
     return machine
 
 
@@ -71,6 +81,7 @@ def measure_machine() -> Machine:
         best = max(rates, key=lambda rate: rate.flops_per_second)
         torch.set_num_threads(best.threads)
         bandwidth, dispatch = _memory_bandwidth(), _dispatch_seconds()
+        keeping = keeping_gain()
     finally:
         torch.set_num_threads(threads)
     return Machine(
@@ -83,6 +94,8 @@ def measure_machine() -> Machine:
         compiler=compiler(),
         gpus=_gpus(),
         versions={"torch": str(torch.__version__), "python": platform.python_version()},
+        instructions=instructions(),
+        keeping_gain=round(keeping, 3),
         quiet=quiet,
         seconds=round(time.perf_counter() - started, 3),
     )
@@ -116,7 +129,13 @@ def _numbers(file: Path) -> dict[str, int]:
 
 
 def processor_name() -> str:
-    """As the system calls it; it names the table, and decides nothing."""
+    """As the system calls it, and what the environment holds it to: what is measured of a processor that is
+    held to fewer instructions is not true of it free. It names the table, and decides nothing."""
+    held = (f"{library} held to {value}" for library, value in held_to().items())
+    return ", ".join([_system_name(), *held])
+
+
+def _system_name() -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         fields = dict(line.split(":", 1) for line in lines if ":" in line)
@@ -153,19 +172,28 @@ def _compiler_name() -> str:
     return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
-def _table() -> Path:
+def table_path() -> Path:
+    """Where the table of this machine is kept: named after all that its rates depend on."""
     gpus = torch.cuda.device_count()
-    name = f"{processor_name()} {available_cores()} cores torch {torch.__version__} {gpus} gpus"
+    name = (
+        f"{processor_name()} {available_cores()} cores torch {torch.__version__} {gpus} gpus {instructions()}"
+    )
     return cache_folder() / "machines" / f"{slug(name)}.json"
 
 
-def _age_seconds(path: Path) -> float:
+def kept_folder() -> Path:
+    """Where what was timed later is kept, beside that table."""
+    return table_path().with_suffix("")
+
+
+def age_seconds(path: Path) -> float:
+    """Since it was written."""
     return time.time() - path.stat().st_mtime
 
 
 def _kept() -> Machine | None:
     try:
-        machine = Machine.from_json(_table().read_text())
+        machine = Machine.from_json(table_path().read_text())
     except (OSError, ValueError):
         return None
     return dataclasses.replace(machine, compiler=compiler(), memory_bytes=memory_bytes())
@@ -188,10 +216,39 @@ def _rates(cores: int) -> tuple[list[Rate], bool]:
             continue
         for threads in sorted({1, max(1, cores // 2), cores}):
             torch.set_num_threads(threads)
-            seconds, undisturbed = _fastest_undisturbed(_product(SIZE, dtype), threads)
-            rates.append(Rate(name, threads, _flops(SIZE) / seconds))
+            rate, undisturbed = _undisturbed_rate(name, dtype, threads)
+            rates.append(rate)
             quiet = quiet and undisturbed
     return rates, quiet
+
+
+def _undisturbed_rate(name: str, dtype: torch.dtype, threads: int) -> tuple[Rate, bool]:
+    """The best rate, and whether others left the cores to the last attempt."""
+    found: list[Rate] = []
+    for _ in range(ATTEMPTS):
+        before = accounting.read()
+        found += _rates_by_size(name, dtype, threads)
+        if not accounting.was_disturbed(before, accounting.read(), threads):
+            return _best(found), True
+    return _best(found), False
+
+
+def _rates_by_size(name: str, dtype: torch.dtype, threads: int) -> list[Rate]:
+    found: list[Rate] = []
+    size = SIZES[0]
+    while True:
+        seconds = _fastest(_product(size, dtype), PROBE_SECONDS)
+        found.append(Rate(name, threads, _flops(size) / seconds, size))
+        if len(found) < len(SIZES):
+            size = SIZES[len(found)]
+            continue
+        size = 32 * round(LARGER * size / 32)
+        if size > LARGEST or _flops(size) / found[-1].flops_per_second > PROBE_SECONDS:
+            return found
+
+
+def _best(rates: list[Rate]) -> Rate:
+    return max(rates, key=lambda rate: rate.flops_per_second)
 
 
 def _product(size: int, dtype: torch.dtype) -> Callable[[], object]:
@@ -220,21 +277,6 @@ def _dispatch_seconds() -> float:
             one.add_(0.0)
 
     return _fastest(hundred, 0.02) / 100
-
-
-def _fastest_undisturbed(act: Callable[[], object], threads: int) -> tuple[float, bool]:
-    """The quickest run in seconds, and whether the last attempt had the cores for itself."""
-    # Threads of OpenMP wait in a loop: all of them ask for time throughout. Elsewhere one surely does.
-    asking = threads if sys.platform == "linux" else 1
-    best, undisturbed = float("inf"), False
-    for _ in range(ATTEMPTS):
-        wall, processor = time.perf_counter(), time.process_time()
-        best = min(best, _fastest(act, PROBE_SECONDS))
-        wall, processor = time.perf_counter() - wall, time.process_time() - processor
-        undisturbed = processor >= QUIET * asking * wall
-        if undisturbed:
-            break
-    return best, undisturbed
 
 
 def _fastest(act: Callable[[], object], seconds: float) -> float:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
+from colossus.models.block_mask import attend_by_blocks
 from colossus.perf.parts import MAX_BLOCKED, ROWS
+
+if TYPE_CHECKING:
+    from colossus.models.block_mask import Mask
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,12 @@ def attend(
     q_BHTE: torch.Tensor,
     k_BKSE: torch.Tensor,
     v_BKSE: torch.Tensor,
-    mask: torch.Tensor | None = None,
+    mask: Mask | None = None,
     scores: Scores | None = None,
     temperature: torch.Tensor | None = None,
     sinks_H: torch.Tensor | None = None,
+    *,
+    fused: bool = False,
 ) -> torch.Tensor:
     """Each of T queries looks at S keys: [B, H, T, E of v].
 
@@ -35,14 +42,19 @@ def attend(
     scores: None: 1/sqrt(E), no cap. temperature: [T] or [B, T], multiplies the scores of each query, after
         the cap.
     sinks_H: the score of one more key, whose value is 0, for each head (openai/gpt-oss).
+    fused: on a processor, by PyTorch's kernel also where plain products are usually quicker.
     """
     num_new, num_keys = q_BHTE.shape[2], k_BKSE.shape[2]
     scores = scores if scores is not None else Scores(1 / math.sqrt(q_BHTE.shape[3]))
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        k_BKSE, v_BKSE = k_BKSE.to(q_BHTE.dtype), v_BKSE.to(q_BHTE.dtype)
+        return attend_by_blocks(q_BHTE, k_BKSE, v_BKSE, mask, scores, temperature, sinks_H)
     special = scores.soft_cap is not None or temperature is not None or sinks_H is not None
     if num_new == 1 and q_BHTE.device.type == "cpu":
         return attend_once(q_BHTE, k_BKSE, v_BKSE, mask, scores, temperature, sinks_H)
     k_BKSE, v_BKSE = k_BKSE.to(q_BHTE.dtype), v_BKSE.to(q_BHTE.dtype)
-    if special or (q_BHTE.device.type == "cpu" and 1 < num_new <= num_keys <= MAX_BLOCKED):
+    plain = q_BHTE.device.type == "cpu" and 1 < num_new <= num_keys <= MAX_BLOCKED and not fused
+    if special or plain:
         return attend_by_products(q_BHTE, k_BKSE, v_BKSE, mask, scores, temperature, sinks_H)
     if (
         mask is None and 1 < num_new < num_keys

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from colossus.models.packed import product
 from colossus.models.sight import sight
 from colossus.models.whole import Whole
 
+if TYPE_CHECKING:
+    from colossus.models.copies import Copies
+
 
 class Decoder(nn.Module):
     """The model that `arch` describes; its parameters are exactly `architecture.parameter_table(arch)`.
@@ -26,7 +29,10 @@ class Decoder(nn.Module):
         output if it is the last. None: all.
     compute_dtype: type of activations and matrix products. The weights keep their own (see `precision`).
     compiled: layers are, and on a GPU the loss is too.
-    loads: of the layers of experts, one a forward pass in training, until `Balance` takes them.
+    fused_attention: on a processor, also where plain products are usually quicker (see `models.attend`).
+    loads: of the layers of experts, one a forward pass in training, until `Balance` takes them. z_terms: the
+        z-loss of such passes, of the part that has the output, until `program.take_z_loss` takes them.
+    copies: of its matrices, on which it generates (see `models.copies`); None: it has none.
     whole: how what this rank computes is part of a whole; None where it computes all.
     """
 
@@ -36,6 +42,7 @@ class Decoder(nn.Module):
         self.arch, self.part = arch, part
         self.is_first, self.is_last = part.start == 0, part.stop == arch.num_layers
         self.compute_dtype, self.compiled = torch.float32, False
+        self.fused_attention = False
         looked_up = self.is_first or (self.is_last and arch.tie_embeddings)
         self.embedding = Embedding(arch.vocab_size, arch.hidden_size) if looked_up else None
         learned = self.is_first and arch.position == "learned"
@@ -47,6 +54,8 @@ class Decoder(nn.Module):
         has_head = self.is_last and not arch.tie_embeddings
         self.head = Linear(arch.hidden_size, arch.vocab_size) if has_head else None
         self.loads: list[torch.Tensor] = []
+        self.copies: Copies | None = None
+        self.z_terms: list[torch.Tensor] = []
         self.whole: Whole | None = None
 
     @overload
@@ -82,8 +91,8 @@ class Decoder(nn.Module):
         Positions count on through a window, so a document's scores depend only on differences of positions.
         cache: the tokens follow those that it holds, and are added to it. Not with documents.
         token_share: of each row, [B]: 1 / tokens of the global batch, 0 where the row is no sample of it. The
-            terms that keep experts' loads alike join what is minimised, through the gradient alone; the loss
-            that is returned is the cross entropy.
+            terms that keep experts' loads alike join what is minimised, through the gradient alone, as z-loss
+            does; the loss that is returned is the cross entropy.
         only_last: logits that follow the last token alone, [B, 1, V].
         x_BTD: what the part before this one returned. A part that is not the last returns the like.
         """
@@ -102,7 +111,10 @@ class Decoder(nn.Module):
                 targets_BT = self.whole.own(targets_BT)
                 share, keep = self.whole.vocab, self.whole.keep_gradients
             x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
-            return cross_entropy(x_ND, output.weight, targets_N, z_loss, cap, share, keep, self.compiled)
+            terms = self.z_terms if token_share is not None and z_loss else None
+            return cross_entropy(
+                x_ND, output.weight, targets_N, z_loss, cap, share, keep, self.compiled, terms
+            )
         logits_BTV = product(x_BTD[:, -1:] if only_last else x_BTD, output.weight, None, output.packed)
         if self.whole is not None:
             logits_BTV = self.whole.all_logits(logits_BTV)[:, :num_tokens]
@@ -126,6 +138,7 @@ class Decoder(nn.Module):
         else:
             seen = self.whole.sight(arch, tokens_BT, documents_BT, exact)
             tokens_BT = self.whole.own(tokens_BT)
+        seen = seen._replace(fused=self.fused_attention)
         if self.is_first:
             assert self.embedding is not None
             x_BTD = self.embedding(tokens_BT)

@@ -51,8 +51,10 @@ class Exchange(Protocol):
 
 
 class Experts(nn.Module):
-    """The matrices of all experts, stacked: [X, out, in]. exchange: None where this rank has all."""
+    """The matrices of all experts, stacked: [X, out, in]. exchange: None where this rank has all.
+    equal_groups: see `grouped_product`."""
 
+    equal_groups = False
     exchange: Callable[[], Exchange] | None = None
 
     def __init__(self, arch: Architecture) -> None:
@@ -87,7 +89,7 @@ class Experts(nn.Module):
         """What each row's expert makes of it, for rows sorted by expert; see `Order`."""
 
         def product(x: torch.Tensor, w_XOI: torch.Tensor, bias_XO: torch.Tensor | None) -> torch.Tensor:
-            y = grouped_product(x, w_XOI.to(x.dtype), ends_X)
+            y = grouped_product(x, w_XOI.to(x.dtype), ends_X, self.equal_groups)
             return y if bias_XO is None else y + bias_XO.to(x.dtype)[experts_M]
 
         gate_MF = None

@@ -16,7 +16,7 @@ from colossus.models.sight import Sight
 
 class LatentAttention(nn.Module):
     """Keys and values come from one normalised vector of L = kv_rank coordinates a token; one rotated key
-    serves all heads. A cache keeps these two alone."""
+    serves all heads. A cache keeps these two alone. Queries come from such a vector too, or straight."""
 
     def __init__(self, arch: Architecture, layer: int) -> None:
         super().__init__()
@@ -24,9 +24,12 @@ class LatentAttention(nn.Module):
         self.sizes, self.layer, self.windowed = arch.latent, layer, arch.is_windowed(layer)
         self.scores = Scores(arch.scale_of_scores, arch.attention_soft_cap)
         sizes, heads = arch.latent, arch.num_heads
-        self.wq_down = Linear(arch.hidden_size, sizes.q_rank)
-        self.q_norm = RMSNorm(sizes.q_rank, sizes.norm_eps)
-        self.wq_up = Linear(sizes.q_rank, heads * arch.head_dim)
+        if sizes.q_rank is None:
+            self.wq = Linear(arch.hidden_size, heads * arch.head_dim)
+        else:
+            self.wq_down = Linear(arch.hidden_size, sizes.q_rank)
+            self.q_norm = RMSNorm(sizes.q_rank, sizes.norm_eps)
+            self.wq_up = Linear(sizes.q_rank, heads * arch.head_dim)
         self.wkv_down = Linear(arch.hidden_size, sizes.kv_rank + sizes.rope_dim)
         self.kv_norm = RMSNorm(sizes.kv_rank, sizes.norm_eps)
         self.wkv_up = Linear(sizes.kv_rank, heads * (sizes.nope_dim + sizes.v_dim))
@@ -35,7 +38,8 @@ class LatentAttention(nn.Module):
     def forward(self, x_BTD: torch.Tensor, sight: Sight, cache: KVCache | None = None) -> torch.Tensor:
         """x_BTD -> the same shape and type."""
         sizes = self.sizes
-        q_BTHE = self.wq_up(self.q_norm(self.wq_down(x_BTD)))
+        straight = sizes.q_rank is None
+        q_BTHE = self.wq(x_BTD) if straight else self.wq_up(self.q_norm(self.wq_down(x_BTD)))
         q_BTHE = q_BTHE.unflatten(-1, (-1, sizes.nope_dim + sizes.rope_dim))
         qn_BTHE, qr_BTHE = q_BTHE.split((sizes.nope_dim, sizes.rope_dim), dim=-1)
         c_BTL, kr_BTE = self.wkv_down(x_BTD).split((sizes.kv_rank, sizes.rope_dim), dim=-1)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from colossus.models.packed import Packed, pack, product
+from colossus.models.packed import Packed, product
 
 
 class Linear(nn.Linear):
     """y = x W^T + b. fp32 weights serve bf16 activations; their gradient comes back in fp32.
 
-    packed: a copy for products without gradients (see `models.packed`). fused: one of this and others.
+    packed: a copy for products without gradients, while it serves (see `models.copies`). fused: one of this
+    and others.
     """
 
     packed: Packed | None = None
@@ -29,25 +30,18 @@ class Linear(nn.Linear):
 
 
 def products(x: torch.Tensor, *linears: Linear) -> tuple[torch.Tensor, ...]:
-    """What each makes of the same x; in one product where they were packed together."""
-    fused = linears[0].fused
-    if fused is not None and fused.serves(x, _sources(linears)):
+    """What each makes of the same x; in one product where they were packed together.
+
+    Another module may stand in a linear's place, an adapter around it.
+    """
+    fused = linears[0].fused if isinstance(linears[0], Linear) else None
+    if fused is not None and fused.serves(x):
         return fused.product(x).split(fused.widths, dim=-1)
     return tuple(linear(x) for linear in linears)
 
 
-def pack_together(linears: tuple[Linear, ...], dtype: torch.dtype) -> None:
-    """Gives the first a packed copy of all, which `products` of the same ones takes."""
-    sources = _sources(linears)
-    linears[0].fused = pack(sources[: len(linears)], sources[len(linears) :], dtype)  # type: ignore[arg-type]
-
-
-def _sources(linears: tuple[Linear, ...]) -> tuple[torch.Tensor | None, ...]:
-    return (*(linear.weight for linear in linears), *(linear.bias for linear in linears))
-
-
 class Embedding(nn.Embedding):
-    """One vector a token id. packed: a copy of the matrix, where it is the output's too."""
+    """One vector a token id. packed: a copy of the matrix, as in `Linear`, where it is the output's too."""
 
     packed: Packed | None = None
 

@@ -30,14 +30,16 @@ def cross_entropy(
     share: VocabShare | None = None,
     keep_gradients: bool = False,
     compiled: bool = False,
+    z_terms: list[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed cross entropy (nats) of the logits x W^T, and the number of targets that are not ignored.
 
     Tokens are taken in chunks, and each chunk's gradient is computed with its loss: logits are computed
-    once and live for one chunk. z_loss adds z_loss * logsumexp(logits)^2 for every target, which keeps
-    logits from drifting (PaLM, section 5). soft_cap: the logits are soft_cap * tanh(x W^T / soft_cap). Sums
-    are in fp32 or better. The products are of x's type; the weight's gradient is summed in the weight's own
-    type or fp32, whichever is wider.
+    once and live for one chunk. z_loss adds z_loss * logsumexp(logits)^2 for every target to what is
+    minimised, which keeps logits from drifting (PaLM, section 5): through the gradient alone; its sum is
+    appended to `z_terms`, and what is returned stays the cross entropy. soft_cap: the logits are soft_cap *
+    tanh(x W^T / soft_cap). Sums are in fp32 or better. The products are of x's type; the weight's gradient is
+    summed in the weight's own type or fp32, whichever is wider.
 
     share: `weight_VD` is this rank's part; x's gradient is of that part, to be summed over ranks.
     keep_gradients: for a backward pass that asks for the two gradients one after the other.
@@ -45,9 +47,11 @@ def cross_entropy(
     """
     with_gradient = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
     compiled = compiled and share is None and x_ND.device.type == "cuda"
-    loss = _ChunkedCrossEntropy.apply(
+    loss, z_term = _ChunkedCrossEntropy.apply(
         x_ND, weight_VD, targets_N, z_loss, soft_cap, share, keep_gradients, compiled, with_gradient
     )
+    if z_terms is not None:
+        z_terms.append(z_term)
     return loss, (targets_N != IGNORED).sum()
 
 
@@ -66,10 +70,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         keep_gradients: bool,
         compiled: bool,
         with_gradient: bool,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         exact = torch.promote_types(x_ND.dtype, torch.float32)
         product_VD = weight_VD.to(x_ND.dtype)
-        loss = torch.zeros((), dtype=exact, device=x_ND.device)
+        loss = z_term = torch.zeros((), dtype=exact, device=x_ND.device)
         grad_x_ND = torch.empty_like(x_ND) if with_gradient else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if with_gradient else None
         num = x_ND.shape[0]
@@ -79,13 +83,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             x_CD = x_ND[rows]
             logits_CV = torch.mm(x_CD, product_VD.t())
             if compiled:
-                chunk_loss, grad_logits_CV = _compiled()(logits_CV, targets_N[rows], z_loss, soft_cap)
+                chunk_loss, chunk_z, grad_logits_CV = _compiled()(
+                    logits_CV, targets_N[rows], z_loss, soft_cap
+                )
             else:
-                chunk_loss, grad_logits_CV = _loss_and_gradient(
+                chunk_loss, chunk_z, grad_logits_CV = _loss_and_gradient(
                     logits_CV.to(exact), targets_N[rows], z_loss, soft_cap, share
                 )
             del logits_CV
-            loss = loss + chunk_loss
+            loss, z_term = loss + chunk_loss, z_term + chunk_z
             if grad_x_ND is not None and grad_weight_VD is not None:
                 grad_logits_CV = grad_logits_CV.to(x_ND.dtype)
                 torch.mm(grad_logits_CV, product_VD, out=grad_x_ND[rows])
@@ -93,10 +99,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             del grad_logits_CV  # before the next chunk's logits take as much again
         ctx.gradients, ctx.keep = (grad_x_ND, grad_weight_VD), keep_gradients
         ctx.weight_type = weight_VD.dtype
-        return loss
+        ctx.mark_non_differentiable(z_term)
+        return loss, z_term
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         assert ctx.gradients is not None, "this loss was propagated back already"
         grad_x_ND, grad_weight_VD = ctx.gradients
         if ctx.keep:
@@ -112,8 +121,9 @@ def _loss_and_gradient(
     z_loss: float,
     soft_cap: float | None,
     share: VocabShare | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss of a chunk, and its gradient by the logits, which it overwrites.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a chunk: summed cross entropy, summed z-loss, and the gradient of both by the logits, which it
+    overwrites.
 
     Every pass over the logits counts: in place and with one exponential a logit this takes two thirds of
     the time of `logsumexp` and a softmax, and no compiler does better (12M parameters, vocabulary 4,096).
@@ -139,13 +149,13 @@ def _loss_and_gradient(
     if share is not None:
         sum_C1, target_C1 = share.sum(torch.stack((sum_C1, target_C1.where(here_C1, 0)))).unbind()
     log_sum_C1 = sum_C1.log() + max_C1
-    loss_C1 = sum_C1.log() - target_C1 + z_loss * log_sum_C1.square()
+    loss_C1, z_C1 = sum_C1.log() - target_C1, z_loss * log_sum_C1.square()
     scale_C1 = (1 + 2 * z_loss * log_sum_C1) * scored_C1
     grad_CV = exp_CV.mul_(scale_C1 / sum_C1)
     grad_CV.scatter_add_(1, index_C1, -here_C1.to(grad_CV.dtype))
     if slope_CV is not None:
         grad_CV.mul_(slope_CV)
-    return loss_C1.where(scored_C1, 0).sum(), grad_CV
+    return loss_C1.where(scored_C1, 0).sum(), z_C1.where(scored_C1, 0).sum(), grad_CV
 
 
 @lru_cache(maxsize=1)
@@ -155,7 +165,7 @@ def _compiled() -> Any:
 
 def loss_and_gradient(
     logits_CV: torch.Tensor, targets_C: torch.Tensor, z_loss: float, soft_cap: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same written for a compiler, which reads the logits in their own type, keeps nothing in a wider one
     and writes the gradient in theirs."""
     scored_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
@@ -164,13 +174,14 @@ def loss_and_gradient(
     is_scored_C1 = (targets_C != IGNORED).unsqueeze(1)
     index_C1 = targets_C.unsqueeze(1).where(is_scored_C1, 0)
     log_sum_C1 = scored_CV.logsumexp(-1, keepdim=True)
-    loss_C1 = log_sum_C1 - scored_CV.gather(1, index_C1) + z_loss * log_sum_C1.square()
+    loss_C1, z_C1 = log_sum_C1 - scored_CV.gather(1, index_C1), z_loss * log_sum_C1.square()
     scale_C1 = (1 + 2 * z_loss * log_sum_C1) * is_scored_C1
     is_target_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == index_C1
     grad_CV = (scored_CV - log_sum_C1).exp() * scale_C1 - (is_target_CV & is_scored_C1).to(scored_CV.dtype)
     if soft_cap is not None:
         grad_CV = grad_CV * (1 - (scored_CV / soft_cap).square())
-    return loss_C1.where(is_scored_C1, 0).sum(), grad_CV.to(logits_CV.dtype)
+    sums = loss_C1.where(is_scored_C1, 0).sum(), z_C1.where(is_scored_C1, 0).sum()
+    return *sums, grad_CV.to(logits_CV.dtype)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

@@ -21,22 +21,16 @@ ROWS = 8  # the layout that is best for so many is good from 1 to 1,024
 class Packed:
     """A copy in that layout of one matrix [out, in], or of several for one product, one below the other.
 
-    widths: rows of each. versions: of the matrices and biases when they were copied.
+    widths: rows of each.
     """
 
     matrix: torch.Tensor
     bias: torch.Tensor | None
     widths: tuple[int, ...]
-    versions: tuple[int, ...]
 
-    def serves(self, x: torch.Tensor, sources: Sequence[torch.Tensor | None]) -> bool:
-        """Whether it gives what the sources would, and no gradient is wanted."""
-        return (
-            self.matrix.dtype == x.dtype
-            and x.device.type == "cpu"
-            and not torch.is_grad_enabled()
-            and self.versions == _versions(sources)
-        )
+    def serves(self, x: torch.Tensor) -> bool:
+        """Whether it has products of this type and place, and no gradient is wanted."""
+        return self.matrix.dtype == x.dtype and x.device.type == "cpu" and not torch.is_grad_enabled()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., sum of widths]."""
@@ -51,8 +45,7 @@ def pack(
     matrix = torch.ops.mkldnn._reorder_linear_weight(rows.contiguous(), ROWS)
     kept = [bias.detach().to(dtype) for bias in biases if bias is not None]
     assert len(kept) in (0, len(weights))
-    widths = tuple(len(weight) for weight in weights)
-    return Packed(matrix, torch.cat(kept) if kept else None, widths, _versions((*weights, *biases)))
+    return Packed(matrix, torch.cat(kept) if kept else None, tuple(len(weight) for weight in weights))
 
 
 @lru_cache(maxsize=8)
@@ -69,10 +62,6 @@ def product(
     x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, packed: Packed | None = None
 ) -> torch.Tensor:
     """x W^T + b in the type of x: [..., in] -> [..., out]; by the packed copy, where it serves."""
-    if packed is not None and packed.serves(x, (weight_OI, bias_O)):
+    if packed is not None and packed.serves(x):
         return packed.product(x)
     return F.linear(x, weight_OI.to(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
-
-
-def _versions(tensors: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
-    return tuple(tensor._version for tensor in tensors if tensor is not None)

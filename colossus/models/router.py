@@ -16,7 +16,8 @@ TINY = 1e-20  # added to a sum of sigmoids before it divides
 
 class Routes(NamedTuple):
     """weights_NK, experts_NK: of the K visits of each of N tokens. load: see `Router.forward`; None outside
-    training. objective: the terms that keep loads alike, [] in fp32 or better; None where there are none."""
+    training. objective: the sum of the terms that keep loads alike, [] in fp32 or better; None where there
+    are none."""
 
     weights_NK: torch.Tensor
     experts_NK: torch.Tensor
@@ -57,7 +58,8 @@ class Router(nn.Module):
 
         token_share: in training, of each row, [B]: 1 / tokens of the global batch, 0 where the row is no
             sample of it. The terms that keep loads alike are sums over tokens or sequences, times this.
-        The load is [X + 1]: visits of each expert, and the sum over tokens of the entropy of their scores.
+        The load is [X + 3]: visits of each expert, the sum over tokens of the entropy of their scores, and
+        the terms of the objective: `balance_loss` and `z_loss`.
         """
         exact = torch.promote_types(x_BTD.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(x_BTD.dtype).to(exact)
@@ -84,9 +86,11 @@ class Router(nn.Module):
         entropy_B = torch.special.entr(shares_BTX.detach()).sum((1, 2))
         load_BL = torch.cat((visits_BX, entropy_B[:, None]), dim=1)
         load = load_BL.masked_fill(token_share[:, None] == 0, 0.0).sum(0)
-        return routes._replace(
-            load=load, objective=self._objective(logits_BTX, shares_BTX, visits_BX, token_share)
-        )
+        terms = self._terms(logits_BTX, shares_BTX, visits_BX, token_share)
+        told = [load.new_zeros(()) if term is None else term.detach() for term in terms]
+        joined = [term for term in terms if term is not None]
+        objective = torch.stack(joined).sum() if joined else None
+        return routes._replace(load=torch.cat((load, torch.stack(told))), objective=objective)
 
     def _choose(self, scores_BTX: torch.Tensor) -> torch.Tensor:
         """The experts that each token visits, [B, T, K]."""
@@ -101,29 +105,30 @@ class Router(nn.Module):
             scores_BTX = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
         return scores_BTX.topk(settings.per_token, dim=-1).indices
 
-    def _objective(
+    def _terms(
         self,
         logits_BTX: torch.Tensor,
         shares_BTX: torch.Tensor,
         visits_BX: torch.Tensor,
         token_share: torch.Tensor,
-    ) -> torch.Tensor | None:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """balance_loss x X x sum over experts of (share of visits x mean score), as in Switch (Fedus et al.
         2021, arXiv 2101.03961, section 2.2), and z_loss x logsumexp^2 (Zoph et al. 2022, arXiv 2202.08906).
         """
-        settings, terms_B = self.settings, []
+        settings, share_B = self.settings, token_share.to(logits_BTX.dtype)
+        balance_B = z_B = None
         if settings.balance_loss and settings.balance_over == "batch":
             shares_X = self.shares.to(shares_BTX.dtype)
-            terms_B.append(settings.balance_loss * settings.num_experts * (shares_BTX @ shares_X).sum(1))
+            balance_B = settings.balance_loss * settings.num_experts * (shares_BTX @ shares_X).sum(1)
         elif settings.balance_loss:
             if self.sum_over_sequence is not None:
                 visits_BX = self.sum_over_sequence(visits_BX)
             visited_BX = visits_BX / visits_BX.sum(-1, keepdim=True)
             sums_BX = shares_BTX.sum(1)  # the mean over a sequence, times its tokens
-            terms_B.append(settings.balance_loss * settings.num_experts * (visited_BX * sums_BX).sum(1))
+            balance_B = settings.balance_loss * settings.num_experts * (visited_BX * sums_BX).sum(1)
         if settings.z_loss:
-            terms_B.append(settings.z_loss * logits_BTX.logsumexp(-1).square().sum(1))
-        return torch.stack(terms_B).sum(0).dot(token_share.to(terms_B[0].dtype)) if terms_B else None
+            z_B = settings.z_loss * logits_BTX.logsumexp(-1).square().sum(1)
+        return tuple(None if term_B is None else term_B.dot(share_B) for term_B in (balance_B, z_B))  # type: ignore[return-value]
 
 
 class _WithObjective(torch.autograd.Function):

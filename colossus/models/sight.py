@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 from colossus.architecture import Architecture
 from colossus.models.attend import Scores, attend
+from colossus.models.block_mask import block_mask
 from colossus.models.cache import KVCache, places
 from colossus.models.rope import rotations
+from colossus.perf.parts import attends_by_blocks, has_special_scores
+
+if TYPE_CHECKING:
+    from colossus.models.block_mask import Mask
 
 
 class Context(Protocol):
@@ -25,7 +30,7 @@ class Context(Protocol):
         q_BHTE: torch.Tensor,
         k_BKSE: torch.Tensor,
         v_BKSE: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: Mask | None,
         scores: Scores,
         temperature: torch.Tensor | None,
         sinks_H: torch.Tensor | None = None,
@@ -37,15 +42,16 @@ class Context(Protocol):
 class Sight(NamedTuple):
     """positions: of the tokens, [T] or, where rows stand at different ones, [B, T]; rotations: of those,
     [2, T, E] or [2, B, T, E]. mask, windowed_mask: [..., T, S], true where a token may look, in layers
-    without and with a window; None: at all tokens up to itself. temperature: of its scores, [T] or [B, T].
-    context: None where this rank has all tokens."""
+    without and with a window, or the same by blocks; None: at all tokens up to itself. temperature: of its
+    scores, [T] or [B, T]. context: None where this rank has all tokens. fused: see `models.attend.attend`."""
 
     positions: torch.Tensor
     rotations: torch.Tensor | None
-    mask: torch.Tensor | None
-    windowed_mask: torch.Tensor | None
+    mask: Mask | None
+    windowed_mask: Mask | None
     temperature: torch.Tensor | None
     context: Context | None = None
+    fused: bool = False
 
     def attend(
         self,
@@ -58,8 +64,10 @@ class Sight(NamedTuple):
     ) -> torch.Tensor:
         """What the tokens' queries see of keys and values: [B, H, T, E of v]. See `models.attend.attend`."""
         mask = self.windowed_mask if windowed else self.mask
-        by = attend if self.context is None else self.context.attend
-        return by(q_BHTE, k_BKSE, v_BKSE, mask, scores, self.temperature, sinks_H)
+        if self.context is not None:
+            return self.context.attend(q_BHTE, k_BKSE, v_BKSE, mask, scores, self.temperature, sinks_H)
+        fused = self.fused
+        return attend(q_BHTE, k_BKSE, v_BKSE, mask, scores, self.temperature, sinks_H, fused=fused)
 
 
 def sight(
@@ -78,15 +86,44 @@ def sight(
     stand = positions(tokens_BT, cache) if of is None else of
     num_keys = tokens_BT.shape[1] if cache is None else cache.num_keys(tokens_BT.shape[1])
     turned = rotations(arch, stand, dtype) if arch.position == "rope" else None
+    temperature = None
+    if arch.attention_temperature_len is not None:
+        temperature = temperatures(stand, arch.attention_temperature_len)
+    if _takes_blocks(arch, num_keys, stand.device, cache, dtype):
+        visible_BT = None if arch.pad_token is None else tokens_BT != arch.pad_token
+        return Sight(
+            stand, turned, *_masks_by_blocks(arch, visible_BT, documents_BT, stand, num_keys), temperature
+        )
     mask = None if cache is None else causal_mask(stand, num_keys, cache)
     if documents_BT is not None:
         mask = document_mask(documents_BT, stand)
     if arch.pad_token is not None:
         mask = _without_pads(tokens_BT != arch.pad_token, mask, stand, cache)
-    temperature = None
-    if arch.attention_temperature_len is not None:
-        temperature = temperatures(stand, arch.attention_temperature_len)
     return Sight(stand, turned, mask, _windowed(arch, stand, num_keys, mask), temperature)
+
+
+def _takes_blocks(
+    arch: Architecture, num_keys: int, device: torch.device, cache: KVCache | None, dtype: torch.dtype
+) -> bool:
+    """Not behind a cache, where each prompt has a length of its own; nor in float64, which no kernel has."""
+    return attends_by_blocks(arch, num_keys, device.type) and cache is None and dtype != torch.float64
+
+
+def _masks_by_blocks(
+    arch: Architecture,
+    visible_BT: torch.Tensor | None,
+    documents_BT: torch.Tensor | None,
+    stand: torch.Tensor,
+    num_keys: int,
+) -> tuple[Mask | None, Mask | None]:
+    """Of layers without and with a window. The kernel of the plain causal rule is the quicker where it will
+    do."""
+    mask = None
+    if documents_BT is not None or visible_BT is not None or has_special_scores(arch):
+        mask = block_mask(stand, num_keys, None, documents_BT, visible_BT)
+    if arch.window is None or num_keys <= arch.window:
+        return mask, mask
+    return mask, block_mask(stand, num_keys, arch.window, documents_BT, visible_BT)
 
 
 def positions(tokens_BT: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
@@ -99,7 +136,7 @@ def document_mask(documents_BS: torch.Tensor, positions_T: torch.Tensor) -> torc
     """True where the tokens at these positions may look: at themselves and earlier tokens of their own
     document. [B, 1, T, S]."""
     same_BTS = documents_BS[:, positions_T, None] == documents_BS[:, None, :]
-    return (same_BTS & (_distances(positions_T, documents_BS.shape[1]) >= 0)).unsqueeze(1)
+    return (same_BTS & _reached(positions_T, documents_BS.shape[1])).unsqueeze(1)
 
 
 def causal_mask(positions: torch.Tensor, num_keys: int, cache: KVCache) -> torch.Tensor | None:
@@ -111,7 +148,7 @@ def causal_mask(positions: torch.Tensor, num_keys: int, cache: KVCache) -> torch
     is_last = cache.is_even and cache.length + num_new == num_keys
     if is_last and num_new in (1, num_keys):
         return None
-    return _by_head(_distances(positions, num_keys) >= 0)
+    return _by_head(_reached(positions, num_keys))
 
 
 def temperatures(positions: torch.Tensor, length: int) -> torch.Tensor:
@@ -120,9 +157,12 @@ def temperatures(positions: torch.Tensor, length: int) -> torch.Tensor:
     return torch.where(positions > length, growth, 1.0)
 
 
-def _distances(positions: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """How far behind each token each key lies: [..., T, S]."""
-    return positions[..., None] - torch.arange(num_keys, device=positions.device)
+def _reached(positions: torch.Tensor, num_keys: int, window: int | None = None) -> torch.Tensor:
+    """Which keys lie at each position or before it, of these the last `window`: [..., T, S]. Nothing wider
+    than a truth value exists of all pairs."""
+    keys = torch.arange(num_keys, device=positions.device)
+    reached = keys <= positions[..., None]
+    return reached if window is None else reached & (keys > positions[..., None] - window)
 
 
 def _by_head(mask: torch.Tensor) -> torch.Tensor:
@@ -135,9 +175,9 @@ def _without_pads(
 ) -> torch.Tensor:
     """`mask`, and at no pad; a pad itself looks at itself too, so that its scores stay finite."""
     visible_BS = visible_BT if cache is None else cache.append_visible(visible_BT)
-    distances = _by_head(_distances(positions, visible_BS.shape[1]))
-    mask = distances >= 0 if mask is None else mask
-    return mask & (visible_BS[:, None, None, :] | (distances == 0))
+    num_keys = visible_BS.shape[1]
+    mask = _by_head(_reached(positions, num_keys)) if mask is None else mask
+    return mask & (visible_BS[:, None, None, :] | _by_head(_reached(positions, num_keys, 1)))
 
 
 def _windowed(
@@ -145,6 +185,5 @@ def _windowed(
 ) -> torch.Tensor | None:
     if arch.window is None or num_keys <= arch.window:
         return mask
-    distances = _by_head(_distances(positions, num_keys))
-    near = (distances >= 0) & (distances < arch.window)
+    near = _by_head(_reached(positions, num_keys, arch.window))
     return near if mask is None else mask & near

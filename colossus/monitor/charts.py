@@ -12,7 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+import numpy as np
+
 MAX_POINTS = 600  # of a line; more can't be seen
+LEAST_REACH = 3  # values on either side that are smoothed over, at least
 WIDTH, HEIGHT = 1000.0, 300.0  # of the drawing, in its own units
 
 
@@ -131,20 +134,28 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def smoothed(values: Sequence[float], share: float = 0.02) -> list[float]:
-    """A running mean over about `share` of the values on either side, without those that are not finite."""
-    widest = max(1, int(len(values) * share))
-    sums, counts = [0.0], [0]
-    for value in values:
-        finite = math.isfinite(value)
-        sums.append(sums[-1] + (value if finite else 0.0))
-        counts.append(counts[-1] + finite)
-    means = []
-    for i in range(len(values)):
-        reach = min(widest, i, len(values) - 1 - i)  # even on both sides: no bias at the ends
-        a, b = i - reach, i + reach + 1
-        number = counts[b] - counts[a]
-        means.append((sums[b] - sums[a]) / number if number else math.nan)
-    return means
+    """A running mean over about `share` of the values on either side, without those that are not finite.
+
+    At both ends the window stays as wide, and the straight line through it by least squares says what is left
+    or right of its middle (Savitzky and Golay 1964, first order): no bias by the slope, and no jump to the
+    last value alone.
+    """
+    reach = max(LEAST_REACH, int(len(values) * share))
+    y = np.array(values, np.float64)
+    finite = np.isfinite(y)
+    x = np.arange(len(y), dtype=np.float64)
+    moments = [finite, finite * x, finite * x * x, np.where(finite, y, 0.0), np.where(finite, y, 0.0) * x]
+    sums = np.array([np.concatenate([[0.0], np.cumsum(moment)]) for moment in moments])
+    first = np.clip(np.arange(len(y)) - reach, 0, max(0, len(y) - 2 * reach - 1))
+    stop = np.minimum(first + 2 * reach + 1, len(y))
+    n, sx, sxx, sy, sxy = sums[:, stop] - sums[:, first]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean_x, mean_y = sx / n, sy / n
+        spread = sxx - sx * mean_x
+        slope = np.where(spread > 0.25, (sxy - sx * mean_y) / spread, 0.0)  # of two values and more
+        at_end = (x - first < reach) | (stop - 1 - x < reach)
+        line = np.where(at_end, mean_y + slope * (x - mean_x), mean_y)
+    return [float(value) for value in line]
 
 
 def _thinned(line: Line) -> Line:

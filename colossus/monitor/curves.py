@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from colossus.events import number
+from colossus.job import LENGTHS
 from colossus.monitor.charts import Chart, Line, draw, smoothed
-from colossus.monitor.view import COMPRESSORS, RunView
+from colossus.monitor.view import RunView, compressors
 from colossus.words import count, percent
 
 
@@ -24,7 +25,7 @@ def _loss(view: RunView) -> Chart:
     x, y = _series(view, "loss")
     lines = [Line("each step", x, y, "one faint quiet"), Line("training, smoothed", x, smoothed(y), "one")]
     lines += _held_out(view, "loss")
-    marks = [(float(e.get("step") or 0), "resumed") for e in view.starts[1:]]
+    marks = _marks(view)
     return Chart(
         "Loss",
         lines,
@@ -38,11 +39,20 @@ def _loss(view: RunView) -> Chart:
     )
 
 
+def _marks(view: RunView) -> list[tuple[float, str]]:
+    """Where attempts began, and what was changed there."""
+    names = {float(e.get("step") or 0): "resumed" for e in view.starts[1:]}
+    for event in view.changes:
+        lengths = any(name in LENGTHS for name in event["value"].get("after", ()))
+        name = "branched" if event["name"] == "branch" else "another end" if lengths else "changed"
+        names[float(event["first_step"])] = name
+    return sorted(names.items())
+
+
 def _bits_per_byte(view: RunView) -> Chart | None:
     if len(view.validations) < 2:
         return None
-    last = view.validations[-1]
-    levels = [(tool.split()[0], number(last[f"{key}_bits_per_byte"])) for key, tool in COMPRESSORS]
+    levels = [(tool.split()[0], bits) for tool, bits in compressors(view.validations[-1])]
     return Chart(
         "Bits per byte",
         _held_out(view, "bits_per_byte"),
@@ -71,7 +81,7 @@ def _held_out(view: RunView, name: str) -> list[Line]:
 
 def _speed(view: RunView) -> Chart:
     x, y = _series(view, "tokens_per_second")
-    mfu = view.typical("mfu")
+    mfu = view.mfu
     note = f"tokens/s; the median is {percent(mfu)} MFU" if mfu else "tokens/s"
     return Chart("Speed", [Line("tokens/s", x, y)], note, _thousands, x_max=_x_max(view), from_zero=True)
 
@@ -121,7 +131,7 @@ def _expert_load(view: RunView) -> Chart | None:
 
 
 def _series(view: RunView, name: str) -> tuple[list[float], list[float]]:
-    pairs = [(float(e["step"]), number(e[name])) for e in view.steps if name in e]
+    pairs = [(float(e["step"]), number(e[name])) for e in view.steps if e.get(name) is not None]
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
@@ -131,11 +141,12 @@ def _x_max(view: RunView) -> float:
 
 def _tokens_at(view: RunView) -> Callable[[float], str]:
     """Step -> tokens learned from by then, in words."""
+    first = view.steps[0]["step"] if view.steps else 0  # a branch begins later
     sums, total = [0], 0
     for event in view.steps:
         total += event["tokens"]
         sums.append(total)
-    return lambda step: f"{count(sums[min(len(sums) - 1, round(step))])} tokens" if step else "0 tokens"
+    return lambda step: f"{count(sums[max(0, min(len(sums) - 1, round(step) - first))])} tokens"
 
 
 def _plain(value: float) -> str:

@@ -42,6 +42,11 @@ class Quiet:
     def isatty(self) -> bool:
         return bool(self._try(lambda stream: stream.isatty()))
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether it could not be written."""
+        return self._stream is None
+
     def _try(self, act: Callable[[Stream], object]) -> object:
         try:
             return act(self._stream) if self._stream is not None else None
@@ -149,7 +154,7 @@ class Progress:
             oldest = self._run_seconds - SMOOTH_SECONDS
             while len(self._recent) > 2 and self._recent[0]["run_seconds"] < oldest:
                 self._recent.pop(0)
-        if event["kind"] == "validation" and "bits_per_byte" in event:
+        if event["kind"] == "validation" and event.get("bits_per_byte") is not None:
             self._bits_per_byte = number(event["bits_per_byte"])
 
     @property
@@ -173,18 +178,21 @@ class Progress:
     def parts(self) -> list[str]:
         """The parts of the line, the step first and the time left last."""
         of = f"/{self._total_steps:,}" if self._total_steps else ""
-        parts = [f"step {self._step:,}{of}", f"loss {self._mean('loss'):.3f}"]
+        parts = [f"step {self._step:,}{of}"]
+        if any(e.get("loss") is not None for e in self._recent):
+            parts.append(f"loss {self._mean('loss'):.3f}")
         if self._bits_per_byte is not None:
             parts.append(f"{self._bits_per_byte:.3f} bits/byte")
-        waited, seconds = self._sum("data_wait_seconds"), sum(map(_seconds, self._recent))
+        seconds = sum(map(_seconds, self._recent))
         if seconds:
             parts.append(f"{count(self._sum('tokens') / seconds)} tokens/s")
             flops = sum(number(e.get("mfu", 0.0)) * _seconds(e) for e in self._recent)
             parts.append(f"MFU {percent(flops / seconds)}")
             if any("expert_load" in e for e in self._recent):
                 parts.append(f"busiest expert {self._mean('expert_load'):.2f} x mean")
-            if (waiting := waited / seconds) >= 0.01:
-                parts.append(f"waiting for data {percent(waiting)}")
+            for name, what in (("data", "data"), ("rank", "other ranks")):
+                if (waiting := self._sum(f"{name}_wait_seconds") / seconds) >= 0.01:
+                    parts.append(f"waiting for {what} {percent(waiting)}")
         if (left := self.seconds_left) is not None:
             parts.append(f"{clock(left)} left")
         return parts
@@ -193,10 +201,11 @@ class Progress:
         return sum(number(e.get(name, 0.0)) for e in self._recent)
 
     def _mean(self, name: str) -> float:
-        values = [number(e[name]) for e in self._recent if name in e]
+        values = [number(e[name]) for e in self._recent if e.get(name) is not None]
         return sum(values) / len(values) if values else float("nan")
 
 
 def _seconds(event: dict[str, Any]) -> float:
-    """Of a step, from asking for its batch to its update."""
-    return number(event.get("step_seconds", 0.0)) + number(event.get("data_wait_seconds", 0.0))
+    """Of a step, from the end of the one before it."""
+    parts = ("step", "data_wait", "rank_wait", "between")
+    return sum(number(event.get(f"{name}_seconds", 0.0)) for name in parts)

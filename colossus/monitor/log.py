@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from colossus.monitor import phrases
 from colossus.monitor.live import PLAIN_SECONDS, Progress
+from colossus.untrusted import open_to_append
 
 
 class LogText:
@@ -33,5 +35,8 @@ class LogText:
         if said is None:
             return
         time = datetime.fromtimestamp(event["time"], UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+        with (
+            contextlib.suppress(OSError),
+            os.fdopen(open_to_append(self._path), "a", encoding="utf-8") as file,
+        ):
             file.writelines(f"{time}  {line}\n" for line in said.splitlines())

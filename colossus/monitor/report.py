@@ -12,8 +12,8 @@ from colossus.errors import MachineError
 from colossus.events import number
 from colossus.monitor import curves, phrases
 from colossus.monitor.subject import Subject
-from colossus.monitor.summary import verdict
-from colossus.monitor.view import COMPRESSORS, RunView
+from colossus.monitor.summary import verdict, yardsticks
+from colossus.monitor.view import RunView
 from colossus.words import count, duration, percent, rate, size
 
 UNCOMPRESSED = 8.0
@@ -29,7 +29,9 @@ def write_report(run_folder: str | Path) -> Path:
     part = path.with_suffix(".html.part")
     page = render(RunView.read(run_folder))
     try:
-        part.write_text(page, encoding="utf-8")
+        part.unlink(missing_ok=True)  # what a kill left, or a link or pipe that somebody put there
+        with part.open("x", encoding="utf-8") as stream:
+            stream.write(page)
         part.replace(path)
     except OSError as error:
         for file in (part, path):  # what is there tells of an earlier attempt
@@ -80,7 +82,7 @@ def render(view: RunView) -> str:
 def _head(view: RunView, subject: Subject) -> str:
     outcome = view.outcome
     kind = "good" if outcome == "finished" else "" if outcome.startswith(("running", "not")) else "bad"
-    said = outcome if kind != "bad" else f"stopped by {outcome}"
+    said = outcome if kind != "bad" else f"stopped by {phrases.stopper(outcome)}"
     return (
         f'<header><div class="top"><span>{_e(view.folder.name)}</span>'
         f'<span class="badge {kind}">{_e(said)}</span>'
@@ -94,10 +96,8 @@ def _yardstick(view: RunView) -> str:
     if final is None:
         return ""
     ours = number(final["bits_per_byte"])
-    rows = [
-        ("this model", ours),
-        *((tool, number(final[f"{key}_bits_per_byte"])) for key, tool in COMPRESSORS),
-    ]
+    known = final["bits_per_byte"] is not None
+    rows = yardsticks(view, final)
     finite = [value for _, value in rows if value < float("inf")]
     longest = max(finite, default=1.0)
     bars = []
@@ -111,7 +111,7 @@ def _yardstick(view: RunView) -> str:
     which = phrases.held_out(final["num_documents"], final.get("whole", False))
     documents = f"{which} ({size(final['num_bytes'])})"
     return (
-        f'<section class="card hero"><div><div class="big">{ours:.2f}</div>'
+        f'<section class="card hero"><div><div class="big">{f"{ours:.2f}" if known else "no"}</div>'
         '<div class="of">bits per byte</div>'
         f'<p class="soft">{_e(verdict(view))}</p></div><div class="bars">{"".join(bars)}'
         f'<p class="note">Bits to store a byte of {_e(documents)}; plain text takes {UNCOMPRESSED:.0f}, '
@@ -123,14 +123,18 @@ def _tiles(view: RunView, subject: Subject) -> str:
     if not view.steps:
         return '<section class="card">No step was taken yet.</section>'
     tiles = [(duration(view.run_seconds), "of training"), (count(view.num_steps), "steps")]
-    per = f", {view.num_tokens / subject.num_parameters:.1f} a parameter" if subject.num_parameters else ""
+    is_tuned = "init_from" in subject.job.get("model", {})  # its weights have seen more than these tokens
+    per = ""
+    if subject.num_parameters and not is_tuned:
+        per = f", {view.num_tokens / subject.num_parameters:.1f} a parameter"
     tiles.append((count(view.num_tokens), f"tokens{per}"))
-    tiles.append((f"{number(view.steps[-1]['loss']):.3f}", "training loss of the last step, nats a token"))
+    if (loss := view.last("loss")) is not None:
+        tiles.append((f"{loss:.3f}", "training loss of the last step, nats a token"))
     if speed := view.typical("tokens_per_second"):
         tiles.append((count(speed), "tokens/s, the median"))
-    if mfu := view.typical("mfu"):
-        peak = view.start.get("peak_flops_per_second")
-        tiles.append((percent(mfu), "MFU" + (f", of {rate(number(peak))}" if peak else "")))
+    if mfu := view.mfu:
+        peak = view.peak_flops_per_second
+        tiles.append((percent(mfu), "MFU" + (f", of {rate(peak)}" if peak else "")))
     if (step := view.typical("step_seconds")) and (predicted := view.predicted_step_seconds):
         tiles.append((duration(step), f"a step, the median; {duration(predicted)} was predicted"))
     if load := view.typical("expert_load"):

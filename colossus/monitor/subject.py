@@ -43,7 +43,8 @@ class Subject:
             if view.events and "time" in view.events[0]
             else ""
         )
-        title = f"{name}{size_of}, trained{on}" if job else view.folder.name
+        how = "tuned" if "init_from" in model else "trained"
+        title = f"{name}{size_of}, {how}{on}" if job else view.folder.name
         return cls(
             title, _lead(view, job), when, job, start.get("origins") or {}, _machine(start), parameters
         )

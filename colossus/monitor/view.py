@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from colossus.events import kept_and_lost, number, read_events
+from colossus.monitor import phrases
 
 Event = dict[str, Any]
 COMPRESSORS = (("xz", "xz -9e"), ("bz2", "bz2 -9"), ("gzip", "gzip -9"))
@@ -37,6 +38,7 @@ class RunView:
         "first steps: compiling, warming up",
         "steps taken again after a restart",
         "waiting for data",
+        "waiting for other ranks",
         "validation",
         "saving, while training stood still",
         "everything else",
@@ -87,9 +89,34 @@ class RunView:
         return next(reversed(whole or self.validations), None)
 
     @cached_property
+    def before(self) -> Event | None:
+        """What the model that training began with reached on the documents of the final validation; None
+        where it began with none, or no step was taken."""
+        final = self.final
+        if final is None or not final["step"]:
+            return None
+        same = ("whole", "num_documents", "num_bytes")
+        begun = (e for e in self.validations if e["step"] == 0)
+        return next((e for e in begun if all(e.get(name) == final.get(name) for name in same)), None)
+
+    @cached_property
     def decisions(self) -> list[Event]:
-        newest = {(e["name"], e["first_step"]): e for e in self.of("decision")}
+        """Those that the run is made of: a change undoes what was decided before for its step and later."""
+        newest: dict[tuple[str, int], Event] = {}
+        for event in self.of("decision"):
+            if event["name"] == "change":
+                later = (key for key in newest if key[1] >= event["first_step"])
+                for key in [key for key in later if key[0] not in ("branch", "follow")]:
+                    del newest[key]
+            newest[event["name"], event["first_step"]] = event
         return sorted(newest.values(), key=lambda e: e["first_step"])
+
+    @cached_property
+    def changes(self) -> list[Event]:
+        """What a user changed on the way, and where the run was branched from."""
+        return [
+            e for e in self.decisions if e["name"] in ("change", "branch") and isinstance(e["value"], dict)
+        ]
 
     @property
     def predicted_step_seconds(self) -> float | None:
@@ -128,8 +155,30 @@ class RunView:
 
     def typical(self, name: str) -> float | None:
         """The median of a step's figure, the first tenth left out: it holds warming up and compiling."""
-        values = [number(e[name]) for e in self.steps[len(self.steps) // 10 :] if name in e]
+        values = [number(e[name]) for e in self.steps[len(self.steps) // 10 :] if e.get(name) is not None]
         return median(values) if values else None
+
+    @property
+    def peak_flops_per_second(self) -> float | None:
+        """What MFU counts against: measured before the run, or corrected by it."""
+        found = self.last("peak_flops_per_second") or self.start.get("peak_flops_per_second")
+        return number(found) if found else None
+
+    @property
+    def mfu(self) -> float | None:
+        """The median, as `typical` has it; of steps before the peak was corrected against that one too."""
+        at_start, peak = self.start.get("peak_flops_per_second"), self.peak_flops_per_second
+        steps = [e for e in self.steps[len(self.steps) // 10 :] if e.get("mfu") is not None]
+        if not peak:
+            return self.typical("mfu")
+        values = [
+            number(e["mfu"]) * number(e.get("peak_flops_per_second") or at_start or peak) for e in steps
+        ]
+        return median(values) / peak if values else None
+
+    def last(self, name: str) -> float | None:
+        """A figure of the newest step that has it."""
+        return next((number(e[name]) for e in reversed(self.steps) if e.get(name) is not None), None)
 
     def time_ledger(self) -> list[Share]:
         """Where the seconds of training went; they add up to `run_seconds`."""
@@ -142,6 +191,7 @@ class RunView:
             compiling,
             _total(self.repeated, "step_seconds"),
             _total([*self.steps, *self.repeated], "data_wait_seconds"),
+            _total([*self.steps, *self.repeated], "rank_wait_seconds"),
             _total(self.of("validation", "eval"), "seconds"),
             _total(self.of("checkpoint"), "blocked_seconds"),
         ]
@@ -149,10 +199,17 @@ class RunView:
         return [Share(*row) for row in zip(self.LEDGER, seconds, strict=True) if row[1] > 0]
 
 
+def compressors(final: Event) -> list[tuple[str, float]]:
+    """The compressors that the model can be held against, by their commands, and their bits per byte."""
+    if not phrases.is_compressible(final):
+        return []
+    return [(tool, number(final[f"{key}_bits_per_byte"])) for key, tool in COMPRESSORS]
+
+
 def beats(final: Event) -> list[str]:
     """The compressors that needed more bits than the model, by their commands."""
     ours = number(final["bits_per_byte"])
-    return [tool for key, tool in COMPRESSORS if ours < number(final[f"{key}_bits_per_byte"])]
+    return [tool for tool, bits in compressors(final) if ours < bits]
 
 
 def _total(events: Iterable[Event], name: str) -> float:

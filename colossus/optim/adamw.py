@@ -29,6 +29,10 @@ class AdamW:
         self.exp_avg = [torch.zeros_like(p) for p in self.parameters]
         self.exp_avg_sq = [torch.zeros_like(p) for p in self.parameters]
         self._steps = [torch.zeros((), device=local(p).device) for p in self.parameters]
+        self.follow(lr, betas, eps, weight_decay)
+
+    def follow(self, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        """From the next update on, these hold."""
         self._lr, self._betas, self._eps, self._weight_decay = lr, betas, eps, weight_decay
 
     def count(self, num_steps: int) -> None:
@@ -37,8 +41,9 @@ class AdamW:
             step.fill_(float(num_steps))
 
     @torch.no_grad()
-    def step(self, lr_factor: float) -> None:
-        """One update from the gradients that are there; a parameter without one is left as it is."""
+    def step(self, lr_factor: float, taken: torch.Tensor | None = None) -> None:
+        """One update from the gradients that are there; a parameter without one is left as it is, and so is
+        all where `taken`, [] on the device, is false."""
         rows = [
             (local(p), local(p.grad), local(mean), local(square), step)
             for p, mean, square, step in zip(
@@ -57,6 +62,7 @@ class AdamW:
             [],
             steps,
             fused=True,
+            found_inf=None if taken is None else (~taken).float(),
             amsgrad=False,
             beta1=self._betas[0],
             beta2=self._betas[1],

@@ -37,21 +37,29 @@ class Muon:
     ) -> None:
         self.parameters = list(parameters)
         self.momentum = [torch.zeros_like(p) for p in self.parameters]
-        self._lr, self._beta, self._weight_decay = lr, momentum, weight_decay
+        self.follow(lr, momentum, weight_decay)
         self._matmul_type = matmul_type
 
+    def follow(self, lr: float, momentum: float, weight_decay: float) -> None:
+        """From the next update on, these hold."""
+        self._lr, self._beta, self._weight_decay = lr, momentum, weight_decay
+
     @torch.no_grad()
-    def step(self, lr_factor: float) -> None:
-        """One update from the gradients that are there."""
+    def step(self, lr_factor: float, taken: torch.Tensor | None = None) -> None:
+        """One update from the gradients that are there; none where `taken`, [] on the device, is false."""
+        if taken is None:
+            taken = torch.ones((), dtype=torch.bool, device=local(self.parameters[0]).device)
         lr = self._lr * lr_factor
+        keep = 1 - lr * self._weight_decay * taken.double()  # of a weight
         by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for parameter, momentum in zip(self.parameters, self.momentum, strict=True):
             assert parameter.grad is not None
             grad, kept = local(parameter.grad), local(momentum)
-            kept.lerp_(grad, 1 - self._beta)
+            kept.copy_(torch.where(taken, kept.lerp(grad, 1 - self._beta), kept))
             nesterov = grad.lerp(kept, self._beta)
             if _holds_matrices(parameter):
-                self._apply(lr, local(parameter), orthogonalised(nesterov, self._matmul_type))
+                update = orthogonalised(nesterov, self._matmul_type)
+                self._apply(lr, local(parameter), torch.where(taken, update, 0), keep)
                 continue
             by_shape.setdefault(tuple(parameter.shape), []).append((parameter, whole(nesterov, parameter)))
         for pairs in by_shape.values():
@@ -59,12 +67,15 @@ class Muon:
             flat_NOI = matrices.flatten(0, -3)  # stacks of experts too
             updates = orthogonalised(flat_NOI, self._matmul_type).view_as(matrices)
             for (parameter, _), update in zip(pairs, updates, strict=True):
-                self._apply(lr, local(parameter), _part(update, parameter), max(parameter.shape[-2:]))
+                part = torch.where(taken, _part(update, parameter), 0)
+                self._apply(lr, local(parameter), part, keep, max(parameter.shape[-2:]))
 
-    def _apply(self, lr: float, here: torch.Tensor, update: torch.Tensor, side: int = 0) -> None:
+    def _apply(
+        self, lr: float, here: torch.Tensor, update: torch.Tensor, keep: torch.Tensor, side: int = 0
+    ) -> None:
         """side: the larger one of the whole matrix; of the update's where it is not given."""
         size = lr * RMS * math.sqrt(side or max(update.shape[-2:]))
-        here.mul_(1 - lr * self._weight_decay).add_(update, alpha=-size)
+        here.mul_(keep).add_(update, alpha=-size)
 
 
 def orthogonalised(matrices_NOI: torch.Tensor, matmul_type: torch.dtype) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from colossus.architecture import Architecture, Group, parameter_table
+from colossus.models.box import local
 from colossus.models.init import logical_name
 from colossus.optim.adamw import AdamW
 from colossus.optim.muon import Muon
@@ -37,47 +38,59 @@ class Optimizer:
         self._muon: Muon | None = None
         if matrices:
             self._muon_names = list(matrices)
-            (share,) = {table[name].scale.muon for name in matrices}  # all sides grow together
+            (self._muon_share,) = {table[name].scale.muon for name in matrices}  # all sides grow together
             self._muon = Muon(
                 list(matrices.values()),
-                lr=settings.matrix_lr * share,
+                lr=settings.matrix_lr,
                 momentum=settings.momentum,
-                weight_decay=settings.weight_decay / share,
+                weight_decay=settings.weight_decay,
                 matmul_type=matmul_type,
             )
-        by_rate: dict[tuple[float, float], list[tuple[str, torch.Tensor]]] = {}
+        by_rate: dict[tuple[float, bool], list[tuple[str, torch.Tensor]]] = {}
         for name, parameter in named:
             if name not in matrices:
-                share = table[name].scale.adamw
-                decay = settings.weight_decay / share if table[name].group in DECAYED_GROUPS else 0.0
-                by_rate.setdefault((share, decay), []).append((name, parameter))
+                group = (table[name].scale.adamw, table[name].group in DECAYED_GROUPS)
+                by_rate.setdefault(group, []).append((name, parameter))
         betas = (settings.beta1, settings.beta2)
         self._adamw = [
             ([n for n, _ in members],
-             AdamW([p for _, p in members], settings.lr * share, betas, settings.eps, decay))
-            for (share, decay), members in by_rate.items()
+             AdamW([p for _, p in members], settings.lr, betas, settings.eps, settings.weight_decay))
+            for members in by_rate.values()
         ]  # fmt: skip
+        self._shares = list(by_rate)
         self._parameters = [parameter for _, parameter in named]
-        self._num_steps = 0
+        self._num_steps = torch.zeros((), dtype=torch.int64, device=local(self._parameters[0]).device)
+        self.follow(settings)
+
+    def follow(self, settings: Settings) -> None:
+        """From the next update on, the rates, decays and averages are those of `settings`."""
+        betas = (settings.beta1, settings.beta2)
+        for (share, decays), (_, adamw) in zip(self._shares, self._adamw, strict=True):
+            decay = settings.weight_decay / share if decays else 0.0
+            adamw.follow(settings.lr * share, betas, settings.eps, decay)
+        if self._muon is not None:
+            share = self._muon_share
+            self._muon.follow(settings.matrix_lr * share, settings.momentum, settings.weight_decay / share)
 
     @property
     def num_steps(self) -> int:
-        """Updates made so far: with `state()`, all that an optimizer knows."""
-        return self._num_steps
+        """Updates made so far: with `state()`, all that an optimizer knows. It is counted on the device."""
+        return int(self._num_steps)
 
     @num_steps.setter
     def num_steps(self, count: int) -> None:
-        self._num_steps = count
+        self._num_steps.fill_(count)
         for _, adamw in self._adamw:
             adamw.count(count)
 
-    def step(self, lr_factor: float) -> None:
-        """One update, at `lr_factor` of the rates."""
+    def step(self, lr_factor: float, taken: torch.Tensor | None = None) -> None:
+        """One update, at `lr_factor` of the rates. taken: a truth on the device, []; where it is false, all
+        stays as it is, and no host learns of it. None: it is true."""
         for _, adamw in self._adamw:
-            adamw.step(lr_factor)
+            adamw.step(lr_factor, taken)
         if self._muon is not None:
-            self._muon.step(lr_factor)
-        self._num_steps += 1
+            self._muon.step(lr_factor, taken)
+        self._num_steps += 1 if taken is None else taken
 
     def zero_grad(self) -> None:
         """Forgets the gradients."""

@@ -65,3 +65,10 @@ def compile_layers(model: Decoder) -> None:
     model.compiled = True
     for layer in model.layers:
         layer.compile(dynamic=False)
+
+
+def uncompile_layers(model: Decoder) -> None:
+    """Lets them run as they were written again."""
+    model.compiled = False
+    for layer in model.layers:
+        layer._compiled_call_impl = None  # what `Module.compile` sets; PyTorch has no way back of its own

@@ -14,6 +14,8 @@ import struct
 import sys
 from pathlib import Path
 
+from colossus.untrusted import open_to_append
+
 
 def choose_cache() -> None:
     """Lets this process and its children compile into a folder of the processor's vector instructions, unless
@@ -40,7 +42,7 @@ def drop_torn_binaries(folder: Path | None = None) -> list[Path]:
     torn: list[Path] = []
     with contextlib.suppress(OSError):  # a cache that can't be written is not ours to mend
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "colossus.lock", os.O_CREAT | os.O_RDWR, 0o600)  # stays open: held to the end
+        lock = open_to_append(folder / "colossus.lock")  # stays open: held to the end
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             torn = [path for end in ("so", "o") for path in folder.glob(f"*/*.{end}") if not is_whole(path)]

@@ -8,12 +8,17 @@ arXiv 2309.14509).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from colossus.architecture import Architecture
 from colossus.models.attend import Scores, attend
 from colossus.models.sight import Sight, sight
 from colossus.parallel.collectives import Group, exchange, gather
+
+if TYPE_CHECKING:
+    from colossus.models.block_mask import Mask
 
 Maybe = torch.Tensor | None
 
@@ -56,12 +61,14 @@ class Gathered:
         q_BHTE: torch.Tensor,
         k_BKSE: torch.Tensor,
         v_BKSE: torch.Tensor,
-        mask: Maybe,
+        mask: Mask | None,
         scores: Scores,
         temperature: Maybe,
         sinks_H: Maybe = None,
     ) -> torch.Tensor:
-        """Block by block: none looks at what comes after its end."""
+        """Block by block: none looks at what comes after its end. A mask by blocks says so itself."""
+        if mask is not None and not isinstance(mask, torch.Tensor):
+            return attend(q_BHTE, k_BKSE, v_BKSE, mask, scores, temperature, sinks_H)
         length = q_BHTE.shape[2] // 2
         parts = []
         for half, block in enumerate(self.mine):
@@ -113,7 +120,7 @@ class Ulysses:
         q_BHTE: torch.Tensor,
         k_BKTE: torch.Tensor,
         v_BKTE: torch.Tensor,
-        mask: Maybe,
+        mask: Mask | None,
         scores: Scores,
         temperature: Maybe,
         sinks_H: Maybe = None,

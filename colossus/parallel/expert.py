@@ -81,8 +81,10 @@ class RowExchange:
         counts_X = order.ends_X.diff(prepend=order.ends_X.new_zeros(1)).long()
         ones = [len(counts_X) // ranks] * ranks
         counts_RX = all_to_all(counts_X, self.group, ones, ones).view(ranks, -1)  # from each rank, by expert
-        self.sent: list[int] = counts_X.view(ranks, -1).sum(1).tolist()
-        self.received: list[int] = counts_RX.sum(1).tolist()
+        sums = torch.stack((counts_X.view(ranks, -1).sum(1), counts_RX.sum(1)))
+        self.sent: list[int]
+        self.received: list[int]
+        self.sent, self.received = sums.tolist()  # the host must know: the one wait of a layer of experts
         rows = exchange(rows_MD, self.group, self.received, self.sent)
         num_here = counts_RX.shape[1]
         experts = torch.arange(num_here, device=rows.device).repeat(ranks)

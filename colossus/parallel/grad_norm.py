@@ -19,7 +19,8 @@ def clip(
     pipeline: dist.ProcessGroup | None = None,
     copies: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
-    """Scales the gradients in place so that their norm is at most `max_norm`; returns the norm before.
+    """Scales the gradients in place so that their norm is at most `max_norm`; returns the norm before, which
+    no host waits for.
 
     The squares are summed in float64 by mesh and placement: shards are summed over the ranks that hold
     them, replicas are counted once (`clip_grad_norm_` mixes meshes up, PyTorch issue 180346). Ranks of
@@ -46,8 +47,7 @@ def clip(
     if pipeline is not None and pipeline.size() > 1:
         dist.all_reduce(total, group=pipeline)
     norm = total.sqrt()
-    if norm > max_norm:
-        scale = (max_norm / norm).item()
-        for local in by_place.values():
-            torch._foreach_mul_(local, scale)
+    scale = (max_norm / norm).clamp(max=1.0)
+    for local in by_place.values():
+        torch._foreach_mul_(local, scale)
     return norm

@@ -125,8 +125,7 @@ class _Groups:
             else:
                 sizes.insert(0, size)
         axes = sorted(self._axes(world.reshape(sizes)), key=len, reverse=True)
-        backend = None if dist.get_backend() == "fake" else "gloo"  # on a GPU, too: figures are numbers here
-        return tuple(_meet(axis, backend) for axis in axes if len(axis) > 1)
+        return tuple(_meet(axis) for axis in axes if len(axis) > 1)
 
     def _axes(self, ranks: torch.Tensor) -> list[list[int]]:
         """The ranks that differ from this one in one axis alone, for each axis."""
@@ -137,9 +136,9 @@ class _Groups:
         return [ranks[tuple(index)].tolist() for index in indices]
 
 
-def _meet(ranks: list[int], backend: str | None = None) -> Group:
+def _meet(ranks: list[int]) -> Group:
     """Waits for the ranks of this group alone. All make their groups in the same order of axes."""
-    return dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+    return dist.new_group(ranks, use_local_synchronization=True)
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ class Pipeline(nn.Module):
         self._indices = own_stages(job.layout, world.meshes.place.pp)
         self._tied = job.model.tie_embeddings
         self._schedules: dict[tuple[int, ...], Any] = {}
-        self._z_loss, self._num_targets = 0.0, 1
+        self._z_loss, self._num_targets = 0.0, torch.ones(())
         for part in parts:
             part.register_forward_pre_hook(partial(_as_decoder_takes, self), with_kwargs=True)
             part.register_forward_hook(_loss_alone)
@@ -90,7 +90,7 @@ class Pipeline(nn.Module):
         self,
         micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
         token_share: Callable[[torch.Tensor], torch.Tensor],
-        num_targets: int,
+        num_targets: torch.Tensor,
         z_loss: float,
     ) -> torch.Tensor:
         """The summed loss of this rank's tokens, 0 where it has not the last stage; gradients are left."""
@@ -106,6 +106,7 @@ class Pipeline(nn.Module):
         schedule.step(*begin, **end, **rows)
         for part in self.decoders:  # the first call of a schedule may try a pass
             part.loads = part.loads[-len(micro_batches) :]
+            part.z_terms = part.z_terms[-len(micro_batches) :]
         self._sum_tied_gradients()
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         return sum((loss.detach().double().sum() for loss in losses), total) * num_targets
@@ -126,7 +127,7 @@ class Pipeline(nn.Module):
                     first = torch.empty(self._activation(part, tokens_BT.shape), device=self._device)
                     first = first.to(part.compute_dtype)
                     dist.recv(first, ranks[self._owner(stage - 1)], self._group)
-                x_BTD = part(first, tokens_BT=tokens_BT, targets_BT=targets_BT)
+                x_BTD = part(first, tokens_BT=tokens_BT, targets_BT=targets_BT, z_loss=0.0)
                 if part.is_last:
                     loss += x_BTD.double().sum()
                 elif self._owner(stage + 1) != owner:
@@ -174,7 +175,7 @@ class Pipeline(nn.Module):
         )
 
     def _share_of_loss(self, loss: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        return loss.sum() / self._num_targets
+        return loss.sum() / self._num_targets.to(loss.dtype)
 
     def _sum_tied_gradients(self) -> None:
         """The embedding of the first stage and the output matrix of the last are one parameter."""

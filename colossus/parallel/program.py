@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,32 +20,49 @@ def forward_backward(
     model: torch.nn.Module,
     micro_batches: Sequence[MicroBatch],
     *,
-    num_targets: int,
+    num_targets: float | torch.Tensor,
     num_tokens: int,
     z_loss: float = 0.0,
+    between: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """The summed loss of this rank's tokens, in float64; leaves gradients of (the global batch's loss divided
-    by its targets).
+    """The summed cross entropy of this rank's tokens, in float64; leaves gradients of (the global batch's
+    loss divided by its targets), z-loss and what keeps experts' loads alike included. Without any target,
+    these are 0 but for the latter.
 
     model: a Decoder, or this rank's `Pipeline`.
     micro_batches: (tokens_BT, targets_BT, documents_BT or None) of this rank's rows. num_targets, num_tokens:
-        of the global batch, by which loss and balance terms are divided once, so that accumulation, padding
-        and the number of ranks leave loss and gradient alone.
+        of the global batch (targets may be counted on the device), by which loss and balance terms are
+        divided once, so that accumulation, padding and the number of ranks leave loss and gradient alone.
+    between: called between two micro batches, but of a pipeline; it may raise.
     """
 
     def token_share(targets_BT: torch.Tensor) -> torch.Tensor:
         """Of each row, as `Decoder.forward` takes it, in float64: rows without targets are padding."""
         return (targets_BT != IGNORED).any(1).double() / num_tokens
 
+    device = micro_batches[0][0].device
+    num_targets = torch.as_tensor(num_targets, dtype=torch.float64).to(device, non_blocking=True).clamp(min=1)
     if isinstance(model, Pipeline):
         return model.forward_backward(micro_batches, token_share, num_targets, z_loss)
-    total = torch.zeros((), dtype=torch.float64, device=micro_batches[0][0].device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for index, (tokens_BT, targets_BT, documents_BT) in enumerate(micro_batches):
+        if index:
+            between()
         with accumulate(model, last=index == len(micro_batches) - 1):
             share = token_share(targets_BT)
             loss, _ = model(tokens_BT, targets_BT, documents_BT, z_loss=z_loss, token_share=share)
-            (loss / num_targets).backward()
+            (loss / num_targets.to(loss.dtype)).backward()
         total += loss.detach()
+    return total
+
+
+def take_z_loss(model: torch.nn.Module) -> torch.Tensor:
+    """The summed z-loss of this rank's tokens since the last call, in float64."""
+    total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+    for part in decoders(model):
+        for term in part.z_terms:
+            total += term
+        part.z_terms.clear()
     return total
 
 

@@ -12,23 +12,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _abort_process_group  # no other name has it yet
 
 from colossus.errors import UserError
+from colossus.hardware.machine import ranks_here
 from colossus.layout import Layout
-from colossus.parallel.meeting import meet
+from colossus.parallel.ending import Ending, handlers_given_back
+from colossus.parallel.meeting import after_first, all_come, meet
 from colossus.parallel.mesh import Meshes, Place
 
 TIMEOUT = timedelta(minutes=10)
 LETTING_GO_SECONDS = 0.1
 
 
-def check_started(layout: Layout) -> None:
+def check_size(layout: Layout) -> None:
     """Raises `UserError` where another number of processes was started than `layout` has ranks."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != layout.num_ranks:
+        others = layout.num_ranks // (layout.dp_shard or 1)
+        or_else = f", or set layout.dp_shard={started // others}" if started % others == 0 else ""
         raise UserError(
             f"layout: needs {layout.num_ranks} ranks (dp_replicate x dp_shard x pp x cp x tp), but {started} "
-            f"were started; start {layout.num_ranks}, or set layout.dp_shard={started}"
+            f"were started; start {layout.num_ranks}{or_else}"
         )
 
 
@@ -36,7 +41,7 @@ def check_started(layout: Layout) -> None:
 class World:
     """This process among the ranks of its job. A world of one has no process group and no mesh.
 
-    layout: as this rank's replica has it.
+    layout: as this rank's replica has it. store: where the ranks met.
     """
 
     rank: int
@@ -44,6 +49,7 @@ class World:
     device: torch.device
     meshes: Meshes | None = None
     layout: Layout = field(default_factory=lambda: Layout().filled())
+    store: Any = None
 
     @classmethod
     @contextlib.contextmanager
@@ -54,13 +60,15 @@ class World:
 
         Raises:
             UserError: so many processes were not started as the layout has ranks.
-            MachineError: not all of them came.
+            MachineError: not all of them came, or others have gone. Of what the ranks raise within, one tells
+                (see `Ending`).
         """
-        check_started(layout)
+        check_size(layout)
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
         if device == "cuda":
             torch.cuda.set_device(place)
+            _repeat_to_the_bit()
         if layout.num_ranks == 1:
             yield cls(0, 1, place)
             return
@@ -68,17 +76,26 @@ class World:
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         store, rank, size = meet("world")
-        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
-        try:
-            layout = layout.filled()
-            meshes = Meshes.build(layout, device, experts=experts, rank=dist.get_rank())
-            layout = layout.of_replica(meshes.place.dp_replicate)
-            yield cls(dist.get_rank(), dist.get_world_size(), place, meshes, layout)
-        finally:
-            dist.destroy_process_group()
-            # A thread of gloo lets go of its last tensors a moment after the collective has ended, and needs
-            # Python's lock for it. Where Python is being taken down by then, that aborts the process.
-            time.sleep(LETTING_GO_SECONDS)
+        ending = Ending(store, rank, size)
+        with handlers_given_back(), ending.settled():
+            try:
+                dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
+                layout = layout.filled()
+                meshes = Meshes.build(layout, device, experts=experts, rank=rank)
+                layout = layout.of_replica(meshes.place.dp_replicate)
+                yield cls(rank, size, place, meshes, layout, store)
+            except BaseException as error:
+                if isinstance(error, Exception):
+                    ending.claim(error)
+                leave(device, failed=True)
+                raise
+            else:
+                leave(device, failed=False)
+            finally:
+                # A thread of gloo lets go of its last tensors a moment after the collective has ended, and
+                # needs Python's lock for it. Where Python is being taken down by then, that aborts the
+                # process.
+                time.sleep(LETTING_GO_SECONDS)
 
     @property
     def place(self) -> Place:
@@ -100,52 +117,102 @@ class World:
             return DataRank(self, 0, 1, counts)
         return DataRank(self, self.place.dp(self.layout), self.layout.dp, counts)
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The value of a rank, by default of the first, on every rank."""
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
         return box[0]
+
+    def first_error(self, error: Exception | None) -> Exception | None:
+        """The error of the first rank that has one, on every rank. Every rank calls this."""
+        if not self.any(error is not None):
+            return None
+        failed = [0.0] * self.size
+        failed[self.rank] = float(error is not None)
+        first: Exception = self.broadcast(error, source=self.sum(failed).index(1.0))
+        return first
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value summed over the ranks in float64."""
         return self.begin_sum(values).wait()
 
-    def begin_sum(self, values: Sequence[float]) -> Sum:
-        """As `sum`, to be waited for when it is needed. All ranks begin their sums in one order, and wait for
-        them in one order."""
-        total = torch.tensor(values, dtype=torch.float64)
+    def begin_sum(self, values: Sequence[float] | torch.Tensor) -> Sum:
+        """As `sum`, to be waited for where it is needed, by whom it concerns. All ranks begin their sums in
+        one order. A tensor is summed where it is; on a GPU no rank waits for that."""
+        total = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=torch.float64)
         if self.size == 1:
             return Sum(total)
         assert self.meshes is not None
         longest, *others = self.meshes.sums
-        return Sum(total, dist.all_reduce(total, group=longest, async_op=True), others)
+        work = dist.all_reduce(total, group=longest, async_op=True)
+        for group in others:
+            work.wait()  # one sum is of the other: gloo's ranks stand still for it, NCCL's streams follow
+            work = dist.all_reduce(total, group=group, async_op=True)
+        return Sum(total, work)
+
+    def sum_here(self, value: float) -> float:
+        """A value summed over the ranks that share this machine. Every rank calls this."""
+        here = ranks_here(self.size)
+        values = [0.0] * int(os.environ.get("GROUP_WORLD_SIZE", -(-self.size // here)))
+        machine = int(os.environ.get("GROUP_RANK", self.rank // here))
+        values[machine] = value
+        return self.sum(values)[machine]
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
         return self.sum([float(flag)])[0] > 0
 
+    def all_come(self, purpose: str, seconds: float) -> bool:
+        """Whether all ranks call this with the same `purpose`, waiting no longer than so; every one is told
+        the same. No collective: others may be in another one, or gone. Once for a purpose."""
+        return self.size == 1 or all_come(self.store, purpose, self.size, seconds)
+
+    def after_first(self) -> None:
+        """Waits until rank 0 has come, however long that takes; a collective has a limit. Every rank calls
+        this."""
+        if self.size > 1:
+            after_first(self.store, self.rank)
+
+
+def leave(device: str, *, failed: bool) -> None:
+    """Ends this rank's process groups, if there are any. Ranks that leave NCCL together wait for each other's
+    work; where this one has failed the others may never come, and all groups are aborted at once."""
+    if not dist.is_initialized():
+        return
+    if not failed or device != "cuda":
+        dist.destroy_process_group()
+        return
+    with contextlib.suppress(RuntimeError):  # why it failed is told, not what more fails because of it
+        _abort_process_group()
+
+
+def _repeat_to_the_bit() -> None:
+    """Has a GPU's kernels add up in one order: a run that goes on is the run that never stopped."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # It would cost a pass, and nothing reads such memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
 
 class Sum:
-    """A sum over the ranks that has begun.
+    """A sum over the ranks that has begun."""
 
-    Gloo passes a sum around a ring of ranks: one of 131,072 takes 262,142 messages in turn, and rings of 128,
-    16, 8 and 8 ranks one after another 312. The longest is summed meanwhile.
-    """
+    def __init__(self, total: torch.Tensor, work: dist.Work | None = None) -> None:
+        self._total, self._work = total, work
 
-    def __init__(
-        self, total: torch.Tensor, work: dist.Work | None = None, others: Sequence[dist.ProcessGroup] = ()
-    ) -> None:
-        self._total, self._work, self._others = total, work, others
+    @property
+    def total(self) -> torch.Tensor:
+        """What is summed, where it is: what comes after it in this rank's stream finds it there."""
+        work, self._work = self._work, None
+        if work is not None:
+            work.wait()
+        return self._total
 
     def wait(self) -> list[float]:
-        """What is summed; called once."""
-        if self._work is not None:
-            self._work.wait()
-        for group in self._others:
-            dist.all_reduce(self._total, group=group)
-        return self._total.tolist()
+        """What is summed, in numbers."""
+        return self.total.tolist()
 
 
 @dataclass(frozen=True)

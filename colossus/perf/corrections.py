@@ -8,7 +8,7 @@ shape the price is what was measured, and far from all of them it is the formula
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,11 +51,13 @@ class Corrections:
     """Surfaces by kind of work. source: what was measured, and when.
 
     held: see `hardware.calibration.Calibration`; None: it is of a machine like this one, not of this one.
+    best: by type, FLOP/s of the quickest product that was timed.
     """
 
     surfaces: Mapping[Key, Surface]
     held: float | None = None
     source: str = ""
+    best: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -63,13 +65,14 @@ class Corrections:
         ratios: Mapping[Key, Sequence[tuple[tuple[float, ...], float]]],
         held: float | None = None,
         source: str = "",
+        best: Mapping[str, float] | None = None,
     ) -> Corrections:
         """From (shape, measured over formula) by key."""
         surfaces = {
             key: Surface(np.log2(np.array([s for s, _ in rows], dtype=float)), np.log2([r for _, r in rows]))
             for key, rows in ratios.items()
         }
-        return cls(surfaces, held, source)
+        return cls(surfaces, held, source, best or {})
 
     def has(self, key: Key) -> bool:
         """Whether anything like it was measured."""

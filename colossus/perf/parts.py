@@ -32,7 +32,10 @@ class Kernel:
 
 
 ROWS = 256  # queries whose scores exist at once on a processor: 128 to 512 are alike, fewer compile quicker
-MAX_BLOCKED = 1024  # tokens; the plain products keep T^2 probabilities a head for the backward pass
+# Tokens up to which attention is plain products: on a processor, and on a GPU where scores are special; they
+# keep T^2 probabilities a head for the backward pass.
+MAX_BLOCKED = 1024
+MIN_KERNEL_WIDTH = 16  # of a head: the least that a GPU's units of matrices take
 # Logits that exist at once, unless that is less than MIN_CHUNK tokens: 8 MiB stay in a processor's cache; on
 # a GPU each chunk costs a pass over the weight's gradient, as much as a product of some hundred tokens.
 CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**29}
@@ -43,11 +46,28 @@ FUSED = Kernel(fused=True)  # as PyTorch counts its own kernels: none skips what
 
 def kernel_of(arch: Architecture, seq_len: int, device: str) -> Kernel:
     """How `models.attend` computes attention without a cache."""
-    special = arch.attention_soft_cap or arch.attention_temperature_len or arch.attention_sinks
-    if special or (device == "cpu" and 1 < seq_len <= MAX_BLOCKED):
+    if has_special_scores(arch) and not attends_by_blocks(arch, seq_len, device):
+        return Kernel(rows=ROWS)
+    if device == "cpu" and 1 < seq_len <= MAX_BLOCKED:
         return Kernel(rows=ROWS)
     unequal = arch.latent is not None and arch.latent.v_dim != arch.head_dim
     return SQUARE if device == "cpu" and unequal else FUSED  # a processor's kernel wants one width of heads
+
+
+def has_special_scores(arch: Architecture) -> bool:
+    """Whether scores are more than scaled products, which is all that PyTorch's plain kernels know."""
+    return (
+        arch.attention_soft_cap is not None
+        or arch.attention_temperature_len is not None
+        or arch.attention_sinks
+    )
+
+
+def attends_by_blocks(arch: Architecture, seq_len: int, device: str) -> bool:
+    """Whether masks and special scores take the kernel that `models.block_mask` has for them. Of fewer tokens
+    a mask of all pairs is small, and nothing need be compiled."""
+    widths = (arch.head_dim, arch.head_dim if arch.latent is None else arch.latent.v_dim)
+    return device == "cuda" and seq_len > MAX_BLOCKED and min(widths) >= MIN_KERNEL_WIDTH
 
 
 class LayerKind(NamedTuple):
@@ -229,9 +249,12 @@ class _Parts:
         if arch.latent is not None:
             latent, heads = arch.latent, arch.num_heads
             down = latent.kv_rank + latent.rope_dim
-            yield "attention.wq_down", self.normed(latent.q_rank)
-            yield "attention.q_norm", self.norm(latent.q_rank, rms=True)
-            yield "attention.wq_up", self.passed(q)
+            if latent.q_rank is None:
+                yield "attention.wq", self.passed(q)
+            else:
+                yield "attention.wq_down", self.normed(latent.q_rank)
+                yield "attention.q_norm", self.norm(latent.q_rank, rms=True)
+                yield "attention.wq_up", self.passed(q)
             yield "attention.wkv_down", self.normed(down)
             yield "attention.kv_norm", self.norm(latent.kv_rank, rms=True)
             v = heads * v_width
@@ -261,12 +284,15 @@ class _Parts:
         if not copies:
             yield "attention.scores", _Bytes(0.0, 0.0)
             sums = EXACT_BYTES * arch.num_heads
-            yield "attention.values", _Bytes(*(self.size * v + sums,) * 2)
+            saved = float(self.size * v + sums)
+            if arch.attention_sinks:  # what they leave of it, in whole and of each head
+                saved += self.size * v + sums + self.size * arch.num_heads * int(self.casts)
+            yield "attention.values", _Bytes(saved, saved)
             return
         shares = arch.num_heads * executed_keys(self.seq_len, self.kernel)
         operands = (0 if arch.latent is not None else 2 * q) + v
         saved = self.size * (operands + shares)
-        capped, cast = arch.attention_soft_cap is not None, self.casts and _is_special(arch)
+        capped, cast = arch.attention_soft_cap is not None, self.casts and has_special_scores(arch)
         saved += self.exact * shares * (int(capped) + int(cast))
         saved += self.exact * arch.num_heads * int(arch.attention_sinks)  # one more share
         yield "attention.scores", _Bytes(saved + self.size * shares, saved)
@@ -299,7 +325,7 @@ class _Parts:
         and the order of visits there and back; the input, where it is cast."""
         visits = experts.per_token
         maps = 1 + (experts.soft_cap is not None) + (experts.z_loss > 0)
-        sums = (visits + 1) * experts.normalise + (experts.scores == "sigmoid")
+        sums = (visits + 1) * experts.normalise + (experts.scores == "sigmoid") + (experts.z_loss > 0)
         saved = self.exact * (experts.num_experts * maps + visits + sums)
         saved += 8 * visits * (4 if experts.bias else 3)
         return float(saved + (self.exact * self.arch.hidden_size if self.casts else 0))
@@ -342,14 +368,6 @@ class _Parts:
 
     def passed(self, elements: float) -> _Bytes:
         return _Bytes(float(self.size * elements), 0.0)
-
-
-def _is_special(arch: Architecture) -> bool:
-    return (
-        arch.attention_soft_cap is not None
-        or arch.attention_temperature_len is not None
-        or arch.attention_sinks
-    )
 
 
 def _owner(name: str) -> str:

@@ -115,7 +115,25 @@ class Pricer:
                     seconds[i] = seconds[i] / self.scalars["experts"]
             if self.corrections is not None and key is not None:
                 seconds[rows] *= self.corrections.ratio(key, *shape)
-        return seconds
+        return self.possible(seconds, ledger)
+
+    def possible(self, seconds: Columns, ledger: Ledger) -> Columns:
+        """A processor's, no shorter than at its best rate: that was timed, if perhaps in another moment."""
+        if self.hardware.accelerator.device != "cpu":
+            return seconds
+        ranks = self.hardware.accelerator.shared_by
+        best = {"fp32": self.best("fp32") * ranks, "bf16": self.best("bf16") * ranks}
+        best["attention"] = max(best.values())  # which may compute in another type than it is given
+        fused = ledger.kind == "fused_attention"
+        of = np.where(fused, "attention", np.where(ledger.precision == "fp32", "fp32", "bf16"))
+        rates = np.array([[best[name]] for name in of])
+        return np.maximum(seconds, 2 * ledger.m * ledger.n * ledger.k * ledger.count / rates)
+
+    def best(self, precision: str) -> float:
+        """FLOP/s of a rank: of a GPU its peak, of a processor the best that was measured of products."""
+        part, found = self.hardware.accelerator, self.corrections
+        timed = found.best.get(precision, 0.0) if found is not None and part.device == "cpu" else 0.0
+        return max(part.peak(precision), timed) / part.shared_by
 
     def keys(self, ledger: Ledger) -> Iterator[tuple[Key | None, list[int], list[Columns]]]:
         """Of products and attention: under which key they were measured, None where they were not, which rows
@@ -183,7 +201,7 @@ class Pricer:
                 seconds[rows] *= self.corrections.ratio(key, *shape)
             else:
                 seconds[rows] /= usual
-        return seconds
+        return self.possible(seconds, ledger)
 
     def plain_attention(self, ledger: Ledger) -> Columns:
         """m queries, n keys that each meets, of width k, `count` heads, if long ones ran at the peak."""

@@ -8,15 +8,18 @@ Sources: GPipe (arXiv 1811.06965), 1F1B and its interleaving (arXiv 2104.04473),
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from colossus.layout import V_SHAPED
+from colossus.layout import INTERLEAVED, V_SHAPED
+
+EXACT_ROUNDS = 4  # of micro-batches, that a timeline takes; the rest repeats them
 
 Work = Literal["F", "B", "I", "W"]  # forward, whole backward, gradients of inputs, of weights
 
@@ -51,18 +54,21 @@ def stages_of(schedule: str, rank: int, pp: int, per_rank: int) -> list[int]:
 
 def orders(schedule: str, pp: int, per_rank: int, micro_batches: int) -> list[list[Action]]:
     """The work of each rank, in its order."""
+    return [list(order_of(schedule, rank, pp, per_rank, micro_batches)) for rank in range(pp)]
+
+
+def order_of(schedule: str, rank: int, pp: int, per_rank: int, micro_batches: int) -> Iterable[Action]:
+    """The work of one rank, in its order."""
     if schedule == "gpipe":
-        return [_gpipe(rank, micro_batches) for rank in range(pp)]
+        return _gpipe(rank, micro_batches)
     if schedule == "zbv_zero_bubble":
-        return [list(_zbv(rank, pp, micro_batches)) for rank in range(pp)]
+        return _zbv(rank, pp, micro_batches)
     if schedule == "dualpipe_v":
-        return [_dualpipe_v(rank, pp, micro_batches) for rank in range(pp)]
-    one_stage = schedule == "1f1b"
-    zero_bubble = schedule == "interleaved_zero_bubble"
-    return [
-        list(_one_forward_one_backward(rank, pp, 1 if one_stage else per_rank, micro_batches, zero_bubble))
-        for rank in range(pp)
-    ]
+        return _dualpipe_v(rank, pp, micro_batches)
+    stages = 1 if schedule == "1f1b" else per_rank
+    return _one_forward_one_backward(
+        rank, pp, stages, micro_batches, zero_bubble=schedule == "interleaved_zero_bubble"
+    )
 
 
 def _gpipe(rank: int, micro_batches: int) -> list[Action]:
@@ -77,7 +83,7 @@ def _one_forward_one_backward(
 
     Interleaved, a rank takes a round of micro-batches through one of its stages, then through the next.
     """
-    in_round = micro_batches // max(1, micro_batches // pp)
+    in_round = _in_round(pp, micro_batches)
     total = micro_batches * per_rank
     after = (pp - 1 - rank) * (1 if zero_bubble or per_rank == 1 else 2)
     warm = min(total, (per_rank - 1) * in_round + after)
@@ -236,63 +242,91 @@ def timeline(
     apart. send: seconds until what one rank made is at the next.
     """
     to_do = orders(schedule, pp, per_rank, micro_batches)
-    seconds: dict[str, Callable[[int], float]] = {
-        "F": lambda s: forward[s],
-        "B": lambda s: backward[s] + weights[s],
-        "I": lambda s: backward[s],
-        "W": lambda s: weights[s],
-    }
     owner = {s: rank for rank in range(pp) for s in stages_of(schedule, rank, pp, per_rank)}
     last = len(owner) - 1
-    ended: dict[tuple[str, int, int], float] = {}
-    clock, at = [0.0] * pp, [0] * pp
+    whole = [i + w for i, w in zip(backward, weights, strict=True)]
+    seconds: dict[str, Sequence[float]] = {"F": forward, "B": whole, "I": backward, "W": weights}
+    late = [send if s and owner[s - 1] != owner[s] else 0.0 for s in range(last + 1)]  # between s - 1 and s
+    never = float("inf")
+    forwards = [[never] * micro_batches for _ in owner]  # when a stage's pass of a micro-batch has ended
+    gradients = [[never] * micro_batches for _ in owner]
+    clock, at, busy = [0.0] * pp, [0] * pp, np.zeros(pp)
     events: list[tuple[int, float, float, Action]] = []
     left = sum(map(len, to_do))
     while left:
         before = left
         for rank in range(pp):
-            order = to_do[rank]
-            while at[rank] < len(order):
-                action = order[at[rank]]
+            order, now = to_do[rank], clock[rank]
+            for number in range(at[rank], len(order)):
+                action = order[number]
                 work, stage, i = action
-                start = clock[rank]
-                if work == "F" and stage:
-                    needed: tuple[str, int, int] | None = ("F", stage - 1, i)
-                elif work in "BI" and stage < last:
-                    needed = ("G", stage + 1, i)
-                else:
-                    needed = None
-                if needed is not None:
-                    if needed not in ended:
-                        break
-                    far = owner[needed[1]] != rank
-                    start = max(start, ended[needed] + (send if far else 0.0))
-                end = start + seconds[work](stage)
-                ended["G" if work in "BI" else work, stage, i] = end
-                events.append((rank, start, end, action))
-                clock[rank] = end
+                start = now
+                if work == "F":
+                    if stage:
+                        start = max(now, forwards[stage - 1][i] + late[stage])
+                elif work != "W" and stage < last:
+                    start = max(now, gradients[stage + 1][i] + late[stage + 1])
+                if start == never:
+                    break
+                now = start + seconds[work][stage]
+                if work == "F":
+                    forwards[stage][i] = now
+                elif work != "W":
+                    gradients[stage][i] = now
+                events.append((rank, start, now, action))
+                busy[rank] += now - start
                 at[rank] += 1
                 left -= 1
+            clock[rank] = now
         assert left < before, f"{schedule} waits for itself"
-    busy = np.zeros(pp)
-    for rank, start, end, _ in events:
-        busy[rank] += end - start
     return Timeline(max(clock), busy, tuple(events))
+
+
+def pipeline_seconds(
+    schedule: str,
+    pp: int,
+    per_rank: int,
+    micro_batches: int,
+    forward: Sequence[float],
+    backward: Sequence[float],
+    weights: Sequence[float],
+    send: float = 0.0,
+) -> float:
+    """Of all micro-batches: a `timeline` of a few rounds, and what the slowest rank takes for the rest.
+
+    That is the whole timeline's, where all stages take the same and messages nothing.
+    """
+    few = shortened(schedule, pp, micro_batches)
+    line = timeline(schedule, pp, per_rank, few, forward, backward, weights, send)
+    if few == micro_batches:
+        return line.seconds
+    work = [f + b + w for f, b, w in zip(forward, backward, weights, strict=True)]
+    slowest = max(sum(work[s] for s in stages_of(schedule, rank, pp, per_rank)) for rank in range(pp))
+    return line.seconds + (micro_batches - few) * slowest
 
 
 def in_flight(schedule: str, pp: int, per_rank: int, micro_batches: int) -> NDArray[np.float64]:
     """The most micro-batches of each stage whose activations are held at once, [stages]: until the gradients
     of weights are made."""
-    held = _held(schedule, pp, per_rank, _enough(schedule, pp, per_rank, micro_batches))
+    held = _held(schedule, pp, per_rank, shortened(schedule, pp, micro_batches))
     return np.array(held, dtype=float)
 
 
-def _enough(schedule: str, pp: int, per_rank: int, micro_batches: int) -> int:
-    """Micro-batches after which nothing new happens: the middle of a schedule repeats itself."""
-    enough = 4 * pp if schedule != "gpipe" else micro_batches
-    if micro_batches <= enough:
+def shortened(schedule: str, pp: int, micro_batches: int) -> int:
+    """Micro-batches after which nothing new happens: the middle of a schedule repeats itself.
+
+    What is left out are whole rounds, of the size that `micro_batches` are cut into.
+    """
+    if schedule == "gpipe":
         return micro_batches
-    return enough + micro_batches % pp if micro_batches % pp else enough
+    in_round = _in_round(pp, micro_batches) if schedule in INTERLEAVED else pp
+    left_out = max(0, micro_batches // in_round - EXACT_ROUNDS)
+    return micro_batches - left_out * in_round
+
+
+def _in_round(pp: int, micro_batches: int) -> int:
+    """Micro-batches that a rank takes through one of its stages before it turns to the next."""
+    return micro_batches // max(1, micro_batches // pp)
 
 
 @lru_cache(maxsize=4096)
@@ -302,17 +336,19 @@ def _held(schedule: str, pp: int, per_rank: int, micro_batches: int) -> tuple[in
     held: Counter[int] = Counter()
     most: Counter[int] = Counter()
     stages = pp * per_rank
-    for order in orders(schedule, pp, per_rank, micro_batches):
+    for rank in range(pp):
+        order = order_of(schedule, rank, pp, per_rank, micro_batches)
+        if schedule not in V_SHAPED:  # once it lets go of one for each that comes, there are no more
+            order = takewhile(lambda action: action.work not in "BW", order)
         # what counts is the most that a rank holds over its stages at once
         peak, now = 0, 0
-        own = {action.stage for action in order}
         for work, stage, _ in order:
             change = {"F": 1, "B": -1, "W": -1}.get(work, 0)
             held[stage] += change
             now += change
             if now > peak:
                 peak = now
-                for s in own:
+                for s in stages_of(schedule, rank, pp, per_rank):
                     most[s] = held[s]
     return tuple(most[s] for s in range(stages))
 
@@ -330,9 +366,7 @@ def bubble(
 
     The middle of a schedule repeats itself, so that many micro-batches wait as long as a few rounds do.
     """
-    return _bubble(
-        schedule, pp, per_rank, _enough(schedule, pp, per_rank, micro_batches), forward, backward, weights
-    )
+    return _bubble(schedule, pp, per_rank, shortened(schedule, pp, micro_batches), forward, backward, weights)
 
 
 @lru_cache(maxsize=65536)

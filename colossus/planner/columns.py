@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from colossus.layout import AXES, ONE_STAGE
 from colossus.planner.formulas import RECOMPUTE
 
+ALL = 2**20  # layers of a stage, where no number says how many of them are recomputed
 WHOLE = (*AXES, "ep", "etp", "stages_per_rank", "micro_batch")
 
 
@@ -22,7 +23,7 @@ class Layouts:
     zero: what is sharded over dp_shard: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too,
         gathered for each use (`reshard`). Without dp_shard it means nothing.
     sp: 1 where tokens outside the products are spread over tp (the trainer always does).
-    recompute: 0 none, 1 selective, 2 full.
+    recompute: 0 none, 1 selective, 2 full; of the first `recompute_layers` layers of a stage, `ALL` of all.
     """
 
     columns: Mapping[str, NDArray[Any]]
@@ -32,13 +33,15 @@ class Layouts:
         """From rows with the names of `layout.layout_row`; what one leaves out is the simplest."""
         plain: dict[str, Any] = dict.fromkeys(WHOLE, 1) | {
             "schedule": "1f1b", "cp_method": "gather", "recompute": "none", "zero": 2.0, "sp": 1.0,
-            "compile": 0, "async_tp": 0,
+            "recompute_layers": ALL, "compile": 0, "async_tp": 0,
         }  # fmt: skip
         columns = {}
         for name, default in plain.items():
             values = [row.get(name, default) for row in rows]
             if name == "recompute":
                 values = [RECOMPUTE[value] if isinstance(value, str) else value for value in values]
+            elif name == "recompute_layers":
+                values = [ALL if value is None else value for value in values]
             columns[name] = np.array(values)
         return cls(columns)
 
@@ -73,7 +76,30 @@ class Layouts:
         """One layout as plain values."""
         names = {value: name for name, value in RECOMPUTE.items()}
         row = {name: column[i].item() for name, column in self.columns.items()}
-        return row | {"recompute": names[int(row["recompute"])]}
+        layers = row["recompute_layers"]
+        return row | {
+            "recompute": names[int(row["recompute"])],
+            "recompute_layers": None if layers >= ALL else layers,
+        }
+
+    def with_columns(self, **changed: NDArray[Any]) -> Layouts:
+        return Layouts({**self.columns, **changed})
+
+    @classmethod
+    def joined(cls, several: Sequence[Layouts]) -> Layouts:
+        """One after the other."""
+        return cls({name: np.concatenate([one[name] for one in several]) for name in several[0].columns})
+
+
+def unique_columns(keys: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """The different columns of [K, N] numbers, [K, M], and which of them each column is, [N]."""
+    codes, size = np.zeros(keys.shape[1], dtype=np.int64), 1
+    for row in keys:  # one number for each column: far quicker to sort than columns are
+        values, places = np.unique(row, return_inverse=True)
+        codes, size = codes * len(values) + places.reshape(-1), size * len(values)
+        assert size < 2**62
+    _, first, back = np.unique(codes, return_index=True, return_inverse=True)
+    return keys[:, first], back.reshape(-1)
 
 
 def stages(row: Mapping[str, Any]) -> int:

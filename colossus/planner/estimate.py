@@ -6,13 +6,16 @@ data-parallel ranks don't hide behind, the update, and waiting for the slowest n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from colossus.architecture import Architecture, parameter_table
+from colossus.hardware.fleets import Hardware
 from colossus.layout import ONE_STAGE, V_SHAPED
 from colossus.perf import communication as comm
 from colossus.perf.flops import model_flops_per_token
@@ -20,7 +23,8 @@ from colossus.perf.ledger import COMMUNICATION, Columns, Ledger
 from colossus.perf.parts import kernel_of
 from colossus.perf.price import Pricer
 from colossus.perf.schedule import bubble
-from colossus.planner.columns import Layouts
+from colossus.perf.software import OURS, OURS_EAGER
+from colossus.planner.columns import ALL, Layouts, unique_columns
 from colossus.planner.formulas import TP_AXES, Piece, layer_counts, layers_ledger, piece_of
 from colossus.planner.muon import muon_seconds
 from colossus.planner.stages import Shape, shape
@@ -37,7 +41,12 @@ RATIO = 0.2  # to which ratios of forward and backward seconds are rounded for a
 
 @dataclass(frozen=True)
 class Problem:
-    """What is trained, and how it is priced. global_batch: sequences. optimizer: "adamw" or "muon"."""
+    """What is trained, and how it is priced.
+
+    global_batch: sequences. optimizer: "adamw" or "muon". shapes: (from step, sequences over `global_batch`,
+    tokens of a sequence) of all that occur in the run, at each of which a layout must be legal; without any,
+    what is priced.
+    """
 
     arch: Architecture
     seq_len: int
@@ -45,6 +54,20 @@ class Problem:
     precision: str
     pricer: Pricer
     optimizer: str = "adamw"
+    shapes: tuple[tuple[int, Fraction, int], ...] = ()
+
+    def occurring(self) -> list[dict[str, int]]:
+        """What rules ask of each shape of the run. A share of a batch that is no whole number is rounded
+        both ways."""
+        found: dict[tuple[int, int], int] = {}
+        for step, times, seq_len in self.shapes or ((0, Fraction(1), self.seq_len),):
+            batch = times * self.global_batch
+            for whole in (math.floor(batch), math.ceil(batch)):
+                found.setdefault((max(1, whole), seq_len), step)
+        return [
+            {"from_step": step, "global_batch": batch, "seq_len": seq_len}
+            for (batch, seq_len), step in found.items()
+        ]
 
     def ledger(self, piece: Piece) -> Ledger:
         """Of one micro-batch: see `formulas.layers_ledger`."""
@@ -58,9 +81,24 @@ class Problem:
         """Of a step."""
         return float(self.global_batch) * self.seq_len
 
+    def as_ours(self, compiled: bool) -> Problem:
+        """Priced as our program, its layers compiled or not."""
+        software = OURS if compiled else OURS_EAGER
+        return replace(self, pricer=replace(self.pricer, software=software))
+
+    def on(self, hardware: Hardware) -> Problem:
+        """On other hardware."""
+        return replace(self, pricer=replace(self.pricer, hardware=hardware))
+
     def shape(self, schedule: str, pp: int, per_rank: int) -> Shape:
         """What the ranks of a pipeline have, as the program cuts it."""
         return shape(self.arch, schedule, pp, per_rank, self.seq_len, self.pricer.software.stages)
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of an accelerator that MFU is a share of: dense bf16, of a processor its best rate."""
+        on_cpu = self.pricer.hardware.accelerator.device == "cpu"
+        return self.pricer.best(self.precision if on_cpu else "bf16")
 
     @property
     def model_flops(self) -> float:
@@ -73,7 +111,7 @@ class Estimate:
     """Of N layouts, seconds of a step and where they go, as columns [N]; `parts` sums to `seconds`.
 
     phases: seconds of one layer of each kind, and of the first and last stage, for a micro-batch:
-        (phase, stage) -> [N].
+        (phase, stage) -> [N]; of a layer that is not recomputed, all but "recompute".
     """
 
     layouts: Layouts
@@ -86,9 +124,7 @@ class Estimate:
 
     def mfu(self, problem: Problem) -> Columns:
         """Over the dense bf16 peak of every accelerator (of a processor, its best rate)."""
-        part = problem.pricer.hardware.accelerator
-        peak = part.peak(problem.precision if part.device == "cpu" else "bf16") / part.shared_by
-        return np.asarray(problem.model_flops / (self.seconds * self.layouts.ranks * peak))
+        return np.asarray(problem.model_flops / (self.seconds * self.layouts.ranks * problem.peak))
 
 
 def estimate(problem: Problem, layouts: Layouts) -> Estimate:
@@ -113,9 +149,11 @@ class _Layer:
             self.weights + other.weights,
         )
 
-    def times(self, count: Columns | float) -> _Layer:
+    def times(self, count: Columns | float, recomputed: Columns | float | None = None) -> _Layer:
+        """Of so many layers, `recomputed` of which are (all, where it is None)."""
+        again = count if recomputed is None else recomputed
         return _Layer(
-            self.forward * count, self.recompute * count, self.backward * count, self.weights * count
+            self.forward * count, self.recompute * again, self.backward * count, self.weights * count
         )
 
     @property
@@ -140,22 +178,24 @@ class _Estimate:
             for name in ("work", "bubble", "pipeline messages", "sharding messages", "update")
         }
         send = self.send()
+        again = np.zeros((len(layer_counts(self.problem.arch)), n))  # layers that are recomputed, by kind
         for (schedule, pp, per_rank), index in shapes_of(layouts).items():
             made = self.problem.shape(schedule, pp, per_rank)
             chosen = {name: layer_at(layer, index) for name, layer in stages.items()}
-            per = self.of_ranks(made, chosen)
+            layers = recomputed_layers(layouts, index)
+            per = self.of_ranks(made, chosen, layers)
+            again[:, index] = made.recomputed(layers).sum(axis=0)
             m = self.micro_batches[index]
-            slowest = np.argmax(np.stack([rank.total for rank in per]), axis=0)
-            work = _pick(per, slowest)
+            work = _pick(per, np.argmax(np.stack([rank.total for rank in per]), axis=0))
             out["work"][index] = m * work.total
-            out["bubble"][index] = self.bubble(schedule, pp, per_rank, m, per)
+            out["bubble"][index] = self.bubble(schedule, pp, per_rank, m, _mean(made, per))
             out["pipeline messages"][index] = self.pipeline_messages(pp, made, m, send[index])
-            sharding, update = self.sharding(made, chosen, index, slowest, work)
+            sharding, update = self.sharding(made, index, work)
             out["sharding messages"][index], out["update"][index] = sharding, update
         nodes = np.ceil(layouts.ranks / pricer.hardware.node_size)
         slow = pricer.slowest(nodes)
         spread = (slow - 1) * (out["work"] + out["bubble"])
-        parts = self.split(stages, hidden, out) | {"slowest node": spread}
+        parts = self.split(stages, again, hidden, out) | {"slowest node": spread}
         seconds = np.sum(np.stack(list(parts.values())), axis=0)
         phases = {
             (phase, name): getattr(layer, phase)
@@ -172,8 +212,7 @@ class _Estimate:
         Also the seconds of each sort of work in one micro-batch through the whole model: for the waterfall.
         """
         keys = np.stack([self.layouts.number(name) for name in KEYS])
-        unique, back = np.unique(keys, axis=1, return_inverse=True)
-        back = back.reshape(-1)
+        unique, back = unique_columns(keys)
         columns = dict(zip(KEYS, unique, strict=True))
         piece = piece_of(columns, self.problem.seq_len)
         ledger = self.problem.ledger(piece)
@@ -229,30 +268,25 @@ class _Estimate:
 
     # ------------------------------------------------------------------ the pipeline
 
-    def of_ranks(self, made: Shape, stages: dict[str, _Layer]) -> list[_Layer]:
-        """Seconds of each pipeline rank for a micro-batch."""
+    def of_ranks(self, made: Shape, stages: dict[str, _Layer], layers: Columns | None) -> list[_Layer]:
+        """Seconds of a micro-batch on pipeline ranks, once for each of `Shape.alike`. layers: of each stage,
+        the first that are recomputed, [N]; None: all."""
         ranks = []
-        for rank, counts in enumerate(made.counts):
+        again = made.of_ranks(made.recomputed(layers))
+        for rank, *_ in made.alike:
             total = stages["first"].times(made.first[rank]) + stages["last"].times(made.last[rank])
-            for kind, count in zip(made.kinds, counts, strict=True):
+            for kind, count, recomputed in zip(made.kinds, made.counts[rank], again[rank], strict=True):
                 if count:
-                    total = total + stages[kind].times(count)
+                    total = total + stages[kind].times(count, recomputed)
             ranks.append(total)
         return ranks
 
-    def bubble(
-        self, schedule: str, pp: int, per_rank: int, micro_batches: Columns, per: list[_Layer]
-    ) -> Columns:
-        """Waiting of a pipeline whose stages take what the mean stage does."""
+    def bubble(self, schedule: str, pp: int, per_rank: int, micro_batches: Columns, rank: _Layer) -> Columns:
+        """Waiting of a pipeline whose ranks each take what the mean `rank` does."""
         if pp == 1:
             return np.zeros(len(micro_batches))
         chunks = 2 if schedule in V_SHAPED else per_rank
-        mean = _Layer(
-            *(
-                np.mean([getattr(rank, name) for rank in per], axis=0) / chunks
-                for name in ("forward", "recompute", "backward", "weights")
-            )
-        )
+        mean = rank.times(1 / chunks)
         # With fewer micro-batches than ranks each waits for the round to come back, chunk after chunk.
         waits = np.minimum(micro_batches, pp) - 1
         rest = chunks * np.maximum(pp - micro_batches, 0.0)
@@ -267,9 +301,9 @@ class _Estimate:
         at_least = np.maximum(1, micro_batches * exact // pp)
         at_least = np.minimum(np.where(at_least > exact, at_least - at_least % exact, at_least), 4 * exact)
         ratios = np.round(np.stack([backward, weights]) / RATIO) * RATIO
-        unique, back = np.unique(np.stack([at_least, *ratios]), axis=1, return_inverse=True)
+        unique, back = unique_columns(np.stack([at_least, *ratios]))
         found = [bubble(schedule, exact, chunks, int(m), 1.0, i, w) for m, i, w in unique.T.tolist()]
-        simulated = np.array(found)[back.reshape(-1)]
+        simulated = np.array(found)[back]
         return np.asarray(simulated * forward * (pp - 1) / max(exact - 1, 1))
 
     def send(self) -> Columns:
@@ -294,18 +328,11 @@ class _Estimate:
 
     # ------------------------------------------------------------------ weights, gradients, the update
 
-    def sharding(
-        self,
-        made: Shape,
-        stages: dict[str, _Layer],
-        index: NDArray[np.intp],
-        slowest: NDArray[np.intp],
-        work: _Layer,
-    ) -> tuple[Columns, Columns]:
+    def sharding(self, made: Shape, index: NDArray[np.intp], work: _Layer) -> tuple[Columns, Columns]:
         """Seconds that messages of weights and gradients are exposed, and of the update, on the rank that
         has most weights."""
         layouts = self.layouts.take(index)
-        weights = [rank_weights(self.problem.arch, layouts, made, rank) for rank in range(len(made.counts))]
+        weights = [rank_weights(self.problem.arch, layouts, made, ranks[0]) for ranks in made.alike]
         dense = np.max(np.stack([w[0] for w in weights]), axis=0)
         routed = np.max(np.stack([w[1] for w in weights]), axis=0)
         layers = np.maximum(made.counts.sum(axis=1).max(), 1.0)
@@ -317,6 +344,8 @@ class _Estimate:
         gradient = self.software.gradient_bytes
         gather, scatter, everywhere = (np.zeros(len(index)) for _ in range(3))
         for count, within, across in ((dense, "fsdp", "dp"), (routed, "experts", "experts_dp")):
+            if not count.any():
+                continue
             messages = self.pricer.messages
             gather = gather + messages("all_gather", count * size, groups[within])
             scatter = scatter + messages("reduce_scatter", count * gradient, groups[within])
@@ -363,14 +392,21 @@ class _Estimate:
     # ------------------------------------------------------------------ the waterfall
 
     def split(
-        self, stages: dict[str, _Layer], sorts: dict[str, Columns], out: dict[str, Columns]
+        self,
+        stages: dict[str, _Layer],
+        again: NDArray[np.float64],
+        sorts: dict[str, Columns],
+        out: dict[str, Columns],
     ) -> dict[str, Columns]:
         """`work` by sorts: products at peak, what they lose to shape, attention, memory, recomputation,
-        messages; scaled so that the whole model's proportions hold for the slowest rank."""
+        messages; scaled so that the whole model's proportions hold for the slowest rank. again: layers of
+        each kind that are recomputed, [kinds, N]."""
         made = self.problem.shape("1f1b", 1, 1)
         counts = dict(zip(made.kinds, made.counts[0], strict=True)) | {"first": 1.0, "last": 1.0}
-        total = np.sum([stages[name].total * count for name, count in counts.items()], axis=0)
-        recompute = np.sum([stages[name].recompute * count for name, count in counts.items()], axis=0)
+        recomputed = dict(zip(made.kinds, again, strict=True))
+        model = [stages[name].times(count, recomputed.get(name)) for name, count in counts.items()]
+        total = np.sum([layer.total for layer in model], axis=0)
+        recompute = np.sum([layer.recompute for layer in model], axis=0)
         scale = out["work"] / total
         named = {"recomputation": recompute * scale}
         for sort in ("products", "attention", "memory-bound"):
@@ -404,6 +440,21 @@ def shapes_of(layouts: Layouts) -> dict[tuple[str, int, int], NDArray[np.intp]]:
         known = found.get((schedule, ranks, chunks))
         found[schedule, ranks, chunks] = index if known is None else np.concatenate([known, index])
     return found
+
+
+def recomputed_layers(layouts: Layouts, index: NDArray[np.intp]) -> Columns | None:
+    """Of each stage, the first layers that are recomputed; None where in all of these layouts all are."""
+    layers = layouts["recompute_layers"][index]
+    return None if (layers >= ALL).all() else layers.astype(float)
+
+
+def _mean(made: Shape, per: list[_Layer]) -> _Layer:
+    """Of all ranks, from one of each sort."""
+    shares = [len(ranks) / len(made.first) for ranks in made.alike]
+    total = per[0].times(shares[0])
+    for layer, share in zip(per[1:], shares[1:], strict=True):
+        total = total + layer.times(share)
+    return total
 
 
 def layer_at(layer: _Layer, index: NDArray[np.intp]) -> _Layer:

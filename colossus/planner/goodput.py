@@ -12,17 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from colossus.hardware.fleets import Hardware
-
-DAY = 86400.0
+from colossus.hardware.fleets import DAY, Hardware
 
 
 @dataclass(frozen=True)
 class Goodput:
-    """At one rate of failures. rate: per 1000 node-days. interval: productive seconds between checkpoints.
+    """At one rate of failures. rate: per 1000 days of a server of 8 accelerators. interval: productive
+    seconds between checkpoints.
 
-    share: of the wall-clock time that is training. spare_nodes: what keeps the run from waiting for repairs
-    in all but 1 of 1000 cases.
+    share: of the wall-clock time that is training. spare_nodes: servers that keep the run from waiting
+    for repairs in all but 1 of 1000 cases.
     """
 
     rate: float
@@ -36,9 +35,8 @@ class Goodput:
 
 
 def goodput(hardware: Hardware, ranks: float, rate: float) -> Goodput:
-    """Of `ranks` accelerators that fail at `rate` per 1000 node-days, with the best checkpoint interval."""
-    nodes = math.ceil(ranks / hardware.node_size)
-    failures = nodes * rate / 1000 / DAY  # per second
+    """Of `ranks` accelerators that fail at `rate`, with the best checkpoint interval."""
+    failures = hardware.failing(ranks, rate)
     save, restart = hardware.save_seconds, hardware.restart_seconds
     if failures <= 0:
         return Goodput(rate, 0.0, math.inf, 1.0, 0.0, 0.0, 0.0, 0)

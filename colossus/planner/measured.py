@@ -6,6 +6,7 @@ left of the whole, priced by the same ledger that predictions are made of.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import replace
 from functools import lru_cache
@@ -52,7 +53,10 @@ def basis(problem: Problem, layout: Layouts) -> list[tuple[str, str]]:
     found = problem.pricer.corrections
     if found is None:
         words = "formulas, and scalars that were fitted to published runs"
-        return [("products", words), ("messages", "formulas")]
+        if problem.pricer.hardware.accelerator.device == "cpu":
+            words = "this machine's rate of large products, and formulas"
+        alone = [("products", words)]
+        return [*alone, ("messages", "formulas")] if layout.ranks[0] > 1 else alone
     piece = piece_of({name: layout.number(name) for name in KEYS}, problem.seq_len)
     ledger = problem.ledger(piece)
     rows = [("products", _sure(problem, found, ledger, "product"))]
@@ -121,7 +125,17 @@ class _Comparison:
                 self.rest(timing, "loss", self.of_loss(timing), so_far)
         made = self.calibration
         source = f"{made.title}, {made.date}"
-        return Corrections.of(self.found, held=made.held if self.here else None, source=source)
+        held = made.held if self.here else None
+        return Corrections.of(self.found, held=held, source=source, best=self.best())
+
+    def best(self) -> dict[str, float]:
+        """By type, FLOP/s of the quickest product."""
+        found: dict[str, float] = defaultdict(float)
+        for timing in self.calibration.timings:
+            if timing.kind == "product":
+                rate = 2 * math.prod(timing.shape) / timing.seconds
+                found[timing.precision] = max(found[timing.precision], rate)
+        return dict(found)
 
     def add(self, timing: Timing, plain: float) -> None:
         """plain: seconds by formula."""

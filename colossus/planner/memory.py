@@ -12,8 +12,15 @@ from colossus.layout import V_SHAPED
 from colossus.perf.ledger import Columns
 from colossus.perf.parts import chunk_tokens
 from colossus.perf.schedule import in_flight
-from colossus.planner.columns import Layouts
-from colossus.planner.estimate import KEYS, Problem, kind_weights, rank_weights, shapes_of
+from colossus.planner.columns import Layouts, unique_columns
+from colossus.planner.estimate import (
+    KEYS,
+    Problem,
+    kind_weights,
+    rank_weights,
+    recomputed_layers,
+    shapes_of,
+)
 from colossus.planner.formulas import piece_of
 from colossus.planner.stages import Shape
 
@@ -55,12 +62,11 @@ def memory(problem: Problem, layouts: Layouts) -> Memory:
         chosen = layouts.take(index)
         held = _held(schedule, pp, per_rank, micro_batches[index], len(made.by_stage))
         mine = {name: column[index] for name, column in saved.items()}
-        ranks = [_rank(problem, chosen, made, rank, mine, held, micro_batches[index]) for rank in range(pp)]
-        totals = np.stack([sum(parts.values()) for parts in ranks])  # type: ignore[arg-type]
-        most = np.argmax(totals, axis=0)
+        ranks = _of_ranks(problem, chosen, made, mine, held, micro_batches[index])
+        most = np.argmax(np.sum(list(ranks.values()), axis=0), axis=0)
         at = np.arange(len(index))
         for name in found:
-            found[name][index] = np.stack([parts[name] for parts in ranks])[most, at]
+            found[name][index] = ranks[name][most, at]
         rank_of[index] = most
     if device == "cuda":
         groups = sum(
@@ -78,8 +84,7 @@ def _saved(problem: Problem, layouts: Layouts) -> dict[str, Columns]:
     """Bytes that a micro-batch leaves in one layer of each kind ("kind"), and while that layer is made again
     ("kind again"), [N]."""
     keys = np.stack([layouts.number(name) for name in KEYS])
-    unique, back = np.unique(keys, axis=1, return_inverse=True)
-    back = back.reshape(-1)
+    unique, back = unique_columns(keys)
     columns = dict(zip(KEYS, unique, strict=True))
     piece = piece_of(columns, problem.seq_len)
     arch = problem.arch
@@ -98,13 +103,15 @@ def _saved(problem: Problem, layouts: Layouts) -> dict[str, Columns]:
     return found
 
 
-def _held(schedule: str, pp: int, per_rank: int, micro_batches: Columns, num_stages: int) -> list[Columns]:
-    """The most micro-batches of each stage that wait at once, [stages] of [n]."""
+def _held(
+    schedule: str, pp: int, per_rank: int, micro_batches: Columns, num_stages: int
+) -> NDArray[np.float64]:
+    """The most micro-batches of each stage that wait at once, [stages, n]."""
     if pp == 1:
-        return [np.ones(len(micro_batches))] * num_stages
+        return np.ones((num_stages, len(micro_batches)))
     chunks = 2 if schedule in V_SHAPED else per_rank
     if schedule == "gpipe":
-        return [micro_batches] * num_stages
+        return np.tile(micro_batches, (num_stages, 1))
     unique, back = np.unique(np.minimum(micro_batches, 4 * pp), return_inverse=True)
     by_count = []
     for count in unique:
@@ -112,32 +119,37 @@ def _held(schedule: str, pp: int, per_rank: int, micro_batches: Columns, num_sta
         if chunks > 1 and schedule not in V_SHAPED and whole > pp:
             whole -= whole % pp
         by_count.append(in_flight(schedule, pp, chunks, max(whole, 1)))
-    table = np.array(by_count)
-    return [table[back.reshape(-1), stage] for stage in range(num_stages)]
+    return np.asarray(np.array(by_count)[back.reshape(-1)].T)
 
 
-def _rank(
+def _of_ranks(
     problem: Problem,
     layouts: Layouts,
     made: Shape,
-    rank: int,
     saved: dict[str, Columns],
-    held: list[Columns],
+    held: NDArray[np.float64],
     micro_batches: Columns,
-) -> dict[str, Columns]:
+) -> dict[str, NDArray[np.float64]]:
+    """Bytes of each pipeline rank by use, [pp, n]. held: micro-batches of each stage that wait at once,
+    [stages, n]."""
     arch, software = problem.arch, problem.pricer.software
-    dense, routed = rank_weights(arch, layouts, made, rank)
+    dense, routed = np.zeros((2, len(made.first), len(layouts)))
+    for ranks in made.alike:
+        dense[list(ranks)], routed[list(ranks)] = rank_weights(arch, layouts, made, ranks[0])
     zero, tp = layouts.number("zero"), layouts.number("tp")
     over = layouts.number("dp_shard") * layouts.number("cp")
     over_experts = over * tp / (layouts.number("ep") * np.where(layouts.number("etp") > 1, tp, 1.0))
     over_experts = np.maximum(over_experts, 1.0)
     shards = dense / over + routed / over_experts
     everything = dense + routed
-    head = made.last[rank] * kind_weights(arch, "last")[1] / tp
-    edges = made.first[rank] * sum(kind_weights(arch, "first")) + head
-    edges = edges - made.first[rank] * head * float(arch.tie_embeddings)
+    first, last = made.first[:, None], made.last[:, None]
+    head = last * kind_weights(arch, "last")[1] / tp
+    edges = first * sum(kind_weights(arch, "first")) + head
+    edges = edges - first * head * float(arch.tie_embeddings)
     size = 4.0 if problem.precision == "fp32" else 2.0
-    layers = max(made.counts[rank].sum(), 1.0)
+    layers = np.maximum(made.counts.sum(axis=1), 1.0)[:, None]
+    by_stage = made.recomputed(recomputed_layers(layouts, np.arange(len(layouts))))
+    recomputed = made.of_ranks(by_stage)
     if software.fp32_weights:
         # fp32 weights, their gradients and two moments, all sharded; products read gathered copies
         weights = np.where(zero >= 1, shards, everything) * 4
@@ -146,8 +158,9 @@ def _rank(
         live = np.where(zero >= 3, np.minimum(1.0, LIVE_LAYERS / layers), 1.0)
         copied = everything - edges if software.measured else everything
         cast = live
-        if software.measured:  # copies of layers that are made again go with them
-            cast = np.where(layouts.number("recompute") == 2, np.minimum(live, 1.0 / layers), live)
+        if software.measured:  # copies of layers that are made again go with them, but of the one at work
+            kept = (layers - recomputed.sum(axis=1) + 1) / layers
+            cast = np.where(layouts.number("recompute") == 2, np.minimum(live, kept), live)
         copies = (size if size < 4 else 0.0) * copied * cast
         copies = copies + np.where(over > 1, 4 * everything * live * 0.5, 0)
     else:
@@ -156,27 +169,16 @@ def _rank(
         gradients = np.where(zero >= 2, shards, everything) * software.gradient_bytes
         optimizer = np.where(zero >= 1, shards, everything) * 12
         copies = np.where(zero >= 3, LIVE_LAYERS / layers * everything * size, 0.0)
-    activations = np.zeros(len(layouts))
-    again = np.zeros(len(layouts))
-    for stage, owner in enumerate(made.owner):
-        if owner != rank:
-            continue
-        layer_bytes = np.zeros(len(layouts))
-        for kind, count in zip(made.kinds, made.by_stage[stage], strict=True):
-            if count:
-                layer_bytes = layer_bytes + count * saved[kind]
-                again = np.maximum(again, saved[f"{kind} again"])
-        activations = activations + held[stage] * layer_bytes
-    if made.first[rank]:
-        activations = activations + saved["first"]
-    activations = activations + again
-    logits = np.zeros(len(layouts))
+    kept = np.stack([saved[kind] for kind in made.kinds])
+    more = np.stack([saved[f"{kind} again"] for kind in made.kinds])  # of a layer that is not recomputed
+    left = made.by_stage[:, :, None] - by_stage
+    activations = made.of_ranks(held * (made.by_stage @ kept + (left * more).sum(axis=1)))
+    activations = activations + first * saved["first"] + last * saved["last"]
+    activations = activations + np.where(recomputed > 0, more, 0.0).max(axis=1)
     tokens = layouts.number("micro_batch") * problem.seq_len / layouts.number("cp")
-    if made.last[rank]:
-        activations = activations + saved["last"]
-        logits = tokens * arch.vocab_size / tp * (size + 4)
-        if software.fp32_weights:
-            logits = _loss_bytes(problem, tokens, tp) + (4.0 if size == 4 else 8.0) * head
+    logits = last * tokens * arch.vocab_size / tp * (size + 4)
+    if software.fp32_weights:
+        logits = last * _loss_bytes(problem, tokens, tp) + (4.0 if size == 4 else 8.0) * head
     if software.measured:
         # What a layer's backward pass has at once beside what was saved: gradients of its widest tensors.
         widest = 3 * arch.intermediate_size + 4 * arch.hidden_size

@@ -8,33 +8,34 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from colossus.architecture import Architecture, num_active, num_parameters
 from colossus.errors import UserError
-from colossus.hardware.catalogue import table
-from colossus.hardware.fleets import Hardware, hardware_of
+from colossus.hardware.catalogue import accelerator, accelerator_names, table
+from colossus.hardware.fleets import DAY, Hardware, hardware_of
 from colossus.hardware.machine import Machine
 from colossus.job import Job
 from colossus.layout import AXES
+from colossus.perf.flops import model_flops_per_token
 from colossus.perf.price import Pricer
 from colossus.perf.software import OURS
+from colossus.planner.batch import critical_batch_tokens, default_batch, tokens_of_steps
 from colossus.planner.columns import Layouts
-from colossus.planner.estimate import Problem
-from colossus.planner.formulas import RECOMPUTE
-from colossus.planner.goodput import DAY, Goodput, goodput, spare_nodes
+from colossus.planner.estimate import KEYS, Problem
+from colossus.planner.formulas import RECOMPUTE, piece_of
+from colossus.planner.goodput import Goodput, goodput, spare_nodes
+from colossus.planner.losses import losses
 from colossus.planner.measured import basis, corrections_for
 from colossus.planner.search import Choice, Found, Limits, fixed_of, search
+from colossus.planner.trust import Band, band_of
+from colossus.words import count, memory, span
 
 AIMS = ("time", "cost", "energy")
-SEQ_LEN = 8192  # tokens of a sample, where neither job nor model says fewer
-LEAST_BATCH, LARGE_BATCH = 2**20, 2**22  # tokens of a step; of models with more than LARGE active weights
-LARGE = 3e9
-TOKENS_A_RANK = 1024  # of a step, on large fleets: Llama 3 405B had 16.8 million on 16,384
 TOKENS_A_WEIGHT = 20  # of a whole run, where the job names no length (arXiv 2203.15556)
-BAND = (
-    0.15  # of a step's seconds: of held-out runs of dense models on Hopper the mean error is 0.11, p90 0.21
-)
+FAR_BEYOND = 1.5  # times the most memory of any accelerator, more than which is no advice
+USUAL_MFU = 0.4  # by which a run of minutes gets its batch, before its step is known
 FIELDS = ("dp_replicate", "dp_shard", "tp", "pp", "cp", "ep", "etp", "schedule", "stages_per_rank",
           "micro_batch", "recompute", "reshard")  # fmt: skip
 PUBLISHED_REACH = 4.0  # a published run counts as near up to so many times the size
@@ -56,7 +57,10 @@ class Plan:
     """What `colossus plan` answers. best: the layout and what it costs; table: the best few, `best` first.
 
     low, high: costs where failures are rare and where they are many. assumptions: what nobody measured.
-    basis: what the seconds rest on, and whether that was measured.
+    basis: what the seconds rest on, and whether that was measured. spares: accelerators that failures ask to
+    keep in reserve. with_all: seconds of a step with none in reserve. complete: whether all layouts were
+    looked at before time ran out. band: how far the seconds can be trusted. by_clock: the run ends after
+    `run.minutes`.
     """
 
     best: Choice
@@ -76,6 +80,12 @@ class Plan:
     assumptions: tuple[str, ...]
     basis: tuple[tuple[str, str], ...]
     problem: Problem
+    limits: Limits
+    band: Band
+    spares: int = 0
+    with_all: float = math.inf
+    complete: bool = True
+    by_clock: bool = False
 
     @property
     def tokens_per_second(self) -> float:
@@ -83,12 +93,14 @@ class Plan:
 
     def layout(self) -> dict[str, Any]:
         """The winner as values of the `layout` section."""
-        values = {name: self.best.row[name] for name in (*FIELDS, "cp_method", "compile")}
+        values = {name: self.best.row[name] for name in (*FIELDS, "recompute_layers", "cp_method", "compile")}
         if self.best.pools:
+            # what does not add up to the batch is left to the run, which measures the pools
+            whole = sum(pool.replicas * pool.share for pool in self.best.pools) == self.global_batch
             values["pools"] = [
                 {
                     "replicas": p.replicas,
-                    "share": p.share,
+                    "share": p.share if whole else None,
                     "micro_batch": p.micro_batch,
                     "recompute": p.recompute,
                 }
@@ -99,9 +111,14 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {
+            "model": self.arch.model_dump(exclude_none=True),
+            "num_parameters": num_parameters(self.arch),
+            "num_active": num_active(self.arch),
             "layout": self.layout(),
             "step_seconds": self.best.seconds,
-            "step_seconds_band": [self.best.seconds * (1 - BAND), self.best.seconds * (1 + BAND)],
+            "step_seconds_band": [self.best.seconds * (1 + sign * self.band.share) for sign in (-1, 1)],
+            "band_rests_on": self.band.why,
+            "accelerators": {"working": self.best.ranks, "reserve": self.reserve, "idle": self.idle},
             "mfu": self.best.mfu,
             "tokens_per_second": self.tokens_per_second,
             "memory_bytes": self.best.memory,
@@ -114,47 +131,87 @@ class Plan:
             "seq_len": self.seq_len,
             "rests_on": dict(self.basis),
             "assumptions": list(self.assumptions),
+            "complete": self.complete,
         }
+
+    @property
+    def reserve(self) -> int:
+        """Accelerators that wait for failures."""
+        return min(self.spares, self.hardware.count - self.best.ranks)
+
+    @property
+    def idle(self) -> int:
+        """Accelerators that neither work nor are needed in reserve."""
+        return self.hardware.count - self.best.ranks - self.reserve
+
+    def use(self) -> str:
+        """Who works and who does not, in words."""
+        one = self.best.ranks == 1
+        kind = "rank" if self.hardware.accelerator.device == "cpu" else "accelerator"
+        words = f"{self.best.ranks:,} {kind}{'' if one else 's'} work{'s' if one else ''}"
+        words += f", {self.reserve:,} wait in reserve" if self.reserve else ""
+        words += f", {self.idle:,} are idle: they make no replica more" if self.idle else ""
+        if self.reserve < self.spares:
+            words += f"; failures ask for {self.spares:,} in reserve"
+        elif self.with_all < 0.995 * self.best.seconds:
+            words += f" (with all at work {100 * (1 - self.with_all / self.best.seconds):.1f}% less a step)"
+        return words
 
 
 def make_plan(job: Job, machine: Machine | None = None, aim: str = "time", *, whole: bool = False) -> Plan:
-    """Plans a job. machine: this one as measured, for a fleet that names no accelerators. whole: all of the
-    fleet that is not in reserve must work.
+    """Plans a job whose model is filled in (`derive.model`).
+
+    machine: this one as measured, for a fleet that names no accelerators. whole: all of the fleet that is not
+    in reserve must work.
 
     Raises:
         UserError: the job cannot be planned; NothingFits: no layout is legal and fits.
     """
     if aim not in AIMS:
         raise UserError.field("--for", aim, f"one of {', '.join(AIMS)}", AIMS)
-    arch = _arch(job)
+    arch = job.model
     hardware = hardware_of(job.fleet, machine, ranks=_ranks(job))
     here = machine if job.fleet.accelerator is None and job.fleet.pools is None else None
     corrections = corrections_for(hardware, here)
     assumptions = list(hardware.assumptions)
-    seq_len = job.data.seq_len or min(arch.max_seq_len or SEQ_LEN, SEQ_LEN)
-    precision: str = job.precision.type or ("fp32" if hardware.accelerator.device == "cpu" else "bf16")
+    shapes = job.shapes()
+    seq_len = max(length for _, _, length in shapes)
+    if seq_len > min(length for _, _, length in shapes):
+        assumptions.append(f"data.phases: every sample has {seq_len:,} tokens, as the longest")
+    precision: str = job.precision.type or "bf16"
     if precision not in ("fp32", "bf16"):  # any float8 recipe
         precision = "fp8"
-    spares = _spares(hardware)
-    usable = hardware.count - spares
-    batch = job.run.global_batch
-    if batch is None:
-        batch = _batch(usable, seq_len, num_active(arch))
-        assumptions.append(f"run.global_batch={batch:,}: {batch * seq_len:,} tokens of a step")
-    tokens = _tokens(job, arch, batch * seq_len, assumptions)
+    spares, whole_fleet = 0 if whole else _spares(hardware), hardware.count
+    batch = _batch(job, seq_len, hardware, assumptions)
     optimizer = job.optimizer.name or "adamw"
     if job.optimizer.name is None:
         assumptions.append("optimizer.name=adamw: what Muon takes beside it is counted where it is asked for")
-    problem = Problem(arch, seq_len, batch, precision, Pricer.of(hardware, OURS, corrections), optimizer)
-    fixed = fixed_of({name: getattr(job.layout, name) for name in (*FIELDS, "cp_method", "compile")})
+    problem = Problem(
+        arch, seq_len, batch, precision, Pricer.of(hardware, OURS, corrections), optimizer,
+        tuple((step, Fraction(each, batch), length) for step, each, length in job.shapes(batch)),
+    )  # fmt: skip
+    fixed = fixed_of(
+        {name: getattr(job.layout, name) for name in (*FIELDS, "recompute_layers", "cp_method", "compile")}
+    )
     if here is not None and here.device == "cpu" and here.compiler is None:
         fixed["compile"] = False
-    found, hardware = _search(problem, Limits(fixed, spares, whole), aim, tokens)
+    budget = job.layout.activation_gib
+    limits = Limits(fixed, spares, whole, math.inf if budget is None else budget * 2**30)
+    usual = float(TOKENS_A_WEIGHT * num_active(arch))
+    tokens = float(job.run.tokens or (job.run.steps or 0) * problem.tokens) or usual
+    found, hardware = _search(problem, limits, aim, tokens)
     best = found.choices[0]
+    problem = problem.on(hardware)
+    limits = replace(limits, spares=spares * hardware.count // whole_fleet)
+    if job.run.minutes is not None:
+        tokens = 60 * job.run.minutes / best.seconds * problem.tokens
+    elif job.run.tokens is None and job.run.steps is None:
+        assumptions.append(f"run.tokens={count(tokens)}: {TOKENS_A_WEIGHT} a weight")
     low, high = (costs_of(hardware, best, tokens, batch * seq_len, rate) for rate in hardware.failures)
     part = hardware.accelerator
+    others = {"fp8", "fp32"} - {precision}
     assumptions += [
-        f"{what} of {part.name}, from parts like it" for what in part.assumed if "fp8" not in what
+        f"{part.name}: {words}" for words in part.assumed if not any(name in words for name in others)
     ]
     return Plan(
         best=best,
@@ -168,13 +225,25 @@ def make_plan(job: Job, machine: Machine | None = None, aim: str = "time", *, wh
         hardware=hardware,
         arch=arch,
         priced=found.priced,
-        binding=_binding(found),
+        binding=_binding(found, problem),
         runner_up=_runner_up(found),
         nearest=nearest_published(arch, hardware),
         assumptions=tuple(assumptions),
         basis=tuple(basis(problem, layouts_of_row(best.row))),
         problem=problem,
+        limits=limits,
+        spares=limits.spares,
+        with_all=found.all_working,
+        complete=found.complete,
+        band=_band(problem, layouts_of_row(best.row), here=here is not None),
+        by_clock=job.run.minutes is not None,
     )
+
+
+def _band(problem: Problem, layout: Layouts, *, here: bool) -> Band:
+    piece = piece_of({name: layout.number(name) for name in KEYS}, problem.seq_len)
+    has_experts = problem.arch.experts is not None
+    return band_of(problem.pricer, problem.ledger(piece), has_experts=has_experts, here=here)
 
 
 def layouts_of_row(row: Mapping[str, Any]) -> Layouts:
@@ -189,52 +258,43 @@ def _ranks(job: Job) -> int:
     return math.prod(getattr(job.layout, axis) or 1 for axis in AXES)
 
 
-def _arch(job: Job) -> Architecture:
-    arch = job.model
-    open_fields = [
-        n for n in ("vocab_size", "hidden_size", "num_layers", "num_heads") if getattr(arch, n) is None
-    ]
-    if open_fields:
-        raise UserError(
-            f"{', '.join(f'model.{name}' for name in open_fields)}: must be given to plan; or name a preset "
-            "(model=llama3.1-8b; colossus models lists them)"
-        )
-    kv = arch.num_kv_heads or arch.num_heads
-    width = arch.head_dim or arch.hidden_size // arch.num_heads
-    changes = {
-        "num_kv_heads": kv,
-        "head_dim": width,
-        "intermediate_size": arch.intermediate_size or 4 * arch.hidden_size,
-        "max_seq_len": arch.max_seq_len or SEQ_LEN,
-        "tie_embeddings": bool(arch.tie_embeddings),
-        "qk_norm": bool(arch.qk_norm),
-    }
-    return arch.model_copy(update=changes)
-
-
 def _spares(hardware: Hardware) -> int:
     """Accelerators in reserve at the high rate of failures, where there are servers to spare."""
-    nodes = hardware.count // hardware.node_size
-    failures = nodes * hardware.failures[1] / 1000 / DAY
+    servers = hardware.count // hardware.server
+    failures = hardware.failing(servers * hardware.server, hardware.failures[1])
     waiting = spare_nodes(failures, hardware.repair_seconds)
-    return waiting * hardware.node_size if waiting < nodes // 10 and nodes >= 64 else 0
+    return waiting * hardware.server if waiting < servers // 10 and servers >= 64 else 0
 
 
-def _batch(ranks: int, seq_len: int, active: int) -> int:
-    """Sequences of a step: a million tokens at least, four of a large model, and a thousand a rank."""
-    least = LARGE_BATCH if active > LARGE else LEAST_BATCH
-    sequences = max(least, ranks * TOKENS_A_RANK) / seq_len
-    return max(1, 2 ** round(math.log2(sequences))) if sequences < 2048 else round(sequences / 256) * 256
-
-
-def _tokens(job: Job, arch: Architecture, step_tokens: int, assumptions: list[str]) -> float:
-    if job.run.tokens is not None:
-        return float(job.run.tokens)
-    if job.run.steps is not None:
-        return float(job.run.steps) * step_tokens
-    tokens = float(TOKENS_A_WEIGHT * num_active(arch))
-    assumptions.append(f"run.tokens={tokens:.3g}: 20 a weight")
-    return tokens
+def _batch(job: Job, seq_len: int, hardware: Hardware, assumptions: list[str]) -> int:
+    """Sequences of a step: what the job says, else the critical batch of the run's length."""
+    run = job.run
+    if run.global_batch is None and run.batch_schedule is not None:
+        batch = max(sequences for _, sequences in run.batch_schedule)
+        assumptions.append(f"run.batch_schedule: every step has {batch:,} sequences, as its largest")
+        return batch
+    if run.global_batch is not None:
+        if not job.asked_for("run.global_batch"):
+            assumptions.append(f"run.global_batch={run.global_batch:,}: what `train` takes here")
+        return run.global_batch
+    flops = model_flops_per_token(job.model, seq_len)
+    if run.tokens is not None:
+        tokens = float(run.tokens)
+    elif run.steps is not None:
+        tokens = tokens_of_steps(run.steps)
+    elif run.minutes is not None:
+        peaks = sum(
+            pool.count * pool.accelerator.bf16 / pool.accelerator.shared_by for pool in hardware.pools
+        )
+        tokens = 60 * run.minutes * USUAL_MFU * peaks / flops
+    else:
+        tokens = float(TOKENS_A_WEIGHT * num_active(job.model))
+    batch = default_batch(tokens, seq_len)
+    assumptions.append(
+        f"run.global_batch={batch:,}: {count(batch * seq_len)} tokens a step; critical for a run of "
+        f"{count(tokens)} are {count(critical_batch_tokens(tokens))}"
+    )
+    return batch
 
 
 def _search(problem: Problem, limits: Limits, aim: str, tokens: float) -> tuple[Found, Hardware]:
@@ -278,16 +338,27 @@ def costs_of(hardware: Hardware, choice: Choice, tokens: float, step_tokens: flo
     )
 
 
-def _binding(found: Found) -> str:
+def _binding(found: Found, problem: Problem) -> str:
     """What keeps the winner from being quicker."""
     best = found.choices[0]
-    losses = {name: value for name, value in best.parts.items() if name not in ("products",)}
-    largest = max(losses, key=lambda name: losses[name])
-    words = f"{largest} ({100 * losses[largest] / best.seconds:.0f}% of a step)"
-    if found.memory_binds and found.quickest_without_memory < 0.98 * best.seconds:
-        gain = 100 * (1 - found.quickest_without_memory / best.seconds)
-        return f"memory: with more of it a step would take {gain:.0f}% less; then {words}"
+    lost = losses(best, problem.arch, problem.seq_len)
+    largest = max(lost, key=lambda name: lost[name])
+    words = f"{largest} ({lost[largest]:.0f}% of a step)"
+    other, there = found.unbound, problem.pricer.hardware.accelerator.memory
+    most = max(there, *(accelerator(name).memory for name in accelerator_names()))
+    if other.seconds < 0.98 * best.seconds and there < other.reserved < FAR_BEYOND * most:
+        gain = 100 * (1 - other.seconds / best.seconds)
+        return (
+            f"memory: {memory(there)} a rank keep out {_differing(other, best)}, which needs "
+            f"{memory(other.reserved)} and would save {gain:.0f}% of a step; most is lost to {words}"
+        )
     return words
+
+
+def _differing(other: Choice, best: Choice) -> str:
+    """What another layout has that the best has not, in words."""
+    names = [name for name in (*FIELDS, "recompute_layers", "compile") if other.row[name] != best.row[name]]
+    return " ".join(f"{name}={str(other.row[name]).lower()}" for name in names)
 
 
 def _runner_up(found: Found) -> str:
@@ -298,7 +369,7 @@ def _runner_up(found: Found) -> str:
     more = {name: second.parts[name] - best.parts.get(name, 0.0) for name in second.parts}
     worst = max(more, key=lambda name: more[name])
     slower = 100 * (second.seconds / best.seconds - 1)
-    return f"{second.name}: {slower:.1f}% slower; {worst} takes {more[worst]:.3g} s more"
+    return f"{second.name}: {slower:.1f}% slower; {span(more[worst])} more for {worst}"
 
 
 def nearest_published(arch: Architecture, hardware: Hardware) -> str:
@@ -323,9 +394,5 @@ def nearest_published(arch: Architecture, hardware: Hardware) -> str:
 
 def size_words(arch: Architecture) -> str:
     total, active = num_parameters(arch), num_active(arch)
-    words = f"{_short(total)} weights"
-    return words if active == total or arch.experts is None else f"{words}, {_short(active)} active"
-
-
-def _short(count: float) -> str:
-    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+    words = f"{count(total)} weights"
+    return words if active == total or arch.experts is None else f"{words}, {count(active)} active"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from colossus.hardware.catalogue import accelerator, accelerator_names, node, node_names
-from colossus.planner.plan import BAND, Costs, Plan, size_words
+from colossus.planner.batch import critical_batch_tokens
+from colossus.planner.losses import losses
+from colossus.planner.plan import Costs, Plan, size_words
 from colossus.planner.search import Choice
+from colossus.planner.sensitivity import by_batch, days_if
+from colossus.words import count, dollars, duration, energy, memory, plural, power, span
 
 GIB = 2**30
 STYLE = """
@@ -21,6 +25,7 @@ svg text { font: 12px system-ui, sans-serif; fill: #1c2430 }
 pre { background: #f4f6f9; padding: 1em; overflow: auto }
 """
 BAR = 24  # characters of a bar
+LEAST_POINTS = 0.05  # of the waterfall, that are shown
 
 
 def text(plan: Plan) -> str:
@@ -32,6 +37,7 @@ def text(plan: Plan) -> str:
         _waterfall(plan),
         _memory(plan),
         _costs(plan),
+        _batches(plan),
         _sensitivity(plan),
         _basis(plan),
         _tail(plan),
@@ -42,67 +48,68 @@ def text(plan: Plan) -> str:
 def _head(plan: Plan) -> list[str]:
     hardware = plan.hardware
     pools = " + ".join(f"{pool.count:,} {pool.accelerator.name}" for pool in hardware.pools)
+    if _on_processor(plan):
+        pools = f"{plural(hardware.count, 'rank')} of {hardware.accelerator.title}"
     name = plan.arch.preset or "model"
     return [
         f"{name} ({size_words(plan.arch)}) on {hardware.name}: {pools}",
-        f"{plan.tokens:.3g} tokens, {plan.global_batch:,} x {plan.seq_len:,} tokens a step, "
-        f"{plan.precision}; {plan.priced:,} layouts priced",
+        f"{count(plan.tokens)} tokens, {plan.global_batch:,} x {plan.seq_len:,} tokens a step, "
+        f"{plan.precision}; {plan.priced:,} layout{'' if plan.priced == 1 else 's'} priced"
+        + ("" if plan.complete else ", then time ran out: the best so far"),
     ]
 
 
 def _winner(plan: Plan) -> list[str]:
     best, per = plan.best, plan.tokens_per_second
-    low, high = best.seconds * (1 - BAND), best.seconds * (1 + BAND)
+    low, high = (best.seconds * (1 + sign * plan.band.share) for sign in (-1, 1))
     lines = [
         f"best      {best.name}",
-        f"          {best.ranks:,} accelerators work, {plan.hardware.count - best.ranks:,} wait in reserve; "
-        f"{best.micro_batches} micro-batches a step",
-        f"step      {best.seconds:.3g} s ({low:.3g} to {high:.3g}), {per:,.0f} tokens/s, "
-        f"{per / best.ranks:,.0f} an accelerator; MFU {100 * best.mfu:.1f}% ({_convention(plan)})",
+        f"          {plan.use()}; {plural(best.micro_batches, 'micro-batch')} a step",
+        f"step      {span(best.seconds)} ({span(low)} to {span(high)}), {per:,.0f} tokens/s, "
+        f"{per / best.ranks:,.0f} {'a rank' if _on_processor(plan) else 'an accelerator'}; "
+        f"MFU {100 * best.mfu:.1f}% ({_convention(plan)})",
     ]
     for pool in best.pools:
         lines.append(
-            f"pool      {pool.accelerator}: {pool.replicas} replicas of {pool.share:,} sequences, "
-            f"micro_batch={pool.micro_batch} recompute={pool.recompute}; {pool.seconds:.3g} s, "
-            f"{pool.reserved / GIB:.0f} of {pool.capacity / GIB:.0f} GiB"
+            f"pool      {pool.accelerator}: {plural(pool.replicas, 'replica')} of "
+            f"{plural(pool.share, 'sequence')}, micro_batch={pool.micro_batch} "
+            f"recompute={pool.recompute}; {span(pool.seconds)}, "
+            f"{memory(pool.reserved)} of {memory(pool.capacity)}"
         )
-    return [*lines, f"binds     {plan.binding}", f"next      {plan.runner_up}", f"measured  {plan.nearest}"]
+    lines += [f"binds     {plan.binding}", f"next      {plan.runner_up}"]
+    return lines if _on_processor(plan) else [*lines, f"measured  {plan.nearest}"]
+
+
+def _on_processor(plan: Plan) -> bool:
+    return plan.hardware.accelerator.device == "cpu"
 
 
 def _convention(plan: Plan) -> str:
     """What MFU is divided by, and how attention counts."""
-    cpu = plan.hardware.accelerator.device == "cpu"
-    return f"of the {'best measured rate' if cpu else 'bf16 peak'}, causal attention half"
+    peak = "best measured rate" if _on_processor(plan) else "bf16 peak"
+    return f"of the {peak}, causal attention half"
 
 
 def _table(plan: Plan) -> list[str]:
-    lines = [f"{'step s':>9}  {'MFU %':>6}  {'GiB':>6}  layout"]
+    lines = [f"{'step':>9}  {'MFU':>6}  {'memory':>9}  layout"]
     for choice in plan.table:
-        lines.append(
-            f"{choice.seconds:9.3f}  {100 * choice.mfu:6.1f}  {choice.reserved / GIB:6.1f}  {choice.name}"
-        )
+        mfu = f"{100 * choice.mfu:.1f}%"
+        lines.append(f"{span(choice.seconds):>9}  {mfu:>6}  {memory(choice.reserved):>9}  {choice.name}")
     return lines
 
 
 def waterfall(plan: Plan) -> list[tuple[str, float]]:
     """(loss, points of MFU), from the peak down to goodput; they sum to 100."""
-    best = plan.best
-    seconds = best.seconds
-    parts = [(name, value / seconds * 100) for name, value in best.parts.items() if name != "products"]
-    useful = 100 * best.mfu
-    products = best.parts["products"] / seconds * 100
-    # What products take beyond their share at the peak: rate, recomputed attention FLOPs are counted apart.
-    left = 100 - sum(value for _, value in parts)
-    shape = ("products below the peak", max(0.0, left - useful) if products else 0.0)
-    counted = useful - max(0.0, useful - left)
-    lost = counted * (1 - plan.high.goodput.share)
-    return [shape, *parts, ("failures, many", lost), ("goodput", counted - lost)]
+    found = losses(plan.best, plan.arch, plan.seq_len)
+    useful = 100 - sum(found.values())
+    lost = useful * (1 - plan.high.goodput.share)
+    return [*found.items(), ("failures, where many", lost), ("goodput", useful - lost)]
 
 
 def _waterfall(plan: Plan) -> list[str]:
     lines = ["where 100% of the peak goes"]
     for name, points in waterfall(plan):
-        if points >= 0.05:
+        if points >= LEAST_POINTS:
             bar = "#" * max(1, round(points / 100 * BAR * 2))
             lines.append(f"{points:7.1f}%  {name:38} {bar}")
     return lines
@@ -111,55 +118,102 @@ def _waterfall(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> list[str]:
     best = plan.best
     capacity = min(pool.accelerator.memory for pool in plan.hardware.pools)
-    lines = [f"memory of the rank that needs most: {best.reserved / GIB:.1f} GiB reserved, "
-             f"{best.allocated / GIB:.1f} allocated, of {capacity / GIB:.1f}"]  # fmt: skip
+    lines = [f"memory of the rank that needs most: {memory(best.reserved)} reserved, "
+             f"{memory(best.allocated)} allocated, of {memory(capacity)}"]  # fmt: skip
     for name, size in best.memory.items():
         if size > 0.005 * best.allocated:
-            lines.append(f"{size / GIB:9.2f}  {name}")
+            lines.append(f"{memory(size):>11}  {name}")
     return lines
 
 
 def _costs(plan: Plan) -> list[str]:
+    """Of the run, where failures are few and where they are many; what is free or never fails is left out."""
+    hardware = plan.hardware
+    low, high = hardware.failures
+    has_spares = hardware.count > hardware.server
+    known = {"energy": hardware.watts > 0, "money": hardware.usd_per_hour > 0}
+
     def row(words: str, costs: Costs) -> str:
         share = costs.goodput
-        interval = "-" if math.isinf(share.interval) else f"{share.interval:,.0f} s"
-        return (
-            f"{words:15}{share.failures_per_day:9.1f}{100 * share.share:10.1f}{interval:>13}"
-            f"{share.spare_nodes:8}{_days(costs.days):>12}{costs.energy / 1e6:9.3g}{costs.money / 1e6:10.3g}"
-        )
+        cells = []
+        if high > 0:
+            interval = "never" if math.isinf(share.interval) else duration(share.interval)
+            cells = [_failures(share.failures_per_day), f"{100 * share.share:.1f}%", interval]
+            cells += [f"{share.spare_nodes}"] if has_spares else []
+        cells.append(_days(costs.days))
+        cells += [energy(costs.energy)] if known["energy"] else []
+        cells += [dollars(costs.money)] if known["money"] else []
+        return f"{words:14}" + "".join(f"{cell:>16}" for cell in cells)
 
-    header = f"{'failures':15}{'a day':>9}{'goodput %':>10}{'checkpoint':>13}{'spares':>8}"
-    header += f"{'run':>12}{'GWh':>9}{'million $':>10}"
-    low, high = plan.hardware.failures
-    return [
-        header,
-        row(f"few ({low:g})", plan.low),
-        row(f"many ({high:g})", plan.high),
-        "failures: per 1000 node-days; published values disagree by 4 times. checkpoint: seconds between two",
-        f"power {plan.high.power:,.3g} MW with PUE {plan.hardware.pue:g}; "
-        f"{plan.hardware.usd_per_hour:.2f} $ an accelerator and hour",
-    ]  # fmt: skip
+    names = ["failures", "goodput", "checkpoint"] if high > 0 else []
+    names += ["spare servers"] if high > 0 and has_spares else []
+    names += ["run", *(name for name, is_known in known.items() if is_known)]
+    lines = [" " * 14 + "".join(f"{name:>16}" for name in names)]
+    if high > 0:
+        lines += [row(f"few ({low:g})", plan.low), row(f"many ({high:g})", plan.high)]
+        lines.append(
+            "failures: per 1000 days of a server of 8; published values disagree by 4 times. "
+            "checkpoint: time between two"
+        )
+    else:
+        lines.append(row("", plan.low))
+    facts = [f"power {power(1e6 * plan.high.power)} with PUE {hardware.pue:g}"] if known["energy"] else []
+    facts += [f"${hardware.usd_per_hour:.2f} an accelerator and hour"] if known["money"] else []
+    return [*lines, "; ".join(facts)] if facts else lines
+
+
+def _failures(a_day: float) -> str:
+    """How often: 2.5 a day, one in 64 days."""
+    if a_day <= 0:
+        return "none"
+    return f"{a_day:.1f} a day" if a_day >= 0.95 else f"1 in {1 / a_day:,.0f} days"
 
 
 def _days(days: float) -> str:
     if days >= 1:
         return f"{days:,.1f} days"
-    return f"{24 * days:.1f} h" if days * 24 >= 1 else f"{1440 * days:.1f} min"
+    hours = 24 * days
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{60 * hours:.1f} min" if 60 * hours >= 1 else f"{3600 * hours:.2g} s"
+
+
+def _batches(plan: Plan) -> list[str]:
+    """Time against batch, and what each batch costs in tokens."""
+    rows = by_batch(plan)
+    if len(rows) < 2:
+        return []
+    critical = count(critical_batch_tokens(plan.tokens))
+    run = "tokens/s" if plan.by_clock else "run"
+    lines = [f"batch; critical for {count(plan.tokens)} tokens are {critical} a step (arXiv 2410.21676)"]
+    lines.append(
+        f"{'sequences':>10}{'tokens':>9}{'step':>10}{run:>14}{'at work':>9}{'for the same loss':>24}"
+    )
+    for row in rows:
+        tokens = row.sequences * plan.seq_len
+        cells = [f"{row.sequences:,}".rjust(10), count(tokens).rjust(9), span(row.seconds).rjust(10)]
+        cells.append((count(tokens / row.seconds) if plan.by_clock else _days(row.days)).rjust(14))
+        cells.append(f"{100 * row.share:.0f}%".rjust(9))
+        cells.append(f"about {100 * row.more:.0f}% more tokens".rjust(24))
+        lines.append("".join(cells) + ("  this plan" if row.sequences == plan.global_batch else ""))
+    return lines
 
 
 def _sensitivity(plan: Plan) -> list[str]:
-    """Days of the run if a thing is better or worse than assumed."""
-    from colossus.planner.sensitivity import days_if
-
-    if plan.hardware.count < 2:
-        return []
-    rows = [f"{_days(better):>12}  to {_days(worse):>12}  {what}" for what, better, worse in days_if(plan)]
-    return ["the run, if", *rows]
+    """Time of the run if a thing is better or worse than assumed, where that shows."""
+    rows = [(_days(better), _days(worse), what) for what, better, worse in days_if(plan)]
+    rows = [row for row in rows if row[0] != row[1]]
+    return (
+        ["the run, if", *(f"{better:>12}  to {worse:>12}  {what}" for better, worse, what in rows)]
+        if rows
+        else []
+    )
 
 
 def _basis(plan: Plan) -> list[str]:
     """What was measured, interpolated or assumed."""
-    return ["the seconds rest on", *(f"  {what:13} {words}" for what, words in plan.basis)]
+    lines = ["the seconds rest on", *(f"  {what:13} {words}" for what, words in plan.basis)]
+    return [*lines, f"  {'so the band':13} {plan.band.share:.0%} either way: {plan.band.why}"]
 
 
 def _tail(plan: Plan) -> list[str]:
@@ -176,23 +230,28 @@ def hardware_text() -> str:
     ]
     for name in accelerator_names():
         part = accelerator(name)
-        assumed = f"; {', '.join(part.assumed)}" if part.assumed else ""
+        guessed = [words.partition(", from parts")[0].partition(":")[0] for words in part.assumed]
+        assumed = f"; {', '.join(guessed)}" if guessed else ""
+        fp8 = "?" if math.isnan(part.fp8) else f"{part.fp8 / 1e12:,.0f}"
         lines.append(
-            f"{name:16}{part.bf16 / 1e12:8,.0f}{part.fp8 / 1e12:8,.0f}{part.reachable:9.2f}"
+            f"{name:16}{part.bf16 / 1e12:8,.0f}{fp8:>8}{part.reachable:9.2f}"
             f"{part.memory / GIB:8.1f}{part.copy / 1e12:7.2f}{part.nvlink / 1e9:8.0f}{part.watts:6.0f}"
             f"  {part.kind}{assumed}"
         )
     lines += [
-        "bf16, fp8: TFLOP/s, dense. of peak: the best bf16 product that was measured. TB/s: of a copy. "
-        "NVLink: GB/s one way.",
+        "bf16, fp8: TFLOP/s, dense. of peak: the best bf16 product that was measured. GiB: as the device "
+        "reports it to PyTorch. TB/s: of a copy. NVLink: GB/s one way, of AMD's parts xGMI. ?: not "
+        "published.",
         "",
-        f"{'server':24}{'accelerator':16}{'size':>5}{'Gb/s each':>11}{'W':>8}  kind",
+        f"{'server':24}{'accelerator':16}{'size':>5}{'Gb/s each':>11}{'W':>8}  kind; assumed",
     ]  # fmt: skip
     for name in node_names():
         server = node(name)
         each = server.nics * server.nic / server.size * 8 / 1e9
+        nic, watts = (f"{value:,.0f}" if value else "?" for value in (each, server.watts))
         lines.append(
-            f"{name:24}{server.accelerator:16}{server.size:5}{each:11.0f}{server.watts:8.0f}  {server.kind}"
+            f"{name:24}{server.accelerator:16}{server.size:5}{nic:>11}{watts:>8}"
+            f"  {server.kind}{'; W' if server.assumed else ''}"
         )
     lines += ["", "sources: colossus/hardware/catalogue/*.toml"]
     return "\n".join(lines)
@@ -202,32 +261,35 @@ def hardware_text() -> str:
 
 
 def page(
-    plan: Plan, pareto: Sequence[tuple[int, float, float]], sensitivity: Sequence[tuple[str, float, float]]
+    plan: Plan,
+    said: str,
+    pareto: Sequence[tuple[int, float, float]],
+    sensitivity: Sequence[tuple[str, float, float]],
 ) -> str:
-    """The report as HTML without anything from outside. pareto: (accelerators, days, million dollars);
-    sensitivity: (what, days if better, days if worse)."""
+    """The report as HTML without anything from outside. said: its `text`; pareto: (accelerators, days,
+    dollars); sensitivity: (what, days if better, days if worse)."""
     best = plan.best
     title = f"Plan: {plan.arch.preset or 'model'} on {plan.hardware.name}"
     capacity = min(pool.accelerator.memory for pool in plan.hardware.pools)
-    memory = [(name, size / GIB) for name, size in best.memory.items() if size > 0]
-    memory.append(("free", max(0.0, (capacity - best.reserved) / GIB)))
+    uses = [(name, size) for name, size in best.memory.items() if size > 0]
+    uses.append(("free", max(0.0, capacity - best.reserved)))
+    points = [(name, points) for name, points in waterfall(plan) if points >= LEAST_POINTS]
     rows = "".join(
-        f"<tr><td>{c.seconds:.3f}</td><td>{100 * c.mfu:.1f}</td><td>{c.reserved / GIB:.1f}</td>"
+        f"<tr><td>{span(c.seconds)}</td><td>{100 * c.mfu:.1f}%</td><td>{memory(c.reserved)}</td>"
         f"<td>{html.escape(c.name)}</td></tr>"
         for c in plan.table
     )
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
-<style>{STYLE}</style><h1>{html.escape(title)}</h1><pre>{html.escape(text(plan))}</pre>
-<h2>Where the peak goes, %</h2>{_bars(waterfall(plan), "%")}
-<h2>Memory of the rank that needs most, GiB</h2>{_bars(memory, "GiB")}
-<h2>Days and money by the number of accelerators</h2>{_scatter(pareto)}
-<h2>Days, if a thing is better or worse than assumed</h2>{_tornado(sensitivity)}
+<style>{STYLE}</style><h1>{html.escape(title)}</h1><pre>{html.escape(said)}</pre>
+<h2>Where the peak goes</h2>{_bars(points, lambda value: f"{value:.1f}%")}
+<h2>Memory of the rank that needs most</h2>{_bars(uses, memory)}
+{_scatter(pareto)}{_tornado(sensitivity)}
 <h2>The best layouts</h2>
-<table><tr><th>step s</th><th>MFU %</th><th>GiB</th><th>layout</th></tr>{rows}</table></html>
+<table><tr><th>step</th><th>MFU</th><th>memory</th><th>layout</th></tr>{rows}</table></html>
 """
 
 
-def _bars(rows: Iterable[tuple[str, float]], unit: str) -> str:
+def _bars(rows: Iterable[tuple[str, float]], words: Callable[[float], str]) -> str:
     rows = [row for row in rows if row[1] > 0]
     most = max((value for _, value in rows), default=1.0)
     lines = []
@@ -236,34 +298,44 @@ def _bars(rows: Iterable[tuple[str, float]], unit: str) -> str:
         lines.append(
             f'<text x="250" y="{y + 15}" text-anchor="end">{html.escape(name)}</text>'
             f'<rect x="258" y="{y + 3}" width="{width:.1f}" height="16" fill="#3b6fb6"/>'
-            f'<text x="{264 + width:.1f}" y="{y + 15}">{value:.3g} {unit}</text>'
+            f'<text x="{264 + width:.1f}" y="{y + 15}">{words(value)}</text>'
         )
     return f'<svg viewBox="0 0 720 {22 * len(rows)}" role="img">{"".join(lines)}</svg>'
 
 
 def _scatter(points: Sequence[tuple[int, float, float]]) -> str:
-    if not points:
-        return "<p>One size alone was planned.</p>"
+    """Time against money by the number of accelerators; nothing where one size alone was planned."""
+    if len(points) < 2:
+        return ""
     days = [math.log(max(p[1], 1e-6)) for p in points]
-    money = [p[2] for p in points]
-    spread_x, spread_y = max(days) - min(days) or 1.0, max(money) - min(money) or 1.0
+    spread, dearest = max(days) - min(days) or 1.0, max(p[2] for p in points) or 1.0
     marks = []
-    for (count, d, m), x in zip(points, days, strict=True):
-        px, py = 60 + 540 * (x - min(days)) / spread_x, 20 + 180 * (1 - (m - min(money)) / spread_y)
+    for (size, d, m), x in zip(points, days, strict=True):
+        px, py = 60 + 540 * (x - min(days)) / spread, 20 + 180 * (1 - m / dearest)
         marks.append(
             f'<circle cx="{px:.0f}" cy="{py:.0f}" r="5" fill="#b6483b"/>'
             f'<text x="{px + 8:.0f}" y="{py + 4:.0f}">'
-            f"{count:,}: {d:.3g} d, {m:.3g} M$</text>"
+            f"{size:,}: {_days(d)}{', ' + dollars(m) if m > 0 else ''}</text>"
         )
-    return f'<svg viewBox="0 0 800 220" role="img">{"".join(marks)}</svg>'
+    return (
+        "<h2>Time and money by the number of accelerators</h2>"
+        f'<svg viewBox="0 0 800 220" role="img">{"".join(marks)}</svg>'
+    )
 
 
 def _tornado(rows: Sequence[tuple[str, float, float]]) -> str:
+    words = [(what, _days(better), _days(worse)) for what, better, worse in rows]
     cells = "".join(
-        f"<tr><td>{better:.3g}</td><td>{worse:.3g}</td><td>{html.escape(what)}</td></tr>"
-        for what, better, worse in rows
+        f"<tr><td>{better}</td><td>{worse}</td><td>{html.escape(what)}</td></tr>"
+        for what, better, worse in words
+        if better != worse
     )
-    return f"<table><tr><th>days if better</th><th>if worse</th><th>what</th></tr>{cells}</table>"
+    if not cells:
+        return ""
+    return (
+        "<h2>The run, if a thing is better or worse than assumed</h2>"
+        f"<table><tr><th>if better</th><th>if worse</th><th>what</th></tr>{cells}</table>"
+    )
 
 
 __all__ = ["Choice", "hardware_text", "page", "text", "waterfall"]

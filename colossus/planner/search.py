@@ -1,95 +1,53 @@
-"""The search: all legal layouts priced by columns, the best checked for memory, the first of them refined by
-the exact timeline of their pipeline; unequal pools share the batch by their speed."""
+"""The search: all legal layouts priced by columns, the best of those that fit refined by the exact timeline
+of their pipeline; unequal pools share the batch by their speed."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from colossus.errors import UserError
-from colossus.hardware.fleets import Hardware
-from colossus.layout import V_SHAPED
-from colossus.perf.price import Pricer
-from colossus.perf.schedule import timeline
-from colossus.perf.software import OURS, OURS_EAGER
-from colossus.planner.columns import Layouts
-from colossus.planner.estimate import Estimate, Problem, estimate
+from colossus.layout import AXES, RULES, SIMPLEST, in_words
+from colossus.planner.choice import Choice, PoolShare, all_refined, refined
+from colossus.planner.estimate import Problem
+from colossus.planner.fitting import Priced, Search, fits, fitting, price
 from colossus.planner.formulas import RECOMPUTE
-from colossus.planner.memory import Memory, memory
-from colossus.planner.space import Limits, layouts_of
+from colossus.planner.pools import shared
+from colossus.planner.space import Limits, facts_of, layouts_of
 
-CHUNK = 65536  # layouts that are priced at once
-CHECKED = 4096  # layouts whose memory is computed at once, from the quickest on
 REFINED = 16  # layouts whose pipeline is run in time, compiled and not
+FEW = 4  # of them where time ran out
+UNBOUND = 4  # the quickest, whether they fit or not
 WORTH = 1.1  # times the seconds of the best so far, up to which others are
-REPLICAS = 8  # at least so many in the smallest of several pools
 LEAN = {"recompute": 2.0, "micro_batch": 1, "reshard": True, "schedule": "1f1b"}  # what needs least memory
-ALIKE = ("tp", "cp", "pp", "ep", "etp", "schedule", "stages_per_rank", "micro_batch", "recompute")
+OTHERS, OF_SHAPE = 12, 4  # layouts of other shapes that are run in time too; looked at of each shape
+FAR = 1.5  # times the seconds of the best, up to which other shapes are worth a look
+KIND = ("tp", "cp", "pp", "ep", "recompute")  # layouts that differ in nothing else are one choice
+SHOWN = (*AXES, "ep", "etp", "schedule", "stages_per_rank", "micro_batch")  # of a row of the table
+LEANER = 0.9  # times the memory, up to which what recomputes more and is slower is another choice
+OF_A_KIND = 2  # choices that differ in the ranks of the pipeline alone
 TABLE = 8  # layouts that a report shows
-EXACT_ROUNDS = (
-    4  # micro-batches, in ranks of the pipeline, that an exact timeline takes; the rest repeats them
-)
-
-
-@dataclass(frozen=True)
-class PoolShare:
-    """What the replicas of one pool do."""
-
-    accelerator: str
-    replicas: int
-    share: int
-    micro_batch: int
-    recompute: str
-    seconds: float
-    reserved: float
-    capacity: float
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One layout with what it costs. parts: seconds of a step by what they are; memory: bytes of the rank
-    that needs most, by use. row: values of `layout.Layout`."""
-
-    row: dict[str, Any]
-    ranks: int
-    seconds: float
-    mfu: float
-    parts: dict[str, float]
-    memory: dict[str, float]
-    allocated: float
-    reserved: float
-    micro_batches: int
-    compiled: bool
-    pools: tuple[PoolShare, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The layout in a line."""
-        row = self.row
-        axes = [
-            f"{axis}={row[axis]}"
-            for axis in ("dp_replicate", "dp_shard", "pp", "cp", "tp", "ep")
-            if row[axis] > 1
-        ]
-        if row["pp"] > 1:
-            axes.append(
-                f"{row['schedule']}" + (f" x{row['stages_per_rank']}" if row["stages_per_rank"] > 1 else "")
-            )
-        return " ".join([*axes, f"micro_batch={row['micro_batch']}", f"recompute={row['recompute']}"])
+RESERVE_WORTH = 2.0  # times its share of the accelerators, that a reserve may cost of a step's seconds
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found, the best first. priced: layouts. memory_binds: it ruled quicker ones out."""
+    """What a search found, the best first.
+
+    priced: layouts. unbound: the quickest if memory were no limit. all_working: seconds of the best layout
+    that leaves no accelerator for the reserve, where there is to be one; infinite where none fits. complete:
+    false where time ran out before all layouts were looked at.
+    """
 
     choices: tuple[Choice, ...]
     priced: int
-    memory_binds: bool
-    quickest_without_memory: float = field(default=float("inf"))
+    unbound: Choice
+    all_working: float = float("inf")
+    complete: bool = True
 
 
 class NothingFits(UserError):
@@ -99,179 +57,175 @@ class NothingFits(UserError):
 def search(problem: Problem, limits: Limits) -> Found:
     """The best layouts for a model on a fleet.
 
+    Accelerators stay in reserve where that costs little, and all work where the user's layout takes all.
+
     Raises:
-        NothingFits: none fits, or none is legal.
+        UserError: what is fixed breaks a rule; NothingFits: no layout fits, or none is legal.
     """
-    hardware = problem.pricer.hardware
-    if len(hardware.pools) > 1:
-        return _mixed(problem, limits)
-    found: list[Choice] = []
-    priced, quickest, skipped = 0, float("inf"), 0
+    _check_fixed(problem, limits)
+    if len(problem.pricer.hardware.pools) > 1:
+        return _of_pools(problem, limits)
+    count, run = problem.pricer.hardware.count, Search()
+    resting, working = _Side(), _Side()
     fixed = limits.fixed.get("compile")
     for compiled in (True, False) if fixed is None else (bool(fixed),):
-        mine = replace(problem, pricer=_pricer(problem, compiled))
-        space = layouts_of(mine, hardware.count, limits, compiled=compiled)
+        mine = problem.as_ours(compiled)
+        space = layouts_of(mine, count, limits, compiled=compiled)
         if not len(space):
             continue
-        seconds = _seconds(mine, space)
-        priced += len(space)
-        quickest = min(quickest, float(seconds.min()))
-        best, passed = _fitting(mine, space, seconds, REFINED)
-        skipped += passed
-        if found:
-            worth = WORTH * min(choice.seconds for choice in found)
-            best = [i for i in best if seconds[i] <= worth]
-        if best:
-            found += all_refined(mine, space.take(np.array(best)), compiled)
-    if not found:
-        raise NothingFits(_why(problem, priced))
-    found.sort(key=lambda choice: choice.seconds)
-    return Found(tuple(_distinct(found)[:TABLE]), priced, skipped > 0, quickest)
+        priced = price(mine, space, run)
+        rests = space.ranks <= count - limits.spares
+        resting.look(mine, priced.take(rests), limits, compiled, run)
+        quicker = priced.take(~rests & (priced.seconds < resting.seconds))
+        working.look(mine, quicker, limits, compiled, run)
+    if not resting.choices and not working.choices:
+        raise NothingFits(_why(problem, limits, run.priced))
+    first, second = resting, working
+    cost = RESERVE_WORTH * limits.spares / count
+    if working.seconds < (1 - cost) * resting.seconds:
+        first, second = working, resting
+    choices = sorted(first.choices, key=lambda choice: choice.seconds)
+    choices += [c for c in second.choices if c.seconds >= choices[0].seconds]
+    choices.sort(key=lambda choice: choice.seconds)
+    assert first.unbound is not None
+    return Found(
+        choices=tuple(_distinct(choices)[:TABLE]),
+        priced=run.priced,
+        unbound=first.unbound,
+        all_working=working.seconds,
+        complete=run.complete,
+    )
 
 
-def _pricer(problem: Problem, compiled: bool) -> Pricer:
-    return replace(problem.pricer, software=OURS if compiled else OURS_EAGER)
+class _Side:
+    """The best of one part of the layouts."""
+
+    def __init__(self) -> None:
+        self.choices: list[Choice] = []
+        self.unbound: Choice | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of the best."""
+        return min((choice.seconds for choice in self.choices), default=float("inf"))
+
+    def look(self, problem: Problem, priced: Priced, limits: Limits, compiled: bool, run: Search) -> None:
+        quickest = priced.best(UNBOUND)
+        if not len(quickest):
+            return
+        best = fitting(problem, priced, limits, REFINED, compiled, run)
+        best = best.take(best.seconds <= WORTH * self.seconds)
+        if run.is_late():
+            best, quickest = best.best(FEW), quickest.best(1)
+        found = all_refined(problem, best.layouts, compiled) if len(best) else []
+        self.choices += found
+        unbound = list(found)
+        if not len(best) or quickest.seconds[0] < best.seconds[0]:  # it does not fit as it is
+            unbound += all_refined(problem, quickest.layouts, compiled)
+        unbound += [] if self.unbound is None else [self.unbound]
+        self.unbound = min(unbound, key=lambda choice: choice.seconds)
+        if len(best) and not run.is_late():
+            others = self.others(problem, priced, limits, compiled, run)
+            self.choices += all_refined(problem, others.layouts, compiled) if len(others) else []
+
+    def others(self, problem: Problem, priced: Priced, limits: Limits, compiled: bool, run: Search) -> Priced:
+        """What else fits: the quickest of each kind that there is no choice of yet."""
+        near = priced.take(priced.seconds <= FAR * self.seconds).of_each_shape(OF_SHAPE)
+        found = fitting(problem, near, limits, len(near) * (1 + len(limits.kinds)), compiled, run)
+        seen = {_kind(choice.row) for choice in self.choices}
+        kept = []
+        for i in range(len(found)):
+            kind = _kind(found.layouts.row(i))
+            if kind not in seen:
+                seen.add(kind)
+                kept.append(i)
+        return found.take(np.array(kept[:OTHERS], dtype=np.intp))
 
 
-def _seconds(problem: Problem, space: Layouts) -> NDArray[np.float64]:
-    parts = [
-        estimate(problem, space.take(slice(start, start + CHUNK))).seconds
-        for start in range(0, len(space), CHUNK)
-    ]
-    return np.concatenate(parts)
-
-
-def _fitting(
-    problem: Problem, space: Layouts, seconds: NDArray[np.float64], wanted: int
-) -> tuple[list[int], int]:
-    """The quickest layouts that fit, and how many quicker ones did not."""
-    order = np.argsort(seconds, kind="stable")
-    best: list[int] = []
-    passed = 0
-    for start in range(0, len(order), CHECKED):
-        index = order[start : start + CHECKED]
-        fits = memory(problem, space.take(index)).fits(problem.pricer.hardware.accelerator)
-        if not best:
-            passed += int(np.argmax(fits)) if fits.any() else len(index)
-        best += [int(i) for i in index[fits][: wanted - len(best)]]
-        if len(best) >= wanted:
-            break
-    return best, passed
+def _kind(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KIND)
 
 
 def _distinct(choices: list[Choice]) -> list[Choice]:
-    """Without those that differ from a better one in the split of its data-parallel ranks alone."""
+    """The best of each kind, few that differ in the ranks of the pipeline alone, and of those that differ in
+    what they recompute alone the ones that need clearly less memory."""
     seen: set[tuple[Any, ...]] = set()
+    alike: dict[tuple[Any, ...], int] = defaultdict(int)
+    least: dict[tuple[Any, ...], float] = defaultdict(lambda: float("inf"))  # memory, of what is quicker
     kept = []
     for choice in choices:
-        row = choice.row
-        key = tuple(row[name] for name in ALIKE)
-        if key not in seen:
-            seen.add(key)
+        kind = _kind(choice.row)
+        rest = tuple(choice.row[name] for name in KIND if name != "pp")
+        shown = tuple(choice.row[name] for name in SHOWN)
+        leaner = choice.reserved < LEANER * least[shown]
+        if kind not in seen and alike[rest] < OF_A_KIND and leaner:
+            least[shown] = choice.reserved
+            seen.add(kind)
+            alike[rest] += 1
             kept.append(choice)
     return kept
 
 
-def refined(problem: Problem, one: Layouts, compiled: bool) -> Choice:
-    """One layout with the exact timeline of its pipeline in place of the closed form."""
-    return all_refined(problem, one, compiled)[0]
+def _fixed_row(limits: Limits) -> dict[str, Any]:
+    """What the user fixed, as rules read it."""
+    return {
+        name: int(value) if isinstance(value, (bool, float)) else value
+        for name, value in limits.fixed.items()
+        if name in SIMPLEST
+    }
 
 
-def all_refined(problem: Problem, layouts: Layouts, compiled: bool) -> list[Choice]:
-    """Of each layout: see `refined`."""
-    made, needs = estimate(problem, layouts), memory(problem, layouts)
-    part = problem.pricer.hardware.accelerator
-    peak = part.peak(problem.precision if part.device == "cpu" else "bf16") / part.shared_by
-    choices = []
-    for i in range(len(layouts)):
-        parts = {name: float(column[i]) for name, column in made.parts.items()}
-        exact = exact_pipeline(problem, layouts.row(i), made, i)
-        if exact is not None:
-            work = sum(parts[name] for name in ("products", "attention", "memory-bound", "recomputation",
-                                                "tensor, context and expert messages"))  # fmt: skip
-            parts["bubble"] = max(0.0, exact - work)
-            parts["pipeline messages"] = 0.0
-            parts["slowest node"] = (float(made.slowest[i]) - 1) * (work + parts["bubble"])
-        seconds = sum(parts.values())
-        ranks = float(layouts.ranks[i])
-        choices.append(
-            Choice(
-                row=_row(layouts.row(i)),
-                ranks=int(ranks),
-                seconds=seconds,
-                mfu=problem.model_flops / (seconds * ranks * peak),
-                parts=parts,
-                memory={name: float(column[i]) for name, column in needs.parts.items()},
-                allocated=float(needs.allocated[i]),
-                reserved=float(needs.reserved[i]),
-                micro_batches=int(made.micro_batches[i]),
-                compiled=compiled,
-            )
-        )
-    return choices
+def _broken(problem: Problem, row: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[str]:
+    """What is wrong with fixed fields, at the first shape of the run where it is, in the words of rules."""
+    rows = [{**row, **shape} for shape in problem.occurring()]
+    rules = (rule for rule in RULES if rule.asks <= rows[0].keys() and rule.asks & fixed.keys())
+    return in_words(rules, [{**SIMPLEST, **each} for each in rows])
 
 
-def exact_pipeline(problem: Problem, row: Mapping[str, Any], made: Estimate, i: int) -> float | None:
-    """Seconds of all micro-batches through the pipeline of layout `i`, stage by stage with their own seconds;
-    None without a pipeline."""
-    pp = int(row["pp"])
-    if pp == 1:
-        return None
-    schedule = row["schedule"]
-    chunks = 2 if schedule in V_SHAPED else int(row["stages_per_rank"])
-    cut = problem.shape(schedule, pp, chunks)
-    seconds = {key: float(column[i]) for key, column in made.phases.items()}
-
-    def of(phase: str) -> NDArray[np.float64]:
-        out = cut.by_stage @ np.array([seconds[phase, kind] for kind in cut.kinds])
-        out[0] += seconds[phase, "first"]
-        out[-1] += seconds[phase, "last"]
-        return np.asarray(out)
-
-    forward, weights = of("forward"), of("weights")
-    backward = of("backward") + of("recompute")
-    m = int(made.micro_batches[i])
-    few = min(m, EXACT_ROUNDS * pp)
-    if schedule == "gpipe":
-        few = m
-    elif few < m:
-        few += m % pp
-    line = timeline(
-        schedule, pp, chunks, few, forward.tolist(), backward.tolist(), weights.tolist(), float(made.send[i])
-    )
-    if few == m:
-        return line.seconds
-    slowest = float(np.max(np.bincount(cut.owner, forward + backward + weights)))
-    return line.seconds + (m - few) * slowest
+def _check_fixed(problem: Problem, limits: Limits) -> None:
+    """Raises `UserError` where what the user fixed can be in no layout, in the words of the rules."""
+    fixed = _fixed_row(limits)
+    facts = facts_of(problem, bool(fixed.get("compile")))
+    if fixed.get("compile") is None:
+        del facts["compile"]
+    said = _broken(problem, facts | fixed, fixed)
+    if said:
+        raise UserError("\n".join(said))
+    ranks = int(np.prod([fixed.get(axis, 1) for axis in AXES]))
+    count = problem.pricer.hardware.count
+    if ranks > count:
+        words = " x ".join(f"{axis}={fixed[axis]}" for axis in AXES if fixed.get(axis, 1) > 1)
+        raise NothingFits(f"layout: {words} is {ranks:,} ranks; at most fleet.count={count:,}")
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
-    """A layout as values of `layout.Layout`."""
-    zero = row.pop("zero")
-    row.pop("sp")
-    row["reshard"] = bool(zero >= 3)
-    row["compile"], row["async_tp"] = bool(row["compile"]), bool(row["async_tp"])
-    if row["pp"] == 1:
-        row["schedule"], row["stages_per_rank"] = "1f1b", 1
-    return row
-
-
-def _why(problem: Problem, priced: int) -> str:
+def _why(problem: Problem, limits: Limits, priced: int) -> str:
     """What keeps every layout out, and the smallest fleet that works."""
     hardware = problem.pricer.hardware
     part, model = hardware.accelerator, problem.arch.preset or "the model"
     least = smallest_fleet(problem)
     if least is not None and least <= hardware.count:
+        words = " ".join(f"layout.{name}={_plain(name, value)}" for name, value in limits.fixed.items())
         seen = "legal" if not priced else "both legal and small enough"
-        return (
-            f"fleet.count={hardware.count}: with the fields of layout that are fixed, no layout of {model} "
-            f"is {seen}; leave some open"
+        said = (
+            f"fleet.count={hardware.count}: with {words or 'nothing fixed'}, no layout of {model} is {seen}"
         )
-    room = f"{part.memory / 2**30:.0f} GiB of {part.name}"
-    words = f"fleet.count={hardware.count}: {model} fits no layout in {room}"
+        row = _fixed_row(limits)
+        whole = {**SIMPLEST, **facts_of(problem, compiled=False), **row}
+        alone = [] if priced else _broken(problem, whole, row)
+        return f"{said}; leave some open" + "".join(f"\n{line}" for line in alone)
+    name, them = (part.title, "machines like it") if part.device == "cpu" else (part.name, "them")
+    words = f"fleet.count={hardware.count}: {model} fits no layout in {part.memory / 2**30:.0f} GiB of {name}"
     if least is None:
-        return f"{words}; memory binds, and no larger fleet of them helps"
-    return f"{words}; memory binds: {least} of them are the fewest that hold it"
+        return f"{words}; memory binds, and no larger fleet of {them} helps"
+    return (
+        f"{words}; memory binds: {least} {'of them' if them == 'them' else them} are the fewest that hold it"
+    )
+
+
+def _plain(name: str, value: Any) -> Any:
+    """As the user wrote it."""
+    names = {number: word for word, number in RECOMPUTE.items()}
+    return names[int(value)] if name == "recompute" else str(value).lower()
 
 
 def smallest_fleet(problem: Problem, most: int = 65536) -> int | None:
@@ -279,22 +233,16 @@ def smallest_fleet(problem: Problem, most: int = 65536) -> int | None:
     `most`."""
     hardware = problem.pricer.hardware
 
-    def fits(count: int) -> bool:
-        batch = max(problem.global_batch, 1)
-        mine = replace(
-            problem,
-            global_batch=batch,
-            pricer=replace(_pricer(problem, True), hardware=hardware.with_count(count)),
-        )
-        space = layouts_of(mine, count, Limits(LEAN), compiled=True)
-        for start in range(0, len(space), CHECKED):
-            if memory(mine, space.take(slice(start, start + CHECKED))).fits(hardware.accelerator).any():
-                return True
-        return False
+    def holds(count: int) -> bool:
+        mine = problem.as_ours(True).on(hardware.with_count(count))
+        limits = Limits(LEAN)
+        space = layouts_of(mine, count, limits, compiled=True)
+        parts = (space.take(slice(start, start + 4096)) for start in range(0, len(space), 4096))
+        return any(fits(mine, part, limits).any() for part in parts)
 
     size = hardware.node_size
     count = 1
-    while count <= most and not fits(count):
+    while count <= most and not holds(count):
         count *= 2
     if count > most:
         return None
@@ -303,131 +251,21 @@ def smallest_fleet(problem: Problem, most: int = 65536) -> int | None:
     for candidate in range(low + step, count, step):
         if count > 16 * size:
             break
-        if fits(candidate):
+        if holds(candidate):
             return candidate
     return count
 
 
-# ---------------------------------------------------------------------- unequal pools
-
-
-def _mixed(problem: Problem, limits: Limits) -> Found:
-    """Replicas of one shape on every pool: the largest pool chooses the shape, each its own micro-batch and
-    recomputation, and sequences go by speed."""
-    hardware = problem.pricer.hardware
-    pools = sorted(hardware.pools, key=lambda pool: -pool.count)
-    alone = [replace(hardware, pools=(pool,)) for pool in pools]
-    share = problem.global_batch * pools[0].count / hardware.count
-    first = replace(
-        problem,
-        global_batch=max(1, round(share)),
-        pricer=replace(problem.pricer, hardware=alone[0], software=OURS),
-    )
-    spares = round(limits.spares * pools[0].count / hardware.count)
-    space = layouts_of(first, pools[0].count, replace(limits, spares=spares), compiled=True)
-    # replicas so small that the smallest pool has several, and loses few accelerators that make no whole one
-    whole = space.ranks / space.number("dp_replicate")
-    space = space.take(whole * REPLICAS <= pools[-1].count)
-    if not len(space):
-        raise NothingFits(_why(first, 0))
-    seconds = _seconds(first, space)
-    best, passed = _fitting(first, space, seconds, REFINED)
-    if not best:
-        raise NothingFits(_why(first, len(space)))
-    choices, priced = [], len(space)
-    for i in best:
-        row = space.take(np.array([i])).row(0)
-        choice, looked = _pools_of(problem, row, alone, limits)
-        priced += looked
-        if choice is not None:
-            choices.append(choice)
+def _of_pools(problem: Problem, limits: Limits) -> Found:
+    """Replicas of one shape on every pool: see `pools.shared`."""
+    run = Search()
+    choices, unbound = shared(problem, limits, REFINED, run)
     if not choices:
-        raise NothingFits(_why(first, priced))
+        largest = max(problem.pricer.hardware.pools, key=lambda pool: pool.count)
+        alone = problem.on(replace(problem.pricer.hardware, pools=(largest,)))
+        raise NothingFits(_why(alone, limits, run.priced))
     choices.sort(key=lambda choice: choice.seconds)
-    return Found(tuple(_distinct(choices)[:TABLE]), priced, passed > 0, float(seconds.min()))
-
-
-def _pools_of(
-    problem: Problem, row: dict[str, Any], alone: list[Hardware], limits: Limits
-) -> tuple[Choice | None, int]:
-    """A shape on all pools: for each its best micro-batch and recomputation, and shares that end together."""
-    whole = row["tp"] * row["cp"] * row["pp"] * row["dp_shard"]
-    total = problem.pricer.hardware.count
-    replicas = [
-        int((h.count - round(limits.spares * h.count / total)) // whole) if i else int(row["dp_replicate"])
-        for i, h in enumerate(alone)
-    ]
-    if min(replicas) < 1:
-        return None, 0
-    each = problem.global_batch / sum(replicas)
-    ways, looked = [], 0
-    for hardware, count in zip(alone, replicas, strict=True):
-        mine = replace(
-            problem, global_batch=max(1, round(each * count)),
-            pricer=replace(problem.pricer, hardware=hardware, software=OURS),
-        )  # fmt: skip
-        options = Layouts.of(
-            [
-                row | {"dp_replicate": count, "micro_batch": micro, "recompute": again}
-                for micro in (1, 2, 4, 8)
-                for again in RECOMPUTE
-                if micro * row["dp_shard"] <= each + row["dp_shard"]
-            ]
-        )
-        looked += len(options)
-        seconds = estimate(mine, options).seconds
-        fits = memory(mine, options).fits(hardware.accelerator)
-        if not fits.any():
-            return None, looked
-        ways.append((mine, options.take(np.array([int(np.argmin(np.where(fits, seconds, np.inf)))])), count))
-    choice = _shared(problem, ways)
-    return choice, looked
-
-
-def _shared(problem: Problem, ways: list[tuple[Problem, Layouts, int]]) -> Choice:
-    """Sequences to pools by their speed, whole ones to a replica, so that the slowest ends soonest."""
-    rates = []
-    for mine, option, count in ways:
-        seconds = float(estimate(mine, option).seconds[0])
-        rates.append(mine.global_batch / count / seconds)  # sequences a second of one replica
-    ideal = problem.global_batch / sum(rate * way[2] for rate, way in zip(rates, ways, strict=True))
-    best: tuple[float, list[int], list[Choice]] | None = None
-    grains = [int(option["dp_shard"][0] * option["micro_batch"][0]) for _, option, _ in ways]
-    for shift in range(-2, 3):
-        first = max(grains[0], (round(rates[0] * ideal / grains[0]) + shift) * grains[0])
-        rest = problem.global_batch - first * ways[0][2]
-        if rest <= 0:
-            continue
-        shares = [first]
-        others = sum(rate * way[2] for rate, way in zip(rates[1:], ways[1:], strict=True))
-        shares += [max(1, round(rest * rate / others)) for rate in rates[1:]]
-        done = [
-            refined(replace(mine, global_batch=share * count), option, True)
-            for (mine, option, count), share in zip(ways, shares, strict=True)
-        ]
-        slowest = max(choice.seconds for choice in done)
-        if best is None or slowest < best[0]:
-            best = (slowest, shares, done)
-    assert best is not None
-    slowest, shares, done = best
-    lead = max(done, key=lambda choice: choice.seconds)
-    replicas = sum(count for *_, count in ways)
-    ranks = sum(choice.ranks for choice in done)
-    peak = problem.pricer.hardware.accelerator.peak("bf16")
-    sequences = sum(share * way[2] for share, way in zip(shares, ways, strict=True))
-    pools = tuple(
-        PoolShare(
-            mine.pricer.hardware.accelerator.name, count, share, int(option["micro_batch"][0]),
-            str(option.row(0)["recompute"]), choice.seconds, choice.reserved,
-            mine.pricer.hardware.accelerator.memory,
-        )
-        for (mine, option, count), share, choice in zip(ways, shares, done, strict=True)
-    )  # fmt: skip
-    flops = problem.model_flops * sequences / problem.global_batch
-    return replace(
-        lead, row=done[0].row | {"dp_replicate": replicas}, ranks=ranks, seconds=slowest,
-        mfu=flops / (slowest * ranks * peak), pools=pools,
-    )  # fmt: skip
+    return Found(tuple(_distinct(choices)[:TABLE]), run.priced, unbound or choices[0], complete=run.complete)
 
 
 def fixed_of(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -438,4 +276,4 @@ def fixed_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-__all__ = ["Choice", "Found", "Limits", "Memory", "NothingFits", "PoolShare", "fixed_of", "refined", "search"]
+__all__ = ["Choice", "Found", "Limits", "NothingFits", "PoolShare", "fixed_of", "refined", "search"]

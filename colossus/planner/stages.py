@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,8 @@ def layers_of_stages(num_layers: int, num_stages: int) -> list[int]:
 @dataclass(frozen=True)
 class Shape:
     """What a pipeline's ranks have. counts: layers [pp, kinds]; by_stage: [stages, kinds]; first, last: which
-    ranks have the embedding and the head."""
+    ranks have the embedding and the head. ahead: how many layers of a kind are among
+    the first of a stage, [stages, 1 + layers, kinds]. alike: ranks that have the same."""
 
     kinds: tuple[str, ...]
     counts: NDArray[np.float64]
@@ -38,6 +40,27 @@ class Shape:
     first: NDArray[np.float64]
     last: NDArray[np.float64]
     owner: tuple[int, ...]
+    ahead: NDArray[np.float64]
+    alike: tuple[tuple[int, ...], ...]
+
+    def recomputed(self, layers: NDArray[np.float64] | None) -> NDArray[np.float64]:
+        """Of each stage, how many layers of a kind are recomputed, where its first `layers` [N] are (None:
+        all): [stages, kinds, N or 1]."""
+        if layers is None:
+            return self.by_stage[:, :, None]
+        index = np.minimum(layers, self.most_layers).astype(np.intp)
+        return np.asarray(self.ahead[:, index].transpose(0, 2, 1))
+
+    def of_ranks(self, by_stage: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sums [pp, ...] of [stages, ...] over the stages of each rank."""
+        out = np.zeros((len(self.first), *by_stage.shape[1:]))
+        np.add.at(out, list(self.owner), by_stage)
+        return out
+
+    @property
+    def most_layers(self) -> int:
+        """Of a stage."""
+        return self.ahead.shape[1] - 1
 
 
 @lru_cache(maxsize=4096)
@@ -51,16 +74,17 @@ def shape(
     num_stages = pp * per_rank
     names = {layer: kind for kind, layers in kinds.items() for layer in layers}
     order = list(kinds)
-    by_stage = np.zeros((num_stages, len(kinds)))
     if rule == "flops":
         dealt = [len(layers) for layers in stages(arch, num_stages, seq_len)]
     else:
         dealt = layers_of_stages(arch.num_layers, num_stages)
-    layer = 0
-    for stage, count in enumerate(dealt):
-        for _ in range(count):
-            by_stage[stage, order.index(names[layer])] += 1
-            layer += 1
+    ends = np.cumsum([0, *dealt])
+    each = np.eye(len(kinds))[[order.index(names[layer]) for layer in range(arch.num_layers)]]
+    ahead = np.zeros((num_stages, 1 + max(dealt), len(kinds)))
+    for stage, (begin, end) in enumerate(pairwise(ends)):
+        ahead[stage, 1 : 1 + end - begin] = np.cumsum(each[begin:end], axis=0)
+        ahead[stage, 1 + end - begin :] = ahead[stage, end - begin]
+    by_stage = ahead[:, -1].copy()
     owner = [0] * num_stages
     for rank in range(pp):
         for stage in stages_of(schedule, rank, pp, per_rank):
@@ -69,4 +93,9 @@ def shape(
     np.add.at(counts, owner, by_stage)
     first, last = np.zeros(pp), np.zeros(pp)
     first[owner[0]] = last[owner[-1]] = 1.0
-    return Shape(tuple(order), counts, by_stage, first, last, tuple(owner))
+    has: dict[tuple[Any, ...], list[int]] = {}
+    for rank in range(pp):
+        own = [ahead[stage].tobytes() for stage in range(num_stages) if owner[stage] == rank]
+        has.setdefault((first[rank], last[rank], *own), []).append(rank)
+    alike = tuple(map(tuple, has.values()))
+    return Shape(tuple(order), counts, by_stage, first, last, tuple(owner), ahead, alike)

@@ -3,7 +3,8 @@
 Under bf16 the weights stay in fp32 (they are the master weights, and what a checkpoint holds); each product
 takes them cast to bf16, and their gradients are fp32. Norms, rotations' angles, softmax and losses are
 computed in fp32. The scores that a softmax is taken of stay in fp32 in the fused kernels; the plain products
-that take their place on a CPU, up to 1,024 tokens (`models/attend.py`), round them to bf16.
+that take their place on a CPU, up to 1,024 tokens where they are the quicker (`models/attend.py`), round them
+to bf16.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from colossus.events import EventLog
 from colossus.parallel.world import World
 
 CLOCK_FOLLOWS = "follow"  # the decision of a run that replays another's: its own clock decides nothing
+CHANGE = "change"  # what a user changed when the run went on; see `trainer.course`
+BRANCH = "branch"  # where a run that goes on from another's checkpoint came from
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,29 @@ class Decisions:
         self.record(Decision(name, value, first_step), log)
         return value
 
+    def changes(self) -> list[Decision]:
+        """What the user changed, in the order of steps."""
+        return [d for d in self._all if d.name == CHANGE]
+
     def to_list(self) -> list[dict[str, Any]]:
         """As plain data, for a checkpoint."""
         return [asdict(d) for d in self._all]
 
     @classmethod
     def merge(cls, *sources: Iterable[dict[str, Any]]) -> Decisions:
-        """The decisions of a checkpoint and of the event log, each once, in the order they were made."""
+        """The decisions of a checkpoint and, last, of the event log, each once, in the order they were made.
+
+        The log knows that order; what it has lost comes before it. Where a run went back to an earlier step
+        to change its course, what it had decided for that step and later holds no more.
+        """
+        *others, log = ([Decision(e["name"], e["value"], e["first_step"]) for e in s] for s in sources)
         merged: list[Decision] = []
-        for source in sources:
-            for entry in source:
-                decision = Decision(entry["name"], entry["value"], entry["first_step"])
-                if decision not in merged:
-                    merged.append(decision)
+        for decision in [*(d for other in others for d in other if d not in log), *log]:
+            if decision.name == CHANGE:
+                stays = (CLOCK_FOLLOWS, BRANCH)
+                merged = [d for d in merged if d.first_step < decision.first_step or d.name in stays]
+            if decision not in merged:
+                merged.append(decision)
         return cls(merged)
 
 

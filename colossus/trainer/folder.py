@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import os
 import shutil
@@ -11,23 +10,26 @@ from collections.abc import Iterable, Iterator
 from datetime import date
 from itertools import count
 from pathlib import Path
-from typing import Any
 
+from colossus import named
 from colossus.architecture import Architecture, num_parameters
+from colossus.checkpoints.copy import copy_checkpoint
+from colossus.data.shards import replace_synced, try_to_write
 from colossus.errors import MachineError, UserError
-from colossus.events import EventLog
-from colossus.job import PREDICTED, Job, load_job, save_job
-from colossus.layout import AXES
-from colossus.section import Section
-from colossus.trainer.decisions import Decision
+from colossus.events import read_events
+from colossus.generation.load import tokenizer_folder
+from colossus.interchange.files import read_kept
+from colossus.job import Job, load_run_job, to_toml
+from colossus.trainer import going_on
+from colossus.trainer.decisions import BRANCH, Decision, Decisions
+from colossus.trainer.run import Run
+from colossus.untrusted import clear, open_to_append
 
-# Between the attempts of a run: never what it learns.
-MAY_CHANGE = ("layout.", "checkpoint.", "run.threads", "run.hooks", "fleet.")
-FOLLOWS_LAYOUT = ("layout.micro_batch", "layout.stages_per_rank", "layout.reshard")
+RUNS = Path("runs")  # where runs lie that nobody has named
 BEGUN = {"lock", "tokenizer", "events.jsonl", "job.toml.part"}  # what a kill while a run is made may leave
 
 
-def new_folder(job: Job, root: Path = Path("runs")) -> Path:
+def new_folder(job: Job, root: Path = RUNS) -> Path:
     """`runs/<model>-<date>-<n>` with the first n that is free, made: from now on it is nobody else's.
 
     Raises:
@@ -59,100 +61,129 @@ def is_run(path: Path) -> bool:
 
 
 def continued(folder: Path, asked: Job) -> Job:
-    """The job that the run in `folder` follows, with what may change between its attempts as `asked`.
+    """The job that the run in `folder` follows from now on, with what is changed of it as `asked`.
 
-    That is how it is spread, saved and watched (MAY_CHANGE); whatever else was asked for must be what the run
-    was begun with.
+    How it is spread, saved and watched may change between its attempts, and its length, rates, batch and data
+    from a step on (see `trainer.going_on`); whatever else was asked for must be what the run was begun with.
 
     Raises:
-        UserError: it is another job; the fields that differ are named.
+        UserError: it is another job; the fields that differ are named. Or what was asked for cannot be.
     """
-    job = _with_changes(folder, asked, f"run.folder={folder}: holds another job")
+    job = going_on.plan(folder, asked, f"run.folder={folder}: holds another job").job
     return job.put({"run.folder": str(folder)}, "argument")
 
 
-def followed(folder: Path, asked: Job) -> Job:
+def check_code(folder: Path, asked: Job) -> None:
+    """Raises UserError where the job in `folder` would run code that `asked` neither names nor replaces."""
+    kept = load_run_job(folder)
+    corpora = kept.data.corpus
+    hooks = asked.run.hooks if asked.asked_for("run.hooks") else kept.run.hooks
+    own = named.code_of(asked.run.hooks, asked.data.corpus)
+    named.check_trusted(folder, named.code_of(hooks, corpora), own)
+
+
+def followed(folder: Path, asked: Job, trust_code: bool = False) -> Job:
     """The job of a new run that takes the same steps as the run in `folder`; what may change is `asked`.
 
     Raises:
         UserError: it is another job; the fields that differ are named.
     """
-    job = _with_changes(folder, asked, f"--exact: takes the steps of {folder}, which has another job")
-    place = asked.run.folder
+    if not trust_code:
+        check_code(folder, asked)
+    kept = going_on.Standing.of(folder).job
+    changed = going_on.asked_anew(kept, asked, kept)
+    refused = f"--exact: takes the steps of {folder}, which has another job"
+    going_on.check_fixed(changed, going_on.MAY_CHANGE, kept, refused, "")
+    job, place = going_on.spread(kept, changed), asked.run.folder
     return job.put({"run.folder": place}, "argument") if place else job.without("run.folder")
 
 
-def _with_changes(folder: Path, asked: Job, refused: str) -> Job:
-    kept = load_job(folder / "job.toml")
-    wanted = {n: asked.get(n) for n in asked.origins if asked.asked_for(n)}
-    changed = {n: v for n, v in wanted.items() if n != "run.folder" and _is_other(v, kept.get(n))}
-    fixed = [n for n in changed if not n.startswith(MAY_CHANGE)]
-    if fixed:
-        differing = "; ".join(f"{n}: {kept.get(n)!r}, {changed[n]!r}" for n in fixed)
-        raise UserError(f"{refused}; differing (there, asked): {differing}")
-    spread = [*FOLLOWS_LAYOUT] if changed.keys() & {f"layout.{axis}" for axis in (*AXES, "schedule")} else []
-    if any(
-        name.startswith(("layout.", "fleet.")) for name in changed
-    ):  # what was predicted was another layout
-        kept = dataclasses.replace(kept, made={n: v for n, v in kept.made.items() if n not in PREDICTED})
-        if "auto" in (kept.layout.preset, changed.get("layout.preset")):
-            spread = [*FOLLOWS_LAYOUT]  # what is open is planned again, around what was asked for
-    if "fleet.device" in changed:
-        spread = ["layout.micro_batch", "layout.dp_shard"]
-    kept = kept.without(*(name for name in spread if not kept.asked_for(name)))
-    return kept.put(changed, "argument")
+def goes_on(folder: Path, job: Job) -> bool:
+    """Whether the run in `folder` has something left to do under `job`."""
+    return Run(folder).outcome != "finished" or going_on.plan(folder, job, "").change is not None
 
 
-def _is_other(asked: Any, kept: Any) -> bool:
-    """Of a table, only what was asked for counts: the rest of it is derived, as fields are."""
-    if isinstance(asked, Section) and type(asked) is type(kept):
-        return any(_is_other(getattr(asked, name), getattr(kept, name)) for name in asked.model_fields_set)
-    return bool(asked != kept)
-
-
-def make(folder: Path, job: Job, tokenizer: Path, decisions: Iterable[Decision] = ()) -> None:
+def make(
+    folder: Path,
+    job: Job,
+    tokenizer: Path,
+    decisions: Iterable[Decision] = (),
+    checkpoint: Path | None = None,
+) -> None:
     """Makes the folder of a new run with its job, tokenizer and first decisions. `job.toml` comes last: from
     then on the folder is a run.
+
+    checkpoint: of another run, that it begins from.
 
     Raises:
         UserError: the folder holds other files or a run, or another process is training in it.
         MachineError: it cannot be written.
     """
     with _storage_errors(folder):
-        if not is_run(folder) and folder.is_dir() and {path.name for path in folder.iterdir()} - BEGUN:
-            raise UserError(f"run.folder={folder}: not empty, and not the folder of a run; name a new one")
+        _check_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             if is_run(folder):
                 raise UserError(f"run.folder={folder}: another run was begun in it meanwhile; name a new one")
+            if _is_begun_branch(folder):
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             (folder / "events.jsonl").unlink(missing_ok=True)
-            shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
-            _write_decisions(folder, decisions)
+            clear(folder / "tokenizer")
+            shutil.copytree(tokenizer, folder / "tokenizer")
+            if job.model.init_from is not None:
+                _keep_beside_tokenizer(folder / "tokenizer", Path(job.model.init_from))
+            decisions = list(decisions)
+            going_on.write_decisions(folder, decisions)
+            if checkpoint is not None:
+                copy_checkpoint(checkpoint, folder, {"decisions": Decisions(decisions).to_list()})
             _write_job(folder, job)
 
 
+def check_new(folder: Path | None) -> None:
+    """Raises what `make` would of the folder of a new run (None: one in RUNS, that is yet to be named).
+    Nothing is left there."""
+    with _storage_errors(folder or RUNS):
+        if folder is not None:
+            _check_free(folder)
+        try_to_write(folder or RUNS)
+
+
+def _check_free(folder: Path) -> None:
+    begun = BEGUN | ({"checkpoints"} if _is_begun_branch(folder) else set())
+    if not is_run(folder) and folder.is_dir() and {path.name for path in folder.iterdir()} - begun:
+        raise UserError(f"run.folder={folder}: not empty, and not the folder of a run; name a new one")
+
+
+def _is_begun_branch(folder: Path) -> bool:
+    """Whether a kill left a branch here while it was made: it has not trained yet."""
+    events = read_events(folder)
+    decided = {event.get("name") for event in events if event["kind"] == "decision"}
+    return BRANCH in decided and not any(event["kind"] in ("start", "resume") for event in events)
+
+
+def _keep_beside_tokenizer(tokenizer: Path, origin: Path) -> None:
+    """What was published beside the tokenizer of the model that a run begins with, and that its shards lack:
+    how it generates, other forms of its vocabulary. An export gives it out again."""
+    for name, data in read_kept(tokenizer_folder(origin)).items():
+        if not (tokenizer / name).exists():
+            (tokenizer / name).parent.mkdir(exist_ok=True)
+            (tokenizer / name).write_bytes(data)
+
+
 def keep_job(folder: Path, job: Job) -> None:
-    """Keeps the job of a run's next attempt.
+    """Keeps the job of a run's next attempt; what it changes of the run's course becomes a decision.
 
     Raises:
-        UserError: another process is training in the folder. MachineError: it cannot be written.
+        UserError: another process is training in the folder, or it went on meanwhile. MachineError: it cannot
+            be written.
     """
     with _storage_errors(folder), locked(folder):
+        going_on.record(folder, going_on.plan(folder, job, f"run.folder={folder}: holds another job"))
         _write_job(folder, job)
 
 
 def _write_job(folder: Path, job: Job) -> None:
-    temporary = folder / "job.toml.part"
-    save_job(job, temporary)
-    temporary.replace(folder / "job.toml")
-
-
-def _write_decisions(folder: Path, decisions: Iterable[Decision]) -> None:
-    if decisions := list(decisions):
-        log = EventLog(folder)
-        for decision in decisions:
-            log.write("decision", step=decision.first_step, synced=True, **dataclasses.asdict(decision))
-        log.close()
+    replace_synced(folder / "job.toml", to_toml(job).encode())
 
 
 @contextlib.contextmanager
@@ -165,7 +196,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         with _storage_errors(folder):
-            file = stack.enter_context((folder / "lock").open("a+"))
+            file = stack.enter_context(os.fdopen(open_to_append(folder / "lock"), "a+"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

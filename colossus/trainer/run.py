@@ -21,21 +21,30 @@ class Run:
 
     @property
     def loss(self) -> dict[int, float]:
-        """Step -> training loss in nats a token. What a killed attempt took beyond the checkpoint that the
-        next one went on from is no part of the run."""
-        return {event["step"]: number(event["loss"]) for event in self._kept("step")}
+        """Step -> training loss in nats a token, of the steps that had targets. What a killed attempt took
+        beyond the checkpoint that the next one went on from is no part of the run."""
+        steps = [e for e in self._kept("step") if e.get("loss") is not None and e.get("step") is not None]
+        return {event["step"]: number(event["loss"]) for event in steps}
 
     @property
     def outcome(self) -> str:
-        """ "finished", "SIGINT" or "SIGTERM" (stopped after saving), or "unfinished"."""
+        """ "finished", "SIGINT", "SIGTERM" or "asked" (stopped after saving), or "unfinished"."""
         last = self.events()[-1:]
-        return last[0]["reason"] if last and last[0]["kind"] == "end" else "unfinished"
+        reason = last[0].get("reason") if last and last[0]["kind"] == "end" else None
+        return reason if isinstance(reason, str) else "unfinished"
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether a checkpoint has all steps that were taken, at least one."""
+        saved = max((event.get("saved_step", 0) for event in self._kept("checkpoint")), default=0)
+        return saved > max(self.loss, default=0)
 
     @property
     def bits_per_byte(self) -> float | None:
         """On the held-out documents, of the newest validation that is part of the run."""
         validations = self._kept("validation")
-        return number(validations[-1]["bits_per_byte"]) if validations else None
+        last = validations[-1]["bits_per_byte"] if validations else None
+        return number(last) if last is not None else None
 
     def _kept(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in kept_and_lost(self.events())[0] if event["kind"] == kind]

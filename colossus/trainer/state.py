@@ -36,6 +36,7 @@ class TrainState:
     """Model, optimizer and the number of updates taken; `step` is also the next step's number.
 
     mesh: of the ranks that have the same part of the model, or shards of it; None: this one has all.
+    updating: an update has begun and not ended.
     """
 
     arch: Architecture
@@ -43,6 +44,7 @@ class TrainState:
     optimizer: Optimizer
     step: int = 0
     mesh: DeviceMesh | None = None
+    updating: bool = False
     balance: Balance = field(init=False)
 
     def __post_init__(self) -> None:

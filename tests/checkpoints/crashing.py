@@ -3,7 +3,7 @@
 It imports torch once and forks for every life; a forked saver must not find another's thread pool, so this
 cannot happen inside the test process.
 
-    python -m tests.checkpoints.crashing points FOLDER    # before each call of the system that a save makes
+    python -m tests.checkpoints.crashing points FOLDER N  # at each call of the system of a save after step N
     python -m tests.checkpoints.crashing random FOLDER N  # N lives, each ended at a random instant
 """
 
@@ -25,6 +25,7 @@ from colossus.checkpoints.format import Key
 from colossus.checkpoints.load import newest_whole
 from colossus.checkpoints.save import Saver
 
+ENOUGH = 10  # steps
 CALLS = ("mkdir", "open", "write", "fsync", "close", "unlink", "rmdir")
 
 
@@ -85,25 +86,29 @@ def die_at(call: int) -> None:
         setattr(os, name, counted(name, getattr(os, name)))
 
 
-def crash_at_points(folder: Path) -> int:
-    """Saves step 1; then, for each point of saving step 2 (which also deletes step 1), dies there.
+def crash_at_points(folder: Path, saved: int) -> int:
+    """Saves step `saved`, where that is not 0; then, for each point in the life of a Saver that saves the
+    next step (and deletes the one before), dies there.
 
-    Whatever the point: step 1 or 2 loads, rightly, and the next life saves step 2 or 3. Returns the points.
+    Whatever the point: one of the two loads, rightly, or the run starts anew, and the next life saves the
+    step after that. Returns the points.
     """
     for point in range(1000):
         run = folder / f"point-{point}"
-        with Saver(run, keep=1) as saver:
-            saver.save(1, state(1), {"step": 1})
+        if saved:
+            with Saver(run, keep=1) as saver:
+                saver.save(saved, state(saved), {"step": saved})
 
         def live(run: Path = run, point: int = point) -> None:
+            die_at(point)
             with Saver(run, keep=1) as saver:
-                die_at(point)
-                saver.save(2, state(2), {"step": 2})
+                saver.save(saved + 1, state(saved + 1), {"step": saved + 1})
 
         ended = outcome(fork(live))
         assert ended in (0, -signal.SIGKILL), f"point {point}: exit code {ended}"
         step = saved_step(run)
-        assert step == 2 if ended == 0 else step in (1, 2), f"point {point}: step {step} loads"
+        allowed = (saved + 1,) if ended == 0 else (saved, saved + 1)
+        assert step in allowed, f"point {point}: step {step} loads"
         with Saver(run, keep=1) as saver:
             saver.save(step + 1, state(step + 1), {"step": step + 1})
         assert saved_step(run) == step + 1
@@ -117,10 +122,21 @@ def crash_at_points(folder: Path) -> int:
 def crash_at_random(run: Path, lives: int) -> int:
     """Each life goes on from the newest checkpoint and saves every step, until killed; returns the steps.
 
-    Nothing that was reported as saved is ever lost, and nothing loads wrongly.
+    Nothing that was reported as saved is ever lost, and nothing loads wrongly. A life has time for up to four
+    saves, as one was timed; where the machine got busier since, there are more and longer ones, until ENOUGH
+    is saved.
     """
     draw = random.Random(0)
-    for life in range(lives):
+    began = time.perf_counter()
+    with Saver(run.with_name("timed")) as saver:
+        for step in range(4):
+            saver.save(step, state(step), {})
+    seconds = time.perf_counter() - began
+    for life in range(4 * lives):
+        if life >= lives:
+            if saved_step(run) > ENOUGH:
+                break
+            seconds *= 1.1
         reader, writer = os.pipe()
 
         def live(writer: int = writer) -> None:
@@ -134,7 +150,7 @@ def crash_at_random(run: Path, lives: int) -> int:
 
         child = fork(live)
         os.close(writer)
-        time.sleep(draw.uniform(0.0, 0.12))
+        time.sleep(draw.uniform(0.0, seconds))
         os.kill(child, signal.SIGKILL)
         ended = outcome(child)
         assert ended == -signal.SIGKILL, f"life {life}: exit code {ended}"
@@ -149,7 +165,7 @@ def main() -> None:
     torch.set_num_threads(1)
     mode, folder, *rest = sys.argv[1:]
     if mode == "points":
-        print(crash_at_points(Path(folder)))
+        print(crash_at_points(Path(folder), int(rest[0])))
     else:
         print(crash_at_random(Path(folder), int(rest[0])))
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from colossus.checkpoints.format import Key, Manifest, checkpoints_folder
-from colossus.checkpoints.parts import Part, commit, pieces_name
+from colossus.checkpoints.format import Key, Manifest, checkpoints_folder, pieces_name
+from colossus.checkpoints.parts import Part, commit
 from colossus.checkpoints.shards import Shard
 from colossus.checkpoints.write import write_shards
 from colossus.models.hf.header import DTYPES

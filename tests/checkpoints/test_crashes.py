@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def crash(*arguments: str) -> int:
     done = subprocess.run(
@@ -20,9 +22,11 @@ def crash(*arguments: str) -> int:
     return int(done.stdout)
 
 
-def test_killed_before_every_call_of_the_system(tmp_path: Path) -> None:
-    points = crash("points", str(tmp_path))
-    assert points > 25  # two folders, three files, each opened, written, synced; and one checkpoint deleted
+@pytest.mark.parametrize(("saved", "calls"), [(0, 20), (1, 25)])
+def test_killed_before_every_call_of_the_system(saved: int, calls: int, tmp_path: Path) -> None:
+    """In the first save of a run, and in one that also deletes the one before."""
+    points = crash("points", str(tmp_path), str(saved))
+    assert points > calls  # two folders, three files, each opened, written, synced
 
 
 def test_killed_at_random_instants(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
 from colossus.checkpoints import format as layout
+from colossus.checkpoints.find import read_exactly
 from colossus.checkpoints.load import DamagedCheckpoint, latest, newest_whole, open_checkpoint, verify
 from colossus.checkpoints.save import Saver
 from colossus.errors import UserError
@@ -116,6 +118,30 @@ def test_the_message_names_file_and_tensor(tmp_path: Path) -> None:
     assert latest(tmp_path) == path  # which reads no data
     with pytest.raises(DamagedCheckpoint, match=r"no checkpoint in .* is whole"):
         newest_whole(tmp_path)
+
+
+@pytest.mark.parametrize("box", [[slice(2)], [slice(5, 6)], [slice(5, 7), slice(3, 9)], [slice(7, 8)]])
+@pytest.mark.parametrize("row", [0, 5, 7])
+def test_of_a_part_of_a_chunk_the_whole_is_looked_at(row: int, box: list[slice], tmp_path: Path) -> None:
+    tensor = torch.arange(8 * 100.0).reshape(8, 100)
+    with Saver(tmp_path) as saver:
+        saver.save(1, {("rows", "weight"): tensor}, {})
+    checkpoint = open_checkpoint(tmp_path / "checkpoints" / "step-00000001")
+    assert torch.equal(checkpoint.read("rows", slices=box), tensor[tuple(box)])
+    (piece,) = checkpoint.manifest.tensors["rows", "weight"].pieces
+    data = bytearray((checkpoint.path / piece.file).read_bytes())
+    data[piece.begin + 4 * (row * 100 + 5)] ^= 1
+    (checkpoint.path / piece.file).write_bytes(data)
+    with pytest.raises(DamagedCheckpoint, match=r"rows .* changed since it was written"):
+        checkpoint.read("rows", slices=box)
+
+
+def test_of_a_file_that_ends_early_only_what_there_is_counts(tmp_path: Path) -> None:
+    """Cut while it is read: a buffer holds what was read of another before."""
+    (tmp_path / "file").write_bytes(b"abcdef")
+    room = memoryview(bytearray(b"bcdefgh"))
+    with (tmp_path / "file").open("rb", buffering=0) as stream:
+        assert read_exactly(stream, room, 1) == zlib.crc32(b"bcdef")
 
 
 def test_after_falling_back_the_run_s_own_saves_are_the_newest(run: Path) -> None:

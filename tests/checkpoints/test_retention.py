@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from colossus.checkpoints.copy import copy_checkpoint
 from colossus.checkpoints.find import committed
-from colossus.checkpoints.load import latest
+from colossus.checkpoints.load import DamagedCheckpoint, latest, open_checkpoint, verify
 from colossus.checkpoints.retention import delete_leftovers, prune
 from colossus.checkpoints.save import Saver
 
@@ -67,3 +68,54 @@ def test_leftovers_are_told_by_the_commit_alone(tmp_path: Path) -> None:
     marker.write_text("x" * 200)
     delete_leftovers(tmp_path)  # damaged, but not ours to delete
     assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "left"), [(None, [50, 60]), (5, [50, 60]), (35, [30, 50, 60]), (55, [50, 60])]
+)
+def test_the_last_one_before_a_step_stays(tmp_path: Path, before: int | None, left: list[int]) -> None:
+    save(tmp_path, *range(10, 70, 10))
+    prune(tmp_path, keep=2, before=before)
+    assert steps(tmp_path) == left
+
+
+def test_the_first_one_of_a_branch_stays(tmp_path: Path) -> None:
+    save(tmp_path, *range(10, 70, 10))
+    prune(tmp_path, keep=2, first=20)
+    assert steps(tmp_path) == [20, 50, 60]
+    save(tmp_path, 70)
+    prune(tmp_path, keep=1, before=55, first=20)
+    assert steps(tmp_path) == [20, 50, 70]
+
+
+def test_of_those_before_a_step_a_whole_one_stays(tmp_path: Path) -> None:
+    save(tmp_path, *range(10, 70, 10))
+    (tmp_path / "checkpoints" / "step-00000030" / "pieces-00000.safetensors").write_bytes(b"short")
+    prune(tmp_path, keep=1, before=35)
+    assert steps(tmp_path) == [20, 30, 60]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_copy_is_the_newest_and_stands_alone(tmp_path: Path, shared: bool) -> None:
+    """In the same run it is a later save of the same step; in another one its first."""
+    save(tmp_path / "run", 4, 8)
+    source = tmp_path / "run" / "checkpoints" / "step-00000004"
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    for run, name in ((tmp_path / "run", "step-00000004.2"), (tmp_path / "other", "step-00000004")):
+        copied = copy_checkpoint(source, run, {"decisions": [1]}, shared=shared)
+        assert copied.name == name and latest(run) == copied
+        assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    shutil.rmtree(tmp_path / "run")
+    found = open_checkpoint(copied)
+    assert (found.step, found.meta) == (4, {"decisions": [1]})
+    assert verify(copied) and torch.equal(found.read("w"), torch.full((3,), 4.0))
+
+
+def test_of_a_damaged_one_there_is_no_copy(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    source = tmp_path / "checkpoints" / "step-00000004"
+    pieces = source / "pieces-00000.safetensors"
+    pieces.write_bytes(pieces.read_bytes()[:-1] + b"?")
+    with pytest.raises(DamagedCheckpoint, match="damaged"):
+        copy_checkpoint(source, tmp_path / "other", {})
+    assert not (tmp_path / "other").exists()

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from colossus.cli import main
+from colossus.data.build import open_split
+from colossus.words import percent, plural, size
 from tests.data.building import write_corpus
 
 CHAT = """
@@ -54,9 +56,24 @@ def test_build_says_what_it_built(corpus: Path, tmp_path: Path, capsys: pytest.C
     assert "files that are not text, left out: 1 (junk)" in out
     total = sum(path.stat().st_size for path in corpus.glob("*.txt"))
     assert f"{total / (total + 2 * 60):.2f} bytes a token" in lines["learned"]
-    assert "held out  " in out
     assert lines["verified"].startswith("every byte of")
     assert run(capsys, "build", *words)[1] == out.rpartition("verified")[0]  # at once, and the same
+
+
+def test_build_says_which_share_is_held_out(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (f"data.corpus={corpus}", "data.tokenizer=bytes", f"data.folder={tmp_path / 'out'}")
+    code, out, _ = run(capsys, "build", *words, "data.validation_fraction=0.4")
+    assert code == 0
+    total = sum(path.stat().st_size for path in corpus.glob("*.txt"))
+    splits = [open_split(tmp_path / "out", 0, side) for side in ("train", "validation")]
+    assert sum(split.num_bytes for split in splits) == total
+    share = percent(splits[1].num_bytes / total)
+    documents = (
+        f"{plural(splits[1].num_documents, 'document')}, {size(splits[1].num_bytes)} of text ({share})"
+    )
+    assert f"held out  {documents}\n" in out
 
 
 def test_build_sees_a_flipped_bit(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,6 +142,17 @@ def test_show_without_a_mask(corpus: Path, tmp_path: Path, capsys: pytest.Captur
     text = out.split("learned\n")[1].partition("\n\nsample")[0]
     assert len(text.replace("── document ──\n", "")) >= 60
     assert "line " in text
+
+
+def test_show_of_a_later_phase(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*SMALL, f"data.corpus={corpus}", f"data.folder={tmp_path / 'out'}"]
+    words.append("data.phases=[{from_step=2, seq_len=32}]")
+    for step, tokens in ((1, 64), (2, 32), (3, 32)):
+        code, out, err = run(capsys, "show", *words, "--step", str(step))
+        assert (code, err) == (0, "")
+        assert out.startswith(f"step {step}: 3 samples of {tokens} tokens\n")
+        text = out.split("learned\n")[1].partition("\n\nsample")[0].replace("── document ──\n", "")
+        assert tokens - 4 <= len(text) <= tokens + 1
 
 
 def test_show_of_no_such_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,8 @@ def test_corpora_and_their_figures_as_json(capsys: pytest.CaptureFixture[str]) -
     words = ["--corpus", "others", "--corpus", "texts", "--documents", "2", "--type", "fp32"]
     assert main(["eval", "run", *words, "--json", "out.json"]) == 0
     out, _ = capsys.readouterr()
+    rows = [line for line in out.splitlines() if line.startswith(("others", "texts"))]
+    assert len(rows) == 2 and all("  2, a part  " in row for row in rows)
     report = json.loads(Path("out.json").read_text())
     model, tokenizer = api.load_model("run")
     for found, name in zip(report["corpora"], ["others", "texts"], strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from colossus import __version__
+from colossus.cli import main
 from colossus.job import SECTIONS, preset_names
 from tests.cli.commands import ROOT, colossus, without_torch
 
@@ -134,7 +136,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("words", ["models", "--help"])
+@pytest.mark.parametrize("words", ["models", "--help", "--version"])
 def test_output_that_cannot_be_written_is_one_line(words: str) -> None:
     command = f"{sys.executable} -m colossus {words} > /dev/full"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -153,3 +155,21 @@ def test_waiting_threads_turn_in_circles_briefly_unless_asked_otherwise(asked: s
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [__version__, asked or "3000"]
+
+
+def test_an_interrupt_ends_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(io.StringIO):
+        """Whose reader presses Ctrl-C."""
+
+        def write(self, text: str) -> int:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdout", Interrupted())
+    assert main(["models"]) == 130
+
+
+def test_what_the_machine_cannot_do_has_another_code_than_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("one\n" * 50)
+    words = [f"data.corpus={tmp_path / 'text.txt'}", "data.tokenizer=bytes"]
+    done = colossus("data", "build", *words, f"data.folder={tmp_path / 'text.txt' / 'out'}")
+    assert done.returncode == 3 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

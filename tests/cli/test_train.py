@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from colossus.cli import main
 from colossus.trainer.run import Run
 from tests.cli.commands import ROOT
 from tests.trainer.conftest import SMALL
@@ -56,3 +57,58 @@ def test_all_ranks_of_torchrun_end_well(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert Run(tmp_path / "run").outcome == "finished"
     assert done.stdout.count("try        colossus generate") == 1
+
+
+STOPPING = """
+from colossus.trainer.hooks import Hook
+
+
+class Stop(Hook):
+    def after_step(self, training, result):
+        training.ask_to_stop("asked")
+"""
+
+
+def test_a_run_that_a_hook_stopped_is_not_finished_and_fails_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stopping_early.py").write_text(STOPPING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = [*small_words(tmp_path), "run.hooks=stopping_early:Stop"]
+    assert main(words) == 0
+    assert "Not finished (stopped by a hook)." in capsys.readouterr().out
+    assert main([word for word in words if not word.startswith("run.hooks")] + ["run.hooks=[]"]) == 0
+
+
+STOPPED_AT = """
+import os
+import signal
+
+from colossus.trainer.hooks import Hook
+
+
+class First(Hook):
+    step = 0
+
+    def before_step(self, training):
+        if training.step == self.step:
+            training.state.model.norm.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+
+class Third(First):
+    step = 2
+"""
+
+
+@pytest.mark.parametrize(("hook", "code"), [("First", 3), ("Third", 143)])
+def test_143_is_said_of_what_was_saved(
+    hook: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A first step may compile for long and is given up: nothing is saved then."""
+    (tmp_path / "stopped_at.py").write_text(STOPPED_AT)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main([*small_words(tmp_path), f"run.hooks=stopped_at:{hook}", "checkpoint.steps=0"]) == code
+    run = Run(tmp_path / "run")
+    assert run.outcome == "SIGTERM" and bool(run.events("checkpoint")) is run.is_saved is (code == 143)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == (code == 3) and all("before it was saved" in line for line in errors)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
 import dataclasses
+import gzip
 import itertools
-from collections.abc import Sequence
+import lzma
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pyarrow
+
 from colossus.data.build import Request, build, open_split
-from colossus.data.corpus import Corpus, Document, Part, open_corpus
+from colossus.data.corpus import Corpus, Document, Part
+from colossus.data.open import open_corpus
 from colossus.data.shards import ShardedTokens
 
 
@@ -67,3 +76,43 @@ def decoded(source: ShardedTokens) -> list[str]:
         assert (ids[0], ids[-1]) == (256, 257), "a document lies between its tokens"
         found.append(bytes(ids[1:-1].astype("uint8")).decode())
     return found
+
+
+def texts(corpus: Corpus) -> list[str]:
+    """As a worker process would read it."""
+    parts = pickle.loads(pickle.dumps(corpus.parts))
+    return [document for part in parts for document in part.documents()]
+
+
+def zst(data: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zst,
+}
+
+
+BUILDER = """
+import sys
+import threading
+from pathlib import Path
+from colossus.data import build as building
+from tests.data.building import request_for
+building.SHARD_BYTES = 10_000
+text, out, tokenizer, workers = sys.argv[1:]
+building.build(request_for(text, workers=int(workers), tokenizer=tokenizer), Path(out))
+"""
+
+
+def start_build(text: Path, out: Path, tokenizer: str, workers: int) -> subprocess.Popen[bytes]:
+    """A build in a process of its own, with many shards."""
+    words = [sys.executable, "-c", BUILDER, str(text), str(out), tokenizer, str(workers)]
+    return subprocess.Popen(words, stderr=subprocess.PIPE)

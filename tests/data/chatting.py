@@ -10,6 +10,11 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from colossus.data.chats import Chat, chat_in
+from colossus.data.corpus import Document
+from colossus.data.documents import Encoded, Encoder
+from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer
+
 # ChatML: https://github.com/openai/openai-python/blob/release-v0.28.0/chatml.md
 CHATML = """\
 {%- for message in messages %}
@@ -149,3 +154,23 @@ def families() -> dict[str, Family]:
         "mistral": Family(MISTRAL, "<s>", "</s>", mistral),
         "qwen3": Family(QWEN3, None, "<|im_end|>", chatml),
     }
+
+
+def say(*contents: Any, first: str = "user") -> list[dict[str, Any]]:
+    """A conversation in turns."""
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def encode(tokenizer: JsonTokenizer | BytesTokenizer, *documents: Document) -> list[Encoded]:
+    return list(Encoder(tokenizer)(documents))
+
+
+def chat(messages: Any, **rest: Any) -> Chat:
+    return chat_in({"messages": messages} | rest, "here")
+
+
+def write(path: Path, *records: Any) -> Path:
+    """Records as JSON lines."""
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    return path

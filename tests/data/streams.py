@@ -18,6 +18,7 @@ class Stream:
     starts: np.ndarray
     learned: np.ndarray | None = None
     fingerprint: str = "stream"
+    separated_once: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import random
-import signal
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,38 +18,10 @@ from pathlib import Path
 import pytest
 
 from colossus.data import build as building
-from colossus.data import prepare
 from colossus.data.build import build, corpus_folder, is_built, open_split
-from colossus.data.corpus import open_corpus
+from colossus.data.documents import Encoder
 from colossus.errors import MachineError, UserError
-from colossus.hardware import machine
-from colossus.job import load_job
-from tests.data.building import built, contents, in_memory, request_for, write_corpus
-
-BUILDER = """
-import sys
-from pathlib import Path
-from colossus.data import build as building
-from tests.data.building import request_for
-building.SHARD_BYTES = 10_000
-text, out, tokenizer, workers = sys.argv[1:]
-building.build(request_for(text, workers=int(workers), tokenizer=tokenizer), Path(out))
-"""
-
-
-def start(text: Path, out: Path, tokenizer: str, workers: int) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-c", BUILDER, str(text), str(out), tokenizer, str(workers)]
-    return subprocess.Popen(words, stderr=subprocess.PIPE)
-
-
-@pytest.mark.usefixtures("small_shards")
-@pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
-def test_in_parallel_as_in_series(tmp_path: Path, tokenizer: str) -> None:
-    text = write_corpus(tmp_path / "text")
-    for workers in (1, 3):
-        built(tmp_path / str(workers), text, workers=workers, tokenizer=tokenizer)
-    assert len(open_split(tmp_path / "1", 0, "train").shards) > 5
-    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+from tests.data.building import built, contents, decoded, in_memory, request_for, start_build, write_corpus
 
 
 def wait_for_corpus(folder: Path, patience_seconds: float = 60.0) -> None:
@@ -62,7 +36,7 @@ def wait_for_corpus(folder: Path, patience_seconds: float = 60.0) -> None:
 def test_killed_at_any_instant(tmp_path: Path, tokenizer: str, workers: int) -> None:
     """Nothing loads; and the build that follows takes up what was finished and ends with the same bytes."""
     text = write_corpus(tmp_path / "text", num=80)
-    undisturbed = start(text, tmp_path / "whole", tokenizer, workers)
+    undisturbed = start_build(text, tmp_path / "whole", tokenizer, workers)
     wait_for_corpus(tmp_path / "whole")
     began = time.perf_counter()
     assert undisturbed.wait() == 0
@@ -75,7 +49,7 @@ def test_killed_at_any_instant(tmp_path: Path, tokenizer: str, workers: int) -> 
     for life in range(2):
         out = tmp_path / f"life-{life}"
         for _ in range(2):
-            builder = start(text, out, tokenizer, workers)
+            builder = start_build(text, out, tokenizer, workers)
             wait_for_corpus(out)
             time.sleep(draw.random() * usual * 0.6)
             builder.kill()
@@ -85,7 +59,7 @@ def test_killed_at_any_instant(tmp_path: Path, tokenizer: str, workers: int) -> 
                 unfinished += 1
                 with pytest.raises(UserError, match="no token shards here"):
                     open_split(out, 0, "train")
-        assert start(text, out, tokenizer, workers).wait() == 0
+        assert start_build(text, out, tokenizer, workers).wait() == 0
         assert contents(out) == whole
     assert unfinished >= 2, "every kill came too late to show anything"
 
@@ -99,18 +73,18 @@ def test_what_was_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest
     done: list[int] = []
     encode = workers.encode_task
 
-    def encode_five(task: building.Task) -> object:
+    def encode_five(task: building.Task, encoder: Encoder) -> object:
         if len(done) == 5:
             raise KeyboardInterrupt
         done.append(task.index)
-        return encode(task)
+        return encode(task, encoder)
 
     monkeypatch.setattr(workers, "encode_task", encode_five)
     with pytest.raises(KeyboardInterrupt):
         built(tmp_path / "out", text)
     assert done == [0, 1, 2, 3, 4]
     done.clear()
-    monkeypatch.setattr(workers, "encode_task", lambda task: done.append(task.index) or encode(task))
+    monkeypatch.setattr(workers, "encode_task", lambda t, by: done.append(t.index) or encode(t, by))
     progress: list[tuple[int, int]] = []
     request = request_for(text)
     build(request, tmp_path / "out", lambda at, total: progress.append((at, total)))
@@ -123,90 +97,6 @@ def test_what_was_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest
     done.clear()
     build(request, tmp_path / "out")
     assert not done
-
-
-def test_workers_end_with_the_build_that_started_them(tmp_path: Path) -> None:
-    """They do not go on to write beside the next build."""
-    text = write_corpus(tmp_path / "text", num=400, size=20_000)
-    builder = start(text, tmp_path / "out", "bytes", 2)
-    while not [*corpus_folder(tmp_path / "out", 0).glob("part-*.json")]:
-        assert builder.poll() is None
-        time.sleep(0.005)
-    workers = Path(f"/proc/{builder.pid}/task/{builder.pid}/children")
-    if not workers.exists():
-        builder.kill()
-        pytest.skip("the system does not tell who has which children")
-    children = [int(pid) for pid in workers.read_text().split()]
-    assert len(children) >= 2
-    builder.kill()
-    builder.wait()
-    deadline = time.monotonic() + 5
-    while any(_lives(pid) for pid in children):
-        assert time.monotonic() < deadline, "a worker outlives its build"
-        time.sleep(0.02)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-@pytest.mark.usefixtures("small_shards")
-def test_a_worker_that_is_killed_is_said_and_the_next_build_goes_on(tmp_path: Path) -> None:
-    text = write_corpus(tmp_path / "text", num=40)
-    corpus = open_corpus(str(text))
-    victim = dataclasses.replace(corpus.parts[20], read=KillsOnce(str(tmp_path / "killed"), corpus.parts[20]))
-    parts = (*corpus.parts[:20], victim, *corpus.parts[21:])
-    request = request_for(dataclasses.replace(corpus, parts=parts), workers=2)
-    with pytest.raises(MachineError, match=r"a process of the build was killed .*run it again to go on"):
-        build(request, tmp_path / "out")
-    build(request, tmp_path / "out")
-    built(tmp_path / "whole", text)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-@dataclasses.dataclass(frozen=True)
-class KillsOnce:
-    """Reads a part, but kills the worker that does so first."""
-
-    flag: str
-    part: building.Part
-
-    def __call__(self) -> Iterator[object]:
-        import multiprocessing
-
-        if multiprocessing.parent_process() is not None and not Path(self.flag).exists():
-            Path(self.flag).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.part.read()
-
-
-def test_a_script_without_a_guard(tmp_path: Path) -> None:
-    """What calls for a build at its top is not run once more in every worker."""
-    text = write_corpus(tmp_path / "text")
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys; print('here'); sys.argv[1:] = {[str(text), str(tmp_path / 'out'), 'bytes', '2']}\n"
-        + BUILDER
-    )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=_with_path())
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "here\n"
-    assert len(open_split(tmp_path / "out", 0, "train").shards) > 1
-
-
-def _with_path() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-
-
-def test_no_worker_loads_torch(tmp_path: Path) -> None:
-    program = (
-        "import sys; import colossus.data.build, colossus.data.workers, colossus.data.encode; "
-        "assert not {'torch', 'datasets', 'pyarrow', 'rich'} & {*sys.modules}"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_folder_of_another_request_is_refused(tmp_path: Path) -> None:
@@ -226,6 +116,48 @@ def test_a_folder_of_another_request_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         build(request_for(one), tmp_path / "out")
     assert contents(tmp_path / "out") == before
+
+
+def test_a_folder_of_other_files_stays_as_it_is(tmp_path: Path) -> None:
+    """Also that of the texts themselves. What a kill leaves before there is a request is no other file."""
+    text = write_corpus(tmp_path / "text", num=5)
+    before = sorted(text.iterdir())
+    with pytest.raises(UserError, match=r"data\.folder=.*text: not empty, and holds no token shards but 000"):
+        build(request_for(text), text)
+    assert sorted(text.iterdir()) == before
+    (tmp_path / "begun").mkdir()
+    for name in (".lock", "request.json.part"):
+        (tmp_path / "begun" / name).touch()
+    assert build(request_for(text), tmp_path / "begun").is_dir()
+
+
+def test_no_link_of_a_folder_is_written_through(tmp_path: Path) -> None:
+    """What a kill may have left, as a link that somebody else put there: what it leads to stays as it is."""
+    text = write_corpus(tmp_path / "text", num=5)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "kept").write_text("precious")
+
+    def out(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        return tmp_path / name
+
+    (out("lock") / ".lock").symlink_to(other / "kept")
+    (out("new") / ".lock").symlink_to(other / "made")
+    for name in ("lock", "new"):
+        with pytest.raises(MachineError, match=r"cannot be written \(a link, and no file itself\)"):
+            built(tmp_path / name, text)
+    for name, path in (("a", "corpus-0"), ("b", "corpus-0/train-00000.bin"), ("c", "tokenizer.part")):
+        folder = out(name)
+        claim = {"key": request_for(text).key, "corpora": [str(text)], "tokenizer": "bytes"}
+        (folder / "request.json").write_text(json.dumps(claim))
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).symlink_to(other / "kept" if path.endswith("bin") else other)
+    for name in ("a", "b"):
+        with pytest.raises(MachineError, match=r"cannot be written \(a link, and no f"):
+            built(tmp_path / name, text)
+    built(tmp_path / "c", text)
+    assert {path.name: path.read_text() for path in other.iterdir()} == {"kept": "precious"}
 
 
 def test_a_claim_that_cannot_be_read(tmp_path: Path) -> None:
@@ -328,17 +260,6 @@ def test_a_file_below_which_nothing_can_lie(tmp_path: Path) -> None:
         built(tmp_path / "file" / "out", text)
 
 
-def test_bad_text_in_a_worker_is_said_as_it_is(tmp_path: Path) -> None:
-    text = tmp_path / "text"
-    text.mkdir()
-    for i in range(4):
-        (text / f"{i}.jsonl").write_text('{"text": "good"}\n' * 3 + ('{"text": 3}\n' if i == 2 else ""))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "SHARD_BYTES", 10)
-        with pytest.raises(UserError, match=r"data\.text_field=text: no text under this name at .*2\.jsonl"):
-            built(tmp_path / "out", text, workers=2)
-
-
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """Much more text, in large documents, takes a little more (benchmarks/data_speed.py has 1 GB)."""
     program = """
@@ -366,26 +287,6 @@ print(peak() - first)
     assert grown < 120 * 1024
 
 
-def test_a_container_s_share_of_the_cores_bounds_the_workers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cpu.max").write_text("100000 100000\n")
-    (tmp_path / "text.txt").write_text("text")
-    asked: list[int] = []
-
-    def stop_here(request: building.Request, *_: object) -> None:
-        asked.append(request.workers)
-        raise UserError("enough")
-
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
-    monkeypatch.setattr(prepare, "build", stop_here)
-    values = [f"data.corpus={tmp_path / 'text.txt'}", "data.weights=1", "data.tokenizer=bytes"]
-    values += ["data.text_field=text", "data.validation_fraction=0.1", "model.vocab_size=258"]
-    with pytest.raises(UserError, match="enough"):
-        prepare.prepare_data(load_job(None, values))
-    assert asked == [1]
-
-
 def test_the_journal_is_gone_at_the_end(tmp_path: Path) -> None:
     built(tmp_path / "out", in_memory([f"document {i}" for i in range(50)], parts=5))
     names = {path.name for path in corpus_folder(tmp_path / "out", 0).iterdir()}
@@ -402,3 +303,64 @@ def test_journals_go_that_a_build_killed_at_its_end_left(tmp_path: Path) -> None
     left.write_text("{}")
     built(tmp_path / "out", corpus)
     assert contents(tmp_path / "out") == whole and not left.exists()
+
+
+@pytest.mark.parametrize("name", [".lock", "corpus-0/train-00000.bin"])
+def test_a_build_waits_for_another_that_writes_there(name: str, tmp_path: Path) -> None:
+    """For the folder's lock; and for a worker of a build that was killed, which still holds its file."""
+    corpus = in_memory([f"document {i}" for i in range(50)])
+    built(tmp_path / "whole", corpus)
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    if name != ".lock":
+        shutil.copy(tmp_path / "whole" / "request.json", out)
+    with (out / name).open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        held.write(b"half of what the other")
+        held.flush()
+        thread = threading.Thread(target=built, args=(out, corpus))
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive() and not [*out.glob("corpus-0/*.json")]
+        if name != ".lock":
+            assert (out / name).read_bytes() == b"half of what the other"
+    thread.join(60)
+    assert not thread.is_alive() and contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs the names of open files")
+def test_every_file_is_on_storage_whole_before_the_manifest_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, int]] = []
+    sync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        sync(descriptor)
+        name = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115 - also of what has no other name
+        synced.append((name.removesuffix(".part"), os.fstat(descriptor).st_size))
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    documents = [[(f"question {i}", False), (f"answer {i}", True)] for i in range(50)]
+    train, held_out = built(tmp_path / "out", in_memory(documents, parts=3, masked=True))
+    folder = corpus_folder(tmp_path / "out", 0)
+    at = next(i for i, (name, _) in enumerate(synced) if name == str(folder / "manifest.json"))
+    before = dict(synced[:at])
+    files = [file for split in (train, held_out) for shard in split.shards for file in shard.files.values()]
+    assert {file["name"].partition(".")[2] for file in files} == {"bin", "starts", "mask"}
+    for file in [*files, train.manifest["documents"]]:
+        assert before.get(str(folder / file["name"])) == file["bytes"], file["name"]
+    assert synced[at][1] == (folder / "manifest.json").stat().st_size
+    assert synced[at + 1][0] == str(folder)  # the name is, too
+
+
+def test_held_out_documents_of_every_shard_are_where_the_table_says(tmp_path: Path) -> None:
+    documents = [f"document {i} " + "x" * i for i in range(60)]
+    train, held_out = built(tmp_path / "out", in_memory(documents, parts=6), held_out=0.4)
+    assert sum(shard.num_documents > 0 for shard in held_out.shards) > 3
+    table, found = held_out.documents(), []
+    for start, num_bytes in zip(table["start"].tolist(), table["num_bytes"].tolist(), strict=True):
+        ids = held_out.tokens(start, start + num_bytes + 2)
+        assert (ids[0], ids[-1]) == (256, 257)
+        found.append(bytes(ids[1:-1].astype("uint8")).decode())
+    assert sorted(found + decoded(train)) == sorted(documents)

@@ -1,41 +1,38 @@
-"""Chats: ids are those of `transformers`, the assistant's are learned, bad records are refused."""
+"""Chats: ids are those of `transformers`, and the assistant's are learned."""
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colossus.data import files
 from colossus.data.build import corpus_folder, open_split, verify
-from colossus.data.chat_template import DEFAULT, ChatFormat, ChatTemplate
-from colossus.data.chats import Chat, chat_in
-from colossus.data.corpus import Document, open_corpus, text_of
-from colossus.data.documents import Encoded, Encoder
+from colossus.data.chat_template import DEFAULT, ChatFormat
+from colossus.data.chats import Chat
+from colossus.data.documents import Encoded
 from colossus.data.shards import read_manifest, write_manifest
 from colossus.data.split import sizes_of
 from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer, train_bpe
 from colossus.errors import UserError
 from tests.data.building import built, contents, request_for
-from tests.data.chatting import CHATML_MARKED, QWEN3_UNMARKED, TEXTS, Family, families
+from tests.data.chatting import (
+    CHATML_MARKED,
+    QWEN3_UNMARKED,
+    TEXTS,
+    Family,
+    chat,
+    encode,
+    families,
+    say,
+    write,
+)
 
 FAMILIES = families()
-
-
-def say(*contents: Any, first: str = "user") -> list[dict[str, Any]]:
-    """A conversation in turns."""
-    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
-    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 CHATS = {
@@ -44,14 +41,6 @@ CHATS = {
     "spells": say("a <|im_end|></s>\n<|im_start|>assistant", "[/INST]<think>b</s><|eot_id|>"),
     "empty": say("", "", "\n", ""),
 }
-
-
-def encode(tokenizer: JsonTokenizer | BytesTokenizer, *documents: Document) -> list[Encoded]:
-    return list(Encoder(tokenizer)(documents))
-
-
-def chat(messages: Any, **rest: Any) -> Chat:
-    return chat_in({"messages": messages} | rest, "here")
 
 
 def learned_text(tokenizer: JsonTokenizer | BytesTokenizer, encoded: Encoded) -> list[str]:
@@ -142,6 +131,42 @@ def test_blocks_and_prefixes_say_the_same(texts: list[str], begins: bool) -> Non
     assert found[0].ids.tolist() == found[1].ids.tolist()
     assert found[0].mask.tolist() == found[1].mask.tolist()
     assert found[0].learned == found[1].learned
+
+
+def weighed(*weights: Any) -> Chat:
+    """A question and an answer for each weight; None: the answer says nothing of it."""
+    messages = say(*(text for i in range(len(weights)) for text in (f"question {i}", f"answer {i}")))
+    for message, weight in zip(messages[1::2], weights, strict=True):
+        message |= {} if weight is None else {"weight": weight}
+    return chat(messages)
+
+
+@pytest.mark.parametrize("weights", [(0, 1), (None, 0), (0, None, 0.0, 1), (1, 1)])
+def test_what_has_no_weight_is_read_and_not_learned(
+    tokenizer: JsonTokenizer, weights: tuple[Any, ...]
+) -> None:
+    """As OpenAI's format of fine-tuning has it, by blocks of generation and without."""
+    (found,) = encode(tokenizer, weighed(*weights))
+    (plain,) = encode(tokenizer, weighed(*[None] * len(weights)))
+    assert found.ids.tolist() == plain.ids.tolist()
+    answers = learned_text(tokenizer, plain)
+    assert len(answers) == len(weights)
+    kept = [text for text, weight in zip(answers, weights, strict=True) if weight != 0]
+    assert learned_text(tokenizer, found) == kept
+    assert [f"answer {i}" in found.learned for i in range(len(weights))] == [w != 0 for w in weights]
+
+
+def test_weights_where_blocks_are_not_answers() -> None:
+    """A template that marks an answer in two blocks does not say whose a block is."""
+    template = (
+        "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}"
+        "{{ message.content }}{% endgeneration %}.{% generation %}!{% endgeneration %}"
+        "{% else %}{{ message.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer = BytesTokenizer(ChatFormat(template, {}))
+    assert "".join(learned_text(tokenizer, encode(tokenizer, weighed(1, 1))[0])) == "answer 0!answer 1!"
+    with pytest.raises(UserError, match="2 messages of the assistant, one of weight 0, are 4 generation blo"):
+        encode(tokenizer, weighed(0, 1))
 
 
 def text_of_json(text: str) -> str:
@@ -243,171 +268,6 @@ def test_bytes_with_special_tokens(text: str) -> None:
         assert piece == names[index] if index in names else index in piece.encode() and len(piece) == 1
 
 
-def config_of(folder: Path, **values: Any) -> Path:
-    folder.mkdir()
-    FAMILIES["chatml"].tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"} | values))
-    return folder
-
-
-def test_where_a_template_is_found(tmp_path: Path) -> None:
-    """As `transformers` looks: a file, then the configuration; of several the default."""
-    named = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
-    cases: list[tuple[Any, str]] = [("plain", "plain"), (named, "d"), ({"default": "d", "rag": "r"}, "d")]
-    for index, (value, expected) in enumerate(cases):
-        folder = config_of(tmp_path / str(index), chat_template=value, pad_token={"content": "<|endoftext|>"})
-        chats = load_tokenizer(folder).chats
-        variables = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-        assert chats == ChatFormat(expected, variables)
-        (folder / "chat_template.jinja").write_text("file")
-        assert load_tokenizer(folder / "tokenizer.json").chats == ChatFormat("file", variables)
-        load_tokenizer(folder).save(tmp_path / f"kept-{index}")
-        assert load_tokenizer(tmp_path / f"kept-{index}").chats == ChatFormat("file", variables)
-    assert load_tokenizer(config_of(tmp_path / "none")).chats is None
-    for name, value, message in (
-        ("a", [{"name": "rag", "template": "r"}], r"chat_template has \['rag'\]; one of them must be named"),
-        ("b", 7, r"tokenizer_config\.json: chat_template=7: a text"),
-    ):
-        with pytest.raises(UserError, match=message):
-            load_tokenizer(config_of(tmp_path / name, chat_template=value))
-
-
-def test_what_is_no_template(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.tokenizer: its chat template, line 2: "):
-        ChatTemplate(ChatFormat("{{ bos_token }}\n{% if %}", {}))
-
-
-def test_a_template_cannot_leave_its_sandbox() -> None:
-    template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
-    tokenizer = JsonTokenizer(FAMILIES["chatml"].tokenizer.to_str(), 0, 2, ChatFormat(template, {}))
-    with pytest.raises(UserError, match=r"here: the chat template refuses messages .*unsafe"):
-        encode(tokenizer, chat(say("a", "b")))
-
-
-def test_a_template_that_leaves_out_the_answer() -> None:
-    for template in ("{{ messages[0].content }}", "{% generation %}{% endgeneration %}x"):
-        tokenizer = JsonTokenizer(FAMILIES["chatml"].tokenizer.to_str(), 0, 2, ChatFormat(template, {}))
-        with pytest.raises(UserError, match=r"here: the chat template"):
-            encode(tokenizer, chat(say("a", "b")))
-
-
-def write(path: Path, *records: Any) -> Path:
-    path.write_text("\n".join(map(json.dumps, records)) + "\n")
-    return path
-
-
-BAD: list[tuple[dict[str, Any], str]] = [
-    ({"messages": []}, r"messages=\[\]: a list of messages, each with role and content$"),
-    ({"messages": None}, r"messages=None: a list of messages"),
-    ({"messages": "Hello"}, r"messages=Hello: a list of messages"),
-    ({"prompt": "Hello"}, r"messages=None: a list of messages, .*; the record has \['prompt'\]"),
-    ({"messages": ["Hello"]}, r"messages\[0\]=Hello: a message is an object with role and content"),
-    (
-        {"messages": [{"from": "human", "value": "x"}]},
-        r"messages\[0\]\.role=None: one of system, user, assistant, tool; it has \['from', 'value'\]",
-    ),
-    (
-        {"messages": [*say("a"), {"role": "asistant", "content": "b"}]},
-        r"messages\[1\]\.role=asistant: one of system, .*; did you mean 'assistant'\?",
-    ),
-    ({"messages": [{"role": 3, "content": "b"}]}, r"messages\[0\]\.role=3: one of system"),
-    ({"messages": say("a", None)}, r"messages\[1\]\.content=None: a text, or a list of parts"),
-    ({"messages": say("a", 7)}, r"messages\[1\]\.content=7: a text, or a list of parts"),
-    (
-        {"messages": say([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": "x"}], "b")},
-        r"messages\[0\]\.content\[1\]\.type=image_url: only text can be learned, no images",
-    ),
-    ({"messages": say([{"type": "text"}], "b")}, r"messages\[0\]\.content\[0\]\.text=None: a text"),
-    ({"messages": say("a")}, r"messages\.role=\['user'\]: none is assistant, so there is nothing to learn"),
-    ({"messages": say("a", "b"), "tools": "add"}, r"tools=add: a list of JSON schemas"),
-    (
-        {"text": "a"},
-        r"the rows before are chats \(messages\), this one is of texts \(text\); one kind a file",
-    ),
-]
-
-
-@pytest.mark.parametrize(("record", "message"), BAD)
-def test_bad_records_are_named_with_file_and_line(
-    tmp_path: Path, record: dict[str, Any], message: str
-) -> None:
-    path = write(tmp_path / "chats.jsonl", {"messages": say("Hello", "Hi")}, record)
-    with pytest.raises(UserError, match=rf"^data\.corpus: .*chats\.jsonl, line 2: {message}"):
-        list(open_corpus(str(path)).documents())
-
-
-def test_a_text_file_with_a_chat_in_it(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", {"text": "a"}, {"text": "b"}, {"messages": say("a", "b")})
-    with pytest.raises(
-        UserError, match=r"rows\.jsonl, line 3: the rows before are texts \(text\), this one is"
-    ):
-        list(open_corpus(str(path)).documents())
-
-
-def test_the_line_is_right_deep_in_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where parts begin at bytes, and in what is compressed."""
-    monkeypatch.setattr(files, "CUT_BYTES", 1000)
-    monkeypatch.setattr(files, "RANGE_BYTES", 700)
-    good = {"messages": say("Hello", "Hi")}
-    path = write(tmp_path / "chats.jsonl", *[good] * 77, {"messages": []})
-    (tmp_path / "chats.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
-    assert len(open_corpus(str(path)).parts) > 5
-    for name in ("chats.jsonl", "chats.jsonl.gz"):
-        with pytest.raises(UserError, match=rf"{name}, line 78: messages=\[\]"):
-            list(open_corpus(str(tmp_path / name)).documents())
-
-
-def test_which_field_is_read(tmp_path: Path) -> None:
-    both = {"text": "a text", "body": "a body", "messages": say("a", "b")}
-    path = str(write(tmp_path / "rows.jsonl", both))
-    assert isinstance(next(open_corpus(path).documents()), Chat)
-    assert open_corpus(path).chats and open_corpus(path).masked
-    assert [*open_corpus(path, "body").documents()] == ["a body"]
-    assert not open_corpus(path, "body").masked
-    path = str(write(tmp_path / "counted.jsonl", {"text": "a text", "messages": 12}))
-    assert [*open_corpus(path).documents()] == ["a text"]
-
-
-def to_parquet(records: list[dict[str, Any]], path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
-
-
-def to_zst(records: list[dict[str, Any]], path: Path) -> None:
-    with pyarrow.CompressedOutputStream(pyarrow.OSFile(str(path), "wb"), "zstd") as stream:
-        stream.write("\n".join(map(json.dumps, records)).encode())
-
-
-@pytest.mark.parametrize(
-    ("name", "save"),
-    [
-        ("chats.jsonl", lambda records, path: write(path, *records)),
-        ("chats.jsonl.zst", to_zst),
-        ("chats.parquet", to_parquet),
-    ],
-)
-def test_every_reader_reads_chats(
-    tmp_path: Path, name: str, save: Callable[[list[dict[str, Any]], Path], object]
-) -> None:
-    records: list[dict[str, Any]] = [{"messages": say(f"What is {i}?", f"{i}."), "id": i} for i in range(30)]
-    records[7]["messages"][0]["name"] = "Ada"
-    save(records, tmp_path / name)
-    found = [d.messages for d in open_corpus(str(tmp_path / name)).documents() if isinstance(d, Chat)]
-    assert found == [record["messages"] for record in records]
-    save([*records, {"messages": say("alone")}], tmp_path / name)
-    with pytest.raises(UserError, match=rf"{name}, (line|row) 31: messages\.role=\['user'\]"):
-        list(open_corpus(str(tmp_path / name)).documents())
-
-
-def test_a_data_set_of_chats(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    records = [{"messages": say(f"What is {i}?", f"{i}.")} for i in range(20)]
-    datasets.Dataset.from_list(records).save_to_disk(str(tmp_path / "saved"))
-    corpus = open_corpus(f"hf:{tmp_path / 'saved'}")
-    assert corpus.chats and corpus.masked
-    found = [d.messages for d in corpus.documents() if isinstance(d, Chat)]
-    assert found == [record["messages"] for record in records]
-
-
 @pytest.mark.usefixtures("small_shards")
 def test_shards_of_chats(tmp_path: Path) -> None:
     """In parallel as in series; a chat is a document of its ids, its mask beside it; sizes are of answers."""
@@ -479,10 +339,3 @@ def test_a_template_that_refuses_a_chat_is_said_by_a_worker(tmp_path: Path) -> N
     path = write(tmp_path / "chats.jsonl", *chats, {"messages": say("a", "b", first="assistant")})
     with pytest.raises(UserError, match=r"chats\.jsonl, line 21: the chat template refuses .*must alternate"):
         built(tmp_path / "out", path, tokenizer=str(folder))
-
-
-def test_lone_surrogates_in_chats_are_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "chats.jsonl"
-    path.write_text('{"messages": [{"role": "assistant", "content": "a\\ud800b"}]}\n')
-    (found,) = open_corpus(str(path)).documents()
-    assert text_of(found) == "assistant\na\ufffdb"

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import json
-import lzma
-import pickle
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -18,30 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossus.data import files, python_corpus
-from colossus.data.corpus import Corpus, check_corpus, open_corpus
+from colossus.data.open import check_corpus, open_corpus
 from colossus.errors import UserError
-
-
-def texts(corpus: Corpus) -> list[str]:
-    """As a worker process would read it."""
-    parts = pickle.loads(pickle.dumps(corpus.parts))
-    return [document for part in parts for document in part.documents()]
-
-
-def zst(data: bytes) -> bytes:
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(data)
-    return sink.getvalue().to_pybytes()
-
-
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
-    ".zst": zst,
-}
+from tests.data.building import COMPRESS, texts
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
@@ -379,3 +354,24 @@ def test_the_fingerprint_of_the_standard_library_follows_its_bytes(library: Path
     path = library / "c.py"
     path.write_text(path.read_text().replace("other = 3", "other = 4"))
     assert open_corpus("python").fingerprint != before
+
+
+@pytest.mark.parametrize("character", ["é", "€", "𝄞"])
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_long_line_is_cut_between_characters(tmp_path: Path, character: str, ending: str) -> None:
+    """Wherever its characters lie, of 2 to 4 bytes each, and without any end of line."""
+    for before in range(len(character.encode())):
+        text = "x" * before + character * (3 * 2**20 // len(character.encode()))
+        path = tmp_path / f"{before}.txt{ending}"
+        path.write_bytes(gzip.compress(text.encode(), 1) if ending else text.encode())
+        documents = list(open_corpus(str(path)).documents())
+        assert len(documents) > 2 and "".join(map(str, documents)) == text
+
+
+def test_a_file_that_is_a_small_part_of_another_repeats_it_not() -> None:
+    """Although all its lines stand there, those by which files are found too; nearly all of it does."""
+    lines = frozenset(range(100))
+    for part, repeats in ((10, False), (79, False), (81, True), (100, True)):
+        seen = python_corpus._Seen()
+        assert not seen.repeats(lines)
+        assert seen.repeats(frozenset(range(part))) is repeats

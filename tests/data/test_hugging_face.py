@@ -12,7 +12,7 @@ import pytest
 from colossus.data import build as building
 from colossus.data import hugging_face
 from colossus.data.build import corpus_folder, open_split
-from colossus.data.corpus import open_corpus
+from colossus.data.open import open_corpus
 from colossus.errors import UserError
 from tests.data.building import built, contents, decoded, request_for
 
@@ -127,10 +127,10 @@ from tests.data.building import built
 hugging_face.ROWS_A_PART = 50
 building.SHARD_BYTES = 1000
 encode = workers.encode_task
-def third_kills(task):
+def third_kills(task, encoder):
     if task.index == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return encode(task)
+    return encode(task, encoder)
 workers.encode_task = third_kills
 built(Path({str(tmp_path / "out")!r}), "hf:{saved}")
 """

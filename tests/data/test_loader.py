@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossus.architecture import IGNORED
-from colossus.data.loader import Batches, micro_batches
+from colossus.data.loader import Batches, micro_batches, rank_rows
 from colossus.data.order import BatchSchedule, Order, Phase
 from tests.data.streams import Stream, counting, one_phase
 
@@ -180,3 +180,21 @@ def test_closing_ends_the_thread() -> None:
     batches.close()
     assert not started[0].is_alive()
     batches.close()
+
+
+@pytest.mark.parametrize(
+    ("count", "shares", "expected"),
+    [  # of 4 ranks, two a replica where there are two: which rows, and how many there may be
+        (8, (1, 3), [(0, 1, 1), (1, 2, 1), (2, 5, 3), (5, 8, 3)]),
+        (8, (3, 1), [(0, 3, 3), (3, 6, 3), (6, 7, 1), (7, 8, 1)]),
+        (10, (2, 3), [(0, 2, 2), (2, 4, 2), (4, 7, 3), (7, 10, 3)]),
+        (7, (1, 1), [(0, 2, 2), (2, 3, 2), (3, 5, 2), (5, 7, 2)]),
+        (7, (1,), [(0, 2, 2), (2, 4, 2), (4, 6, 2), (6, 7, 2)]),
+        (3, (1,), [(0, 1, 1), (1, 2, 1), (2, 3, 1), (3, 3, 1)]),
+    ],
+)
+def test_replicas_take_their_shares(
+    count: int, shares: tuple[int, ...], expected: list[tuple[int, int, int]]
+) -> None:
+    found = [rank_rows(count, rank, 4, shares) for rank in range(4)]
+    assert [(rows.start, rows.stop, share) for rows, share in found] == expected

@@ -32,6 +32,16 @@ def test_documents_kept_apart() -> None:
     assert documents == [0, 0, 1, 1, 1, 2, 2, 2]
 
 
+def test_documents_with_one_token_between_them() -> None:
+    """It is the target of the one that it ends, and the first that is read of the one that it begins."""
+    source = Stream(np.arange(30, dtype=np.uint16), np.array([0, 10, 13, 17, 25]), separated_once=True)
+    tokens, targets, documents = window(source, 1, 8, documents=True)
+    assert tokens == [8, 9, 10, 11, 12, 13, 14, 15]
+    assert targets == [9, 10, 11, 12, 13, 14, 15, 16]  # none is lost
+    assert documents == [0, 1, 1, 1, 2, 2, 2, 2]
+    assert window(source, 2, 8, documents=True)[2] == [0] * 8  # begins with the token before the 17th
+
+
 def test_a_document_that_begins_right_behind_the_window() -> None:
     source = Stream(np.arange(30, dtype=np.uint16), np.array([0, 16]))
     _, targets, documents = window(source, 1, 8, documents=True)

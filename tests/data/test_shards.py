@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from colossus.data.build import open_split
-from colossus.data.corpus import open_corpus
+from colossus.data.open import open_corpus
 from colossus.data.shards import ShardedTokens, read_manifest, write_manifest
 from colossus.errors import UserError
 from tests.data.building import built, contents, decoded, in_memory, write_corpus
@@ -217,3 +219,73 @@ def test_more_shards_than_files_may_be_open(folder: Path) -> None:
         assert len(source.tokens(0, source.num_tokens)) == source.num_tokens
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: shard_of(m)["files"]["tokens"].update(name="/etc/hostname"), "no file of the folder"),
+        (lambda m: shard_of(m)["files"]["tokens"].update(name="../manifest.json"), "no file of the folder"),
+        (lambda m: shard_of(m)["files"]["starts"].update(name=".."), "no file of the folder"),
+        (lambda m: m["documents"].update(name="sub/x"), "no file of the folder"),
+        (lambda m: m.update(dtype="O"), "tokens of the type 'O'"),
+        (lambda m: m.update(dtype=["uint16"]), "no manifest of shards"),
+        (lambda m: shard_of(m).update(num_tokens=10**15), "bytes"),
+        (lambda m: shard_of(m).update(num_documents=-1), "bytes"),
+        (lambda m: shard_of(m)["files"].pop("starts"), "lacks a file"),
+        (lambda m: shard_of(m)["files"]["tokens"].update(crc32="x"), "no size or no checksum"),
+        (lambda m: shard_of(m).update(further=1), "no manifest of shards"),
+        (lambda m: m.pop("splits"), "no manifest of shards"),
+        (lambda m: m.update(splits=[]), "no manifest of shards"),
+        (lambda m: m.update(documents=None), "no manifest of shards"),
+        (lambda m: m.pop("schema"), "of another version"),
+    ],
+)
+def test_a_manifest_that_no_build_writes(
+    change: Callable[[dict[str, Any]], Any], message: str, corpus_folder: Path
+) -> None:
+    """Whoever made it also made its checksum."""
+    manifest = read_manifest(corpus_folder)
+    change(manifest)
+    write_manifest(corpus_folder, manifest)
+    with pytest.raises(UserError, match=message) as caught:
+        ShardedTokens(corpus_folder, "train")
+    assert "manifest.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "link"])
+def test_a_shard_that_is_no_file_of_the_folder(kind: str, corpus_folder: Path, tmp_path: Path) -> None:
+    path = corpus_folder / shard_of(read_manifest(corpus_folder))["files"]["tokens"]["name"]
+    elsewhere = tmp_path / "elsewhere"
+    path.rename(elsewhere)
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(elsewhere if kind == "link" else "/dev/zero")
+    with pytest.raises(UserError, match=path.name):
+        ShardedTokens(corpus_folder, "train")
+
+
+def test_shards_are_synced_before_the_manifest_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    sync = os.fsync
+
+    def record(descriptor: int) -> None:
+        sync(descriptor)
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+
+    monkeypatch.setattr(os, "fsync", record)
+    built(tmp_path / "out", write_corpus(tmp_path / "text", num=12), workers=1)
+    manifest = read_manifest(tmp_path / "out" / "corpus-0")
+    shards = [shard for split in manifest["splits"].values() for shard in split]
+    names = {file["name"] for shard in shards for file in shard["files"].values()}
+    ends = synced.index("manifest.json.part")
+    assert names | {"validation.documents"} <= {name.removesuffix(".part") for name in synced[:ends]}
+    assert synced[ends:] == ["manifest.json.part", "corpus-0"]
+
+
+def shard_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = manifest["splits"]["train"][0]
+    return found

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colossus.data import split as splitting
-from colossus.data.corpus import Corpus, open_corpus
-from colossus.data.split import WHOLE, divide, key_of, sizes_of
+from colossus.data.corpus import Corpus, Part
+from colossus.data.open import open_corpus
+from colossus.data.split import HELD_OUT_BYTES, LITTLE, NEAR, WHOLE, divide, key_of, sizes_of
 from colossus.errors import UserError
 from tests.data.building import built, decoded, in_memory, write_corpus
 
@@ -30,7 +31,7 @@ def sides(corpus: Corpus, fraction: float) -> tuple[list[str], list[str]]:
 @given(st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=40), st.floats(0.001, 0.999))
 def test_something_on_each_side_and_nothing_on_both(documents: list[str], fraction: float) -> None:
     corpus = in_memory(documents)
-    if len(set(documents)) == 1 and len(documents[0]) < 2:
+    if len(set(documents)) == 1 and (len(documents[0]) < 2 or documents[0] == 2 * documents[0][0]):
         with pytest.raises(UserError, match="one document that cannot be cut"):
             sides(corpus, fraction)
         return
@@ -60,6 +61,17 @@ def test_of_a_large_corpus_little_is_held_out(monkeypatch: pytest.MonkeyPatch, t
     assert 1000 < sum(map(len, held_out)) < 6000
 
 
+@pytest.mark.parametrize("fraction", [0.001, 0.2, 0.9999])
+def test_what_was_not_looked_at_has_its_share_too(monkeypatch: pytest.MonkeyPatch, fraction: float) -> None:
+    """Also where all that was looked at is on one side."""
+    monkeypatch.setattr(splitting, "LOOK_AT_BYTES", 100)
+    documents = [f"document {i} of many" for i in range(20_000)]
+    learned, held_out = sides(in_memory(documents), fraction)
+    assert {*learned} & {*documents[:10]}
+    assert {*held_out} & {*documents[:10]} or fraction == 0.2
+    assert len(held_out) / 20_000 == pytest.approx(fraction, rel=0.5)
+
+
 def test_two_documents() -> None:
     """The one whose size comes nearer to the share is held out, and it is said."""
     corpus, split = divide(in_memory(["long " * 1000, "short"]), 0.001)
@@ -86,11 +98,91 @@ def test_one_document_is_cut_at_a_line(tmp_path: Path, copies: int) -> None:
     assert validation.documents()["num_bytes"].tolist() == [len(tail)]
 
 
+def prose(num_bytes: int) -> str:
+    """Paragraphs of some lines, of about so many bytes in all."""
+    lines = (f"The {i} of {i * 7919 % 10007} lines.\n" + "\n" * (i % 9 == 0) for i in range(num_bytes // 24))
+    return "".join(lines)
+
+
+@pytest.mark.parametrize("fraction", [0.003, 0.02, 0.1])
+@pytest.mark.parametrize("num_bytes", [600_000, 2_100_000, 5_000_000, 17_000_000])
+def test_of_one_large_text_file_the_share_is_held_out(
+    tmp_path: Path, num_bytes: int, fraction: float
+) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text(text := prose(num_bytes))
+    learned, held_out = sides(open_corpus(str(path)), fraction)
+    assert sum(map(len, learned + held_out)) == len(text)
+    wanted = min(fraction * len(text), HELD_OUT_BYTES)
+    assert wanted / NEAR <= sum(map(len, held_out)) <= wanted * NEAR
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.3])
+def test_of_few_large_documents_the_share_is_held_out(tmp_path: Path, fraction: float) -> None:
+    """Of books, a part of one, or as many as come nearest."""
+    for i in range(7):
+        (tmp_path / f"{i}.txt").write_text(f"Book {i}\n" + prose(100_000 + 3000 * i))
+    corpus, _ = divide(open_corpus(str(tmp_path)), fraction)
+    learned, held_out = sides(open_corpus(str(tmp_path)), fraction)
+    text = "".join(p.read_text() for p in tmp_path.iterdir())
+    assert sorted("".join(learned + held_out)) == sorted(text)
+    assert fraction / NEAR <= sum(map(len, held_out)) / len(text) <= fraction * NEAR
+    assert [len(learned), len(held_out)] == ([7, 1] if fraction == 0.02 else [5, 2])
+    if fraction == 0.02:
+        assert corpus.notes == (
+            f"few documents: of one the last {len(held_out[0]):,} characters are held out",
+        )
+
+
+def test_a_copy_of_the_document_that_is_cut_is_cut_too() -> None:
+    """What is held out of one is not learned in the other."""
+    books = ["".join(f"{name} {i}\n" for i in range(2000)) for name in ("one", "two", "three")]
+    learned, held_out = sides(in_memory([*books, *books], parts=2), 0.01)
+    assert len(held_out) == 2 and held_out[0] == held_out[1]
+    assert 0.01 / NEAR < len("".join(held_out)) / len("".join(books)) / 2 < 0.01 * NEAR
+    assert not any(text.endswith(held_out[0]) for text in learned)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[9000, 400, 80, 2000, 500, 30, 7000] * 90, [90, 4, 80] * 12, [50] * 100, [10**5, *[10] * 500]]
+)
+def test_of_some_documents_the_share_is_held_out(sizes: list[int]) -> None:
+    """Of so few that chance would make it another; of little text, about."""
+    documents = [f"{i} " * (size // 2) for i, size in enumerate(sizes)]
+    for fraction in (0.02, 0.1, 0.5):
+        learned, held_out = sides(in_memory(documents), fraction)
+        assert sorted("".join(learned + held_out)) == sorted("".join(documents))
+        share = len("".join(held_out)) / len("".join(documents))
+        near = NEAR if len("".join(documents)) > LITTLE else 2
+        assert fraction / near <= share <= fraction * near
+
+
 def test_one_document_without_lines() -> None:
     learned, held_out = sides(in_memory(["word " * 100]), 0.1)
     assert held_out == ["word " * 10]
     learned, held_out = sides(in_memory(["x" * 100]), 0.1)
     assert [len(learned[0]), len(held_out[0])] == [90, 10]
+
+
+@pytest.mark.parametrize("text", ["abab", "one\n" * 2, "to be " * 2, "line\nto be \n" * 2, "x" * 1000, "aaa"])
+def test_one_document_of_two_equal_halves(tmp_path: Path, text: str) -> None:
+    """Equal documents lie on one side: halves would leave nothing to learn."""
+    train, validation = built(tmp_path, in_memory([text]), held_out=0.5)
+    ((head,), (tail,)) = decoded(train), decoded(validation)
+    assert head + tail == text
+    assert head != tail
+
+
+def test_one_document_of_one_character_twice() -> None:
+    with pytest.raises(UserError, match="one document that cannot be cut"):
+        divide(in_memory(["aa"]), 0.5)
+
+
+def test_a_corpus_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    readings = [["one", "two", "three"], ["one"], ["one"], ["one"]]
+    corpus = Corpus("given", (Part("part", 0, lambda: iter(readings.pop(0))),), "fingerprint")
+    with pytest.raises(UserError, match="given: changed while it was read; build again"):
+        built(tmp_path, corpus, held_out=0.5)
 
 
 def test_no_text_at_all() -> None:

@@ -51,7 +51,7 @@ def by_library(tokenizer: JsonTokenizer, text: str) -> list[int]:
 @pytest.fixture
 def quick() -> JsonTokenizer:
     tokenizer = JsonTokenizer(TRAINED._text, TRAINED.bos_id, TRAINED.eos_id)
-    assert tokenizer.quicken(TEXTS)
+    assert tokenizer.quicken()
     return tokenizer
 
 
@@ -90,7 +90,7 @@ def test_tiktoken_has_the_same_ids(quick: JsonTokenizer, text: str) -> None:
 @given(st.text())
 def test_tiktoken_has_the_same_ids_for_any_text(text: str) -> None:
     tokenizer = JsonTokenizer(TRAINED._text, TRAINED.bos_id, TRAINED.eos_id)
-    assert tokenizer.quicken([])
+    assert tokenizer.quicken()
     assert tokenizer.encode(text) == by_library(tokenizer, text)
 
 
@@ -127,15 +127,6 @@ def test_many_texts_at_once(quick: JsonTokenizer) -> None:
         many = tokenizer.encode_many(ODD)
         assert [ids.dtype for ids in many] == [np.dtype(np.uint32)] * len(ODD)
         assert [ids.tolist() for ids in many] == [tokenizer.encode(text) for text in ODD]
-
-
-def test_tiktoken_is_not_used_where_one_text_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = JsonTokenizer(TRAINED._text, TRAINED.bos_id, TRAINED.eos_id)
-    import colossus.data.tokenizer as module
-
-    monkeypatch.setattr(module, "GPT2_SPLIT", r"\S+|\s+")
-    assert not tokenizer.quicken(["word", "two  words"])
-    assert tokenizer.encode("two  words") == by_library(tokenizer, "two  words")
 
 
 def saved(folder: Path, tokenizer: tokenizers.Tokenizer, **config: Any) -> Path:
@@ -181,7 +172,7 @@ def test_any_tokenizer_json(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path, trained_by_library(pre, ["<|endoftext|>"], normalizer))
     tokenizer = load_tokenizer(path)
     assert isinstance(tokenizer, JsonTokenizer)
-    assert tokenizer.quicken(TEXTS[:2]) is is_plain
+    assert tokenizer.quicken() is is_plain
     assert tokenizer.bos_id == tokenizer.eos_id == 0
     for text in [TEXTS[0], *ODD]:
         assert tokenizer.encode(text) == by_library(tokenizer, text)
@@ -192,7 +183,7 @@ def test_a_word_that_was_added_keeps_tiktoken_away(tmp_path: Path) -> None:
     library.add_tokens(["colossus"])
     tokenizer = load_tokenizer(saved(tmp_path, library))
     assert isinstance(tokenizer, JsonTokenizer)
-    assert not tokenizer.quicken(["nothing of it here"])
+    assert not tokenizer.quicken()
     assert len(tokenizer.encode("colossus")) == 1
 
 
@@ -222,7 +213,7 @@ def test_a_model_that_does_not_say_its_type(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))
     tokenizer = load_tokenizer(tmp_path)
     assert isinstance(tokenizer, JsonTokenizer)
-    assert not tokenizer.quicken(TEXTS[:2])
+    assert not tokenizer.quicken()
     assert tokenizer.encode(TEXTS[0]) == TRAINED.encode(TEXTS[0])
 
 

@@ -15,6 +15,7 @@ from colossus.derive.dial import (
     WIDTH_STEP,
     base_width_for,
     batch_tokens_for,
+    best_compute_for,
     beta2_for,
     complete,
     lr_for,
@@ -57,6 +58,11 @@ def test_the_laws_are_those_of_their_source() -> None:
     assert lr_for(1e17) == pytest.approx(0.3118 * 1e17**-0.125)
     assert math.log(batch_tokens_for(1e18) / batch_tokens_for(1e17), 10) == pytest.approx(0.3271)
     assert math.log(tokens_for(1e18) / tokens_for(1e17), 10) == pytest.approx(0.4757)
+
+
+@pytest.mark.parametrize("flops", [1e5, 1e8, 1e12])
+def test_the_compute_of_a_size_is_that_of_which_it_makes_the_best(flops: float) -> None:
+    assert best_compute_for(flops) == pytest.approx(flops * tokens_for(best_compute_for(flops)))
 
 
 def test_narrow_models_have_several_heads() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from colossus.derive import derive
+from colossus.derive import machine as derive_machine_module
 from colossus.errors import UserError
+from colossus.hardware.timings import Timing
 from colossus.job import Job, load_job
 from tests.derive.machines import machine
 
@@ -43,8 +45,11 @@ def test_threads_are_shared_by_the_ranks() -> None:
     assert derived("run.steps=9").run.threads == 2
 
 
-def test_compiling_needs_a_compiler_and_a_run_that_is_long_enough() -> None:
+def test_compiling_needs_a_compiler_and_a_run_that_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = ["model.hidden_size=384", "model.num_layers=6"]
+    assert not derived(*shape, "run.tokens=1000000000").layout.compile  # its first steps will say
+    seen = Timing("bf16", 2, 1e11, gain=1.2, compile_seconds=30.0)
+    monkeypatch.setattr(derive_machine_module, "compiled_timings", lambda: [(256, seen)])
     assert derived(*shape, "run.tokens=1000000000").layout.compile
     assert not derived(*shape, "run.tokens=10000").layout.compile
     assert not derived(*shape, "run.tokens=1000000000", on=machine(compiler=None)).layout.compile
@@ -75,7 +80,7 @@ def test_minutes_give_what_this_machine_reaches_in_them() -> None:
     [
         (["model=llama3.1-405b", "run.steps=1"], "model=llama3.1-405b: 406B parameters need"),
         (["run.threads=4096"], "run.threads=4096: more than this machine's cores; at most 2"),
-        (["layout.tp=16"], "layout.tp=16: must stay inside a node of 8 devices; 8"),
+        (["layout.tp=16"], "layout.tp=16: must divide the 3 attention heads; 1"),
         (["layout.tp=2"], "layout.tp=2: must divide the"),
         (["data.weights=[1,2]"], "data.weights=[1.0, 2.0]: 2 numbers for 1 corpora"),
         (["model.max_seq_len=64", "data.seq_len=128", "run.steps=1"], "data.seq_len=128: longer than"),
@@ -108,6 +113,55 @@ def test_a_batch_schedule_alone_gives_the_batch() -> None:
     assert job.run.global_batch == 2 and job.layout.micro_batch <= 2
 
 
+PIPELINE = ["layout.pp=2", "layout.schedule=interleaved_1f1b", "model.num_layers=4", "layout.micro_batch=1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*PIPELINE, "run.batch_schedule=[[0,4],[3,5]]"], "from step 3 on: gives 5 micro batches a rank"),
+        (
+            [*PIPELINE, "run.batch_schedule=[[0,4],[3,5],[6,8]]"],
+            "from step 3 on: gives 5 micro batches a rank",
+        ),
+        (
+            ["layout.cp=2", "data.seq_len=64", "data.phases=[{from_step=2,seq_len=62}]"],
+            "layout.cp=2: from step 2 on: the 62 tokens of a sequence are cut into 2 x cp equal parts; 1",
+        ),
+        (
+            ["layout.cp=2", "data.seq_len=62", "data.phases=[{from_step=2,seq_len=64}]"],
+            "layout.cp=2: the 62 tokens of a sequence are cut into 2 x cp equal parts; 1",
+        ),
+        (
+            ["layout.dp_shard=4", "run.batch_schedule=[[0,8],[5,2]]"],
+            "run.global_batch=2: from step 5 on: fewer",
+        ),
+    ],
+)
+def test_every_shape_of_a_run_must_be_legal(words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        derived(*words, "run.steps=9")
+    assert message in str(error.value)
+
+
+def test_what_begins_after_the_last_step_is_no_hindrance() -> None:
+    assert derived(*PIPELINE, "run.batch_schedule=[[0,4],[9,5]]", "run.steps=9").layout.pp == 2
+    with pytest.raises(UserError, match="from step 9 on"):
+        derived(*PIPELINE, "run.batch_schedule=[[0,4],[9,5]]", "run.steps=10")
+    with pytest.raises(UserError, match="from step 9 on"):
+        derived(*PIPELINE, "run.batch_schedule=[[0,4],[9,5]]", "run.tokens=1000000")
+
+
+def test_the_micro_batch_suits_all_batches() -> None:
+    """Two of 4 and 12 sequences at once are 2 and 6 micro batches, which rounds of 2 take; of 4 and 10, 2 and
+    5, which they do not."""
+    words = [word for word in PIPELINE if "micro_batch" not in word]
+    for later in (12, 10):
+        job = derived(*words, f"run.batch_schedule=[[0,4],[3,{later}]]", "run.steps=9")
+        counts = [batch // job.layout.micro_batch for batch in (4, later)]
+        assert all(count % max(1, count // 2) == 0 for count in counts)
+
+
 def test_samples_of_all_phases_fit_the_model() -> None:
     job = derived("data.seq_len=32", "data.phases=[{from_step=2, seq_len=128}]", "run.steps=9")
     assert job.model.max_seq_len == 128
@@ -138,3 +192,19 @@ def test_a_pipeline_has_work_for_its_stages(layout: list[str], micro_batch: int)
     words = ["run.steps=10", "run.global_batch=12", "model.num_layers=12", "model.hidden_size=64"]
     job = derived(*words, "model.num_kv_heads=2", "model.num_heads=2", *(f"layout.{word}" for word in layout))
     assert job.layout.micro_batch == micro_batch
+
+
+@pytest.mark.parametrize(
+    ("length", "every"),
+    [
+        ("steps=1", 0),
+        ("steps=4", 0),
+        ("steps=19", 0),
+        ("steps=20", 2),
+        ("steps=205", 20),
+        ("tokens=1e15", 10**9),
+    ],
+)
+def test_a_short_run_is_not_validated_after_every_step(length: str, every: int) -> None:
+    job = derived("model.hidden_size=32", "run.global_batch=4", "data.seq_len=64", f"run.{length}")
+    assert job.run.validate_every == every

@@ -13,7 +13,7 @@ from colossus.derive import derive
 from colossus.errors import UserError
 from colossus.hardware.machine import Gpu, Machine
 from colossus.job import PREDICTED, Job, load_job, save_job
-from colossus.planner.plan import FIELDS
+from colossus.planner.plan import FIELDS, Plan, make_plan
 from colossus.planner.search import NothingFits
 from tests.derive.machines import machine
 
@@ -87,7 +87,7 @@ def test_a_launcher_s_processes_are_all_planned_for(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("words", "on", "said"),
     [
-        (["layout.tp=3"], HERE, "layout.tp=3: must divide the 4 attention heads; 2 or 4"),
+        (["layout.tp=3"], HERE, "layout.tp=3: must divide the 4 attention heads; 2"),
         (
             ["layout.tp=4", "fleet.count=2"],
             HERE,
@@ -116,9 +116,7 @@ def test_a_plan_that_was_kept_is_not_made_again(tmp_path: Path) -> None:
     """The job that `plan --job` writes, and a resolved one."""
     job = load_job(None, ["layout=auto", *TINY, "fleet.count=2", "layout.tp=2", "model.vocab_size=258",
                           "data.tokenizer=bytes"])  # fmt: skip
-    from colossus.planner.plan import make_plan
-
-    kept = api.planned(job, make_plan(job, HERE))
+    kept = api.planned(job, make_plan(api.with_model(job, HERE), HERE))
     save_job(kept, tmp_path / "job.toml")
     again = load_job(tmp_path / "job.toml")
     assert again.origins["layout.pp"] == "planned" and again.origins["layout.tp"] == "file"
@@ -128,3 +126,33 @@ def test_a_plan_that_was_kept_is_not_made_again(tmp_path: Path) -> None:
     ]
     assert derive(resolved, GPUS) == resolved
     assert resolved.asked().layout.pp is None and resolved.asked().layout.tp == 2
+
+
+SHAPES = [
+    # four ranks share 8 sequences, not 3 of them
+    (["fleet.count=4", "run.batch_schedule=[[0,8],[4,3]]"], "later a smaller batch"),
+    (["fleet.count=4", "run.batch_schedule=[[0,3],[4,8]]"], "first a smaller batch"),
+    # micro batches go round in pairs: of 8 sequences they do, of 9 they do not
+    (["layout.pp=2", "layout.stages_per_rank=2", "layout.schedule=interleaved_1f1b", "layout.tp=1",
+      "run.batch_schedule=[[0,8],[4,10]]"], "rounds of a pipeline"),
+    # of one sequence a step, two ranks have heads and tokens to share; of an odd number only its layers
+    (["fleet.count=2", "run.global_batch=1", "layout.compile=true", "data.seq_len=64",
+      "data.phases=[{from_step=4,seq_len=63}]"], "shorter samples"),
+    (["fleet.count=2", "run.global_batch=1", "layout.compile=true", "data.seq_len=63",
+      "data.phases=[{from_step=4,seq_len=64}]"], "longer samples"),
+]  # fmt: skip
+OPEN = [word for word in TINY if "batch" not in word]
+
+
+@pytest.mark.parametrize("words", [words for words, _ in SHAPES], ids=[name for _, name in SHAPES])
+def test_what_is_planned_is_legal_at_every_shape_of_the_run(words: list[str]) -> None:
+    """`derive` refuses a layout that is not."""
+    job = auto(*OPEN, *words)
+    assert {job.origins[f"layout.{name}"] for name in FIELDS} >= {"planned"}
+    written = api.planned(load_job(None, [*OPEN, *words]), planned_by_verb(*OPEN, *words))
+    assert derive(written, HERE).layout.pp == written.layout.pp
+
+
+def planned_by_verb(*words: str) -> Plan:
+    job = load_job(None, list(words))
+    return make_plan(api.with_model(job, HERE), HERE)

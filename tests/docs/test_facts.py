@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from colossus.data.files import CUT_BYTES, CUT_TO_BYTES
-from colossus.trainer.folder import MAY_CHANGE
+from colossus.trainer.going_on import MAY_CHANGE
 from tests.docs.pages import ROOT
 
 
@@ -14,8 +14,8 @@ def page(name: str) -> str:
 
 
 def test_where_a_text_file_is_cut() -> None:
-    cut, to = (size // 2**20 for size in (CUT_BYTES, CUT_TO_BYTES))
-    assert f"one beyond {cut} MiB is cut into documents of {to} MiB at most" in page("data.md")
+    cut, to = CUT_BYTES // 2**20, CUT_TO_BYTES // 2**10
+    assert f"one beyond {cut} MiB is cut into documents of {to} KiB at most" in page("data.md")
 
 
 def test_what_may_change_between_attempts() -> None:

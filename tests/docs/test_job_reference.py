@@ -12,7 +12,7 @@ import pytest
 
 from colossus import api
 from colossus.derive import dial
-from colossus.derive.fill import SEQ_LEN
+from colossus.derive.model import MADE_FOR, SEQ_LEN
 from colossus.job import fields, load_job
 from tests.docs.pages import ROOT
 
@@ -79,3 +79,4 @@ def test_the_dial_is_the_one_that_is_described() -> None:
 def test_lengths_of_samples_are_those_that_are_derived(reference: ModuleType) -> None:
     cell = rows(reference.PAGE.read_text(encoding="utf-8"))["data.seq_len"][-1]
     assert f"{SEQ_LEN['cpu']:,} on a CPU, {SEQ_LEN['cuda']:,} on a GPU" in cell
+    assert f"up to {MADE_FOR:,}" in cell

@@ -17,13 +17,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.normalizers import Replace
 
 from colossus import api
-from colossus.data.tokenizer import BytesTokenizer, train_bpe
+from colossus.data.lossless import lost_bytes
+from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer, train_bpe
 from colossus.errors import UserError
 from colossus.evaluation import corpora
 from colossus.evaluation.corpora import choose_texts, evaluate_corpus, run_at
 from colossus.models import Decoder, build
+from tests.data.kinds import KINDS, saved
 from tests.models.reference import architecture
 
 TOKENIZER = BytesTokenizer()
@@ -163,6 +166,7 @@ def test_a_run_s_own_split_gives_the_figure_of_its_last_validation(
         ({"documents": 0}, "documents=0: must be at least 1"),
         ({"megabytes": 0.0}, "megabytes=0.0: must be above 0"),
         ({"megabytes": float("nan")}, "megabytes=nan: must be above 0"),
+        ({"megabytes": float("inf")}, "megabytes=inf: must be above 0, and a finite number"),
         ({"seq_len": 33}, "seq_len=33: must be from 2 to 32"),
         ({"seq_len": 1}, "seq_len=1: must be from 2 to 32"),
         ({"text_field": "txt"}, "data.text_field=txt: no text under this name"),
@@ -214,3 +218,31 @@ def test_of_a_chat_only_what_the_assistant_says_counts(model: Decoder, tmp_path:
     result = evaluate_corpus(model, BytesTokenizer(), str(path)).result
     assert result.num_bytes == len("de") + len("yz")
     assert result.num_tokens == result.num_bytes + len(chats)  # and the end of each answer
+
+
+def test_a_tokenizer_that_loses_text(tmp_path: Path) -> None:
+    """Its figure is withheld: lower case and unknown words cost a model nothing."""
+    tokenizer = load_tokenizer(saved("word_piece", tmp_path / "word_piece"))
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    model = build(architecture(vocab_size=tokenizer.vocab_size, max_seq_len=32), seed=0)
+    found = api.evaluate(model, tokenizer, path)
+    assert found.result.bits_per_byte is None and found.result.loss > 0
+    lost = sum(lost_bytes(text, tokenizer.decode(tokenizer.encode(text))) for text in TEXTS)
+    assert found.result.lost == lost / len("".join(TEXTS).encode()) and found.result.lost > 0.01
+    assert found.to_dict()["bits_per_byte"] is None
+
+
+@pytest.mark.parametrize(("num_lost", "withheld"), [(0, False), (1, False), (9, False), (10, True)])
+def test_what_little_a_tokenizer_loses_is_said(num_lost: int, withheld: bool, tmp_path: Path) -> None:
+    """From 0.1% of the bytes on: of 10,000 nine may be lost, but not ten."""
+    made, names = KINDS["byte_level"]()
+    made.normalizer = Replace("Q", "")
+    tokenizer = JsonTokenizer(made.to_str(), None, made.token_to_id(names["eos_token"]))
+    text = "".join(("Q" if n < num_lost else "x") + "the cat a" for n in range(1000))
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    model = build(architecture(vocab_size=tokenizer.vocab_size, max_seq_len=32), seed=0)
+    result = api.evaluate(model, tokenizer, path).result
+    assert result.num_bytes == 10_000 and result.lost == num_lost / 10_000
+    assert (result.bits_per_byte is None) is withheld

@@ -127,12 +127,9 @@ def test_it_equals_the_harness_on_transformers(
         tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<|bos|>", eos_token="<|eos|>"
     )
     twin = transformers_twin(model).eval()
-    expected: dict[str, Any] = {}
-    # Asked to put a token before every text, it puts two before a whole one, and scores the second.
-    for names, begins in ((NAMES[:2], True), (NAMES[2:], False)):
-        lm = HFLM(twin, tokenizer=theirs, add_bos_token=begins, max_length=WINDOW, batch_size=4, device="cpu")
-        manager = TaskManager(include_path=str(folder), include_defaults=False)
-        expected |= simple_evaluate(lm, tasks=names, task_manager=manager, bootstrap_iters=10)["results"]
+    lm = HFLM(twin, tokenizer=theirs, max_length=WINDOW, batch_size=4, device="cpu")
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    expected = simple_evaluate(lm, tasks=NAMES, task_manager=manager, bootstrap_iters=10)["results"]
 
     found = api.evaluate_tasks(model, tokenizer, NAMES, include_path=folder)
     assert [result.task for result in found] == NAMES
@@ -153,7 +150,7 @@ def test_rolling_bits_per_byte_by_hand(model: Decoder, tokenizer: JsonTokenizer,
     (found,) = api.evaluate_tasks(model, tokenizer, ["local_rolling"], include_path=folder)
     nats = num_bytes = 0.0
     for text in map(str, TEXTS):
-        tokens = [tokenizer.bos_id, *tokenizer.encode(text)]
+        tokens = [tokenizer.bos_id, tokenizer.bos_id, *tokenizer.encode(text)]  # prefix, and what begins it
         done = 0  # predicted tokens
         while done < len(tokens) - 1:
             stop = min(len(tokens) - 1, done + WINDOW)
@@ -180,6 +177,106 @@ def test_texts_are_those_of_generate(model: Decoder, tokenizer: JsonTokenizer) -
 def test_what_a_task_asks_of_a_text() -> None:
     assert sampling_of({}) == {"max_tokens": 256, "stop": [], "temperature": 0.0}
     assert sampling_of({"do_sample": True, "max_tokens": 3})["temperature"] == 1.0
+
+
+def test_all_that_a_task_says_of_the_choice_of_tokens() -> None:
+    """As in `transformers`: top_k 0 is none, top_p 0 the likeliest; of greedy texts only a penalty."""
+    every = {"top_k": 7, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.3}
+    drawn = sampling_of(every | {"do_sample": True, "temperature": 0.7, "until": ["a", ""]})
+    assert drawn == every | {"max_tokens": 256, "stop": ["a"], "temperature": 0.7}
+    assert sampling_of(every) == sampling_of({"repetition_penalty": 1.3})
+    none = sampling_of({"do_sample": True, "top_k": 0, "top_p": None, "min_p": 0.0})
+    assert none == {"max_tokens": 256, "stop": [], "temperature": 1.0, "min_p": 0.0}
+    assert sampling_of({"do_sample": True, "top_p": 0.0})["top_k"] == 1
+    assert sampling_of({"num_beams": 1, "typical_p": 1.0, "length_penalty": None}) == sampling_of({})
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            {"num_beams": 4},
+            r"generation_kwargs=num_beams: 4 is asked for, which is not supported; until, max_",
+        ),
+        ({"top_pp": 0.5}, r"generation_kwargs=top_pp: 0\.5 is .*; did you mean 'top_p'\?"),
+        ({"bad_words_ids": [[1]]}, r"generation_kwargs=bad_words_ids: \[\[1\]\] is asked for"),
+        ({"max_length": 12}, r"generation_kwargs=max_length: 12 is asked for"),
+    ],
+)
+def test_what_a_task_may_not_ask(
+    model: Decoder, tokenizer: JsonTokenizer, tmp_path: Path, asked: dict[str, Any], said: str
+) -> None:
+    """Said of the task, before anything is computed."""
+    with pytest.raises(UserError, match="^" + said):
+        sampling_of({"until": ["a"]} | asked)
+    folder = write_tasks(tmp_path / "own")
+    task = folder / "local_writing.yaml"
+    task.write_text(task.read_text().replace("do_sample: false", f"{json.dumps(asked)[1:-1]}"))
+    with pytest.raises(UserError, match="^tasks=local_writing: " + said):
+        api.evaluate_tasks(model, tokenizer, NAMES, include_path=folder)
+
+
+def test_texts_with_a_penalty_are_those_of_transformers(model: Decoder, tokenizer: JsonTokenizer) -> None:
+    twin = transformers_twin(model).eval()
+    padding = [*range(tokenizer.vocab_size, model.arch.vocab_size)]
+    texts = {}
+    for penalty in (1.0, 1.4, 3.0):
+        kwargs = {"until": ["zz"], "max_gen_toks": 9, "do_sample": False, "repetition_penalty": penalty}
+        prompts = ["def add_1(a", "return", "a + b"]
+        asked = HarnessModel(model, tokenizer, generate)
+        texts[penalty] = asked.generate_until([ask(prompt, kwargs) for prompt in prompts])
+        for prompt, text in zip(prompts, texts[penalty], strict=True):
+            ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+            whole = twin.generate(
+                torch.tensor([ids]),
+                max_new_tokens=9,
+                do_sample=False,
+                repetition_penalty=penalty,
+                suppress_tokens=padding,
+                eos_token_id=tokenizer.eos_id,
+            )
+            assert text == tokenizer.decode(whole[0, len(ids) :].tolist())
+    assert texts[1.0] != texts[3.0]
+
+
+@pytest.mark.parametrize("context", ["def add", ""])
+def test_a_continuation_without_tokens_is_none(
+    model: Decoder, tokenizer: JsonTokenizer, context: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not the likeliest of all."""
+    asked = HarnessModel(model, tokenizer, generate)
+    found = asked.loglikelihood([ask(context, "b"), ask(context, ""), ask(context, "c")])
+    assert found[1] == (-math.inf, False)
+    assert found[::2] == asked.loglikelihood([ask(context, "b"), ask(context, "c")])
+    assert f"1 of 3 continuations make no token (the first behind {context!r})" in caplog.text
+
+
+@pytest.mark.parametrize("context", [" ", "\n", "\n\n "])
+def test_a_context_of_blanks_alone_is_as_an_empty_one(
+    model: Decoder, tokenizer: JsonTokenizer, context: str
+) -> None:
+    """Also where nothing is put in front of texts: then the continuation follows the token that ends one."""
+    state = json.loads(tokenizer.files()["tokenizer.json"]) | {"post_processor": None}
+    plain = JsonTokenizer(json.dumps(state), None, tokenizer.eos_id)
+    assert not plain.begins
+    for asked in (HarnessModel(model, plain, generate), HarnessModel(model, tokenizer, generate)):
+        first, second = asked.loglikelihood([ask(context, "ab"), ask("", f"{context}ab")])
+        assert first == pytest.approx(second, rel=1e-12) and first[0] < 0
+
+
+def test_a_continuation_that_is_one_token_with_its_context(model: Decoder, tokenizer: JsonTokenizer) -> None:
+    """Then each is encoded by itself: else it would have no token, and the best score there is."""
+    whole = next(
+        text
+        for text in (tokenizer.decode([token]) for token in range(258, tokenizer.vocab_size))
+        if text.isalpha() and len(text) > 1 and len(tokenizer.encode(text)) == 1
+    )
+    context, continuation = whole[:-1], whole[-1:]
+    assert len(tokenizer.encode(context)) == 1
+    ((score, _),) = HarnessModel(model, tokenizer, generate).loglikelihood([ask(context, continuation)])
+    tokens = [tokenizer.bos_id, *tokenizer.encode(context), *tokenizer.encode(continuation)]
+    assert score == pytest.approx(by_hand(model, tokens, 1)[0], rel=1e-12)
+    assert score < 0
 
 
 def test_mistakes(model: Decoder, tokenizer: JsonTokenizer, folder: Path, tmp_path: Path) -> None:

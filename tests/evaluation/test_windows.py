@@ -41,10 +41,10 @@ def test_many_windows_are_planned_quickly(benchmark_seconds=2.0):
     import time
 
     num_tokens = np.random.default_rng(0).integers(2, 5000, 100_000)
-    started = time.perf_counter()
+    started = time.process_time()
     table = windows(num_tokens, 512)
     parts = batches(table.length, 512, 8192)
-    assert time.perf_counter() - started < benchmark_seconds
+    assert time.process_time() - started < benchmark_seconds
     padded = sum(len(rows) * length for rows, length in parts)
     assert padded / table.length.sum() < 1.05
 

@@ -47,3 +47,12 @@ def tiny(name: str, vocab_size: int) -> Architecture:
 
 def _set(section: Section) -> dict[str, Any]:
     return section.model_dump(exclude_unset=True)
+
+
+def seen(tokens: list[int], window: int) -> list[int]:
+    """What of a text a model of this window predicts the next token from, by the rule in docs/generate.md:
+    where the window is full it moves on by half of itself."""
+    begin = 0
+    while len(tokens) - begin > window:
+        begin += window // 2
+    return tokens[begin:]

@@ -9,11 +9,10 @@ import torch
 
 from colossus.data.tokenizer import BytesTokenizer
 from colossus.generation import generate
-from colossus.generation.generate import window_begin
 from colossus.generation.ready import make_ready
 from colossus.models import Decoder, KVCache, build
 from colossus.models.linear import Linear
-from tests.generation.families import NAMES, WINDOW, tiny
+from tests.generation.families import NAMES, WINDOW, seen, tiny
 
 TOKENIZER = BytesTokenizer()
 PROMPTS = ["", "a b", "def f(x):", "x  y" * 9, "0123456789 0123456789"]
@@ -37,7 +36,7 @@ def without_cache(model: Decoder, prompt: str, max_tokens: int) -> str:
     length = len(tokens)
     while len(tokens) < length + max_tokens:
         with torch.no_grad():
-            token = int(model(torch.tensor([tokens[window_begin(len(tokens), WINDOW) :]]))[0, -1].argmax())
+            token = int(model(torch.tensor([seen(tokens, WINDOW)]))[0, -1].argmax())
         if token == TOKENIZER.eos_id:
             break
         tokens.append(token)
@@ -54,10 +53,14 @@ def test_together_and_cached_equals_alone_without_a_cache(
     model = model_of(name)
     expected = [without_cache(model, prompt, 30) for prompt in PROMPTS]
     if packed:
-        monkeypatch.setattr("colossus.generation.ready._packs", lambda owners, dtype: True)
+        monkeypatch.setattr("colossus.generation.ready._packs", lambda model, dtype: True)
         make_ready(model, torch.float32)
+        assert model.copies is not None
         linears = [module for module in model.modules() if isinstance(module, Linear)]
-        copies = [copy for linear in linears for copy in (linear.packed, linear.fused) if copy is not None]
+        with model.copies.serving():
+            copies = [
+                copy for linear in linears for copy in (linear.packed, linear.fused) if copy is not None
+            ]
         assert sum(len(copy.widths) for copy in copies) == len(linears)
     assert generate(model, TOKENIZER, PROMPTS, max_tokens=30) == expected
     assert len(set(expected)) == len(expected)  # or equality would say little

@@ -7,6 +7,7 @@ from colossus.errors import UserError
 from colossus.generation import generate, stream
 from colossus.generation.generate import window_begin
 from colossus.models import build
+from tests.generation.families import seen
 
 WINDOW = 16
 PROMPTS = ["def", "hello wörld", "a", "x" * 40, ""]
@@ -32,13 +33,20 @@ def without_cache(model, prompt, max_tokens):
     tokens = [TOKENIZER.bos_id, *TOKENIZER.encode(prompt)]
     prompt_length = len(tokens)
     while len(tokens) < prompt_length + max_tokens:
-        window = torch.tensor([tokens[window_begin(len(tokens), WINDOW) :]])
+        window = torch.tensor([seen(tokens, WINDOW)])
         with torch.no_grad():
             token = int(model(window)[0, -1].argmax())
         if token == TOKENIZER.eos_id:
             break
         tokens.append(token)
     return TOKENIZER.decode(tokens[prompt_length:])
+
+
+def test_the_window_moves_on_by_half():
+    """Worked out by hand for 8 tokens, and for 5, whose half is 2; a window of one token still moves."""
+    assert [window_begin(n, 8) for n in range(18)] == [0] * 9 + [4] * 4 + [8] * 4 + [12]
+    assert [window_begin(n, 5) for n in range(12)] == [0] * 6 + [2] * 2 + [4] * 2 + [6] * 2
+    assert [window_begin(n, 1) for n in range(4)] == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -123,3 +131,24 @@ def test_wrong_numbers_are_named(model, wrong, said):
 def test_one_string_is_no_list(model):
     with pytest.raises(UserError, match=r"write \[prompt\]"):
         generate(model, TOKENIZER, "abc")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_comes_back_in_the_mode_that_it_was_in(model, training):
+    model.train(training)
+    generate(model, TOKENIZER, ["a"], max_tokens=2)
+    assert model.training is training
+    model.eval()
+
+
+def test_tokens_that_only_pad_a_vocabulary_are_never_chosen():
+    """Rows that nobody trained, and that are the likeliest of all: one of them whichever way the hidden
+    state points."""
+    padded = untrained(TOKENIZER.vocab_size + 64)
+    weight = padded.embedding.weight
+    with torch.no_grad():
+        weight[TOKENIZER.vocab_size :] = 0
+        expected = generate(padded, TOKENIZER, PROMPTS, max_tokens=12)
+        weight[TOKENIZER.vocab_size : -32] = 1000 * torch.eye(32)
+        weight[-32:] = -1000 * torch.eye(32)
+    assert generate(padded, TOKENIZER, PROMPTS, max_tokens=12) == expected

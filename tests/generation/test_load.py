@@ -49,6 +49,19 @@ def test_a_checkpoint_by_its_name_alone(tmp_path, monkeypatch):
     assert load_model(folder.name)[1].vocab_size == TOKENIZER.vocab_size
 
 
+def test_the_device_can_be_chosen(tmp_path):
+    save(tmp_path, 10, seed=1)
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    for asked, expected in (("cpu", "cpu"), (None, there), (there, there)):
+        model, tokenizer = load_model(tmp_path, torch.float32, asked)
+        assert {p.device.type for p in model.parameters()} == {expected}
+        assert len(generate(model, tokenizer, ["a"], max_tokens=3)) == 1
+    with pytest.raises(UserError, match=r"device=gpu: this machine has cpu"):
+        load_model(tmp_path, torch.float32, "gpu")
+    with pytest.raises(UserError, match=r"device=cuda:99: this machine has cpu"):
+        load_model(tmp_path, torch.float32, "cuda:99")
+
+
 def test_the_type_of_the_products_can_be_chosen(tmp_path):
     save(tmp_path, 10, seed=1)
     model, tokenizer = load_model(tmp_path, dtype=torch.bfloat16)

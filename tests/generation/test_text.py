@@ -33,3 +33,13 @@ def test_text_ends_before_the_first_stop(stop, expected):
 def test_an_unfinished_character_at_the_end_is_not_lost():
     builder = TextBuilder(BytesTokenizer())
     assert builder.add(0xC3) == "" and builder.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("text", ["中", "中é", "中a😀"])
+def test_a_prompt_may_end_inside_a_character(text):
+    """The continuation has that character, once."""
+    tokenizer = BytesTokenizer()
+    ids = tokenizer.encode(f"a{text}b")
+    for end in (2, 3):
+        builder = TextBuilder(tokenizer, prompt=ids[:end])
+        assert "".join(map(builder.add, ids[end:])) + builder.finish() == f"{text}b"

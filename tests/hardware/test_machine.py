@@ -46,6 +46,12 @@ def test_threads_that_bring_nothing_are_not_taken() -> None:
     assert machine(("fp32", 1, 61e9), ("fp32", 2, 40e9), ("bf16", 2, 9e9)).best_threads == 1
 
 
+def test_the_threads_are_those_of_the_type_that_is_taken() -> None:
+    """fp32 is nearly as quick with half of them: that says nothing of bf16."""
+    both = machine(("fp32", 2, 199e9), ("fp32", 4, 199e9), ("bf16", 2, 110e9), ("bf16", 4, 200e9))
+    assert both.best.type == "bf16" and both.best_threads == 4
+
+
 def test_a_gpu_decides_where_there_is_one() -> None:
     with_gpu = dataclasses.replace(AVX2, gpus=(Gpu("H100", 80 * 10**9, 7e14),))
     assert (with_gpu.device, with_gpu.peak_flops_per_second("cuda")) == ("cuda", 7e14)

@@ -77,6 +77,35 @@ def test_import_and_export_give_everything_back(tmp_path: Path, name: str, dtype
     ]
 
 
+@pytest.mark.parametrize("imported", [False, True])
+def test_what_was_published_beside_a_model_outlives_its_training(tmp_path: Path, imported: bool) -> None:
+    """A run begins with a published model; what is exported of it generates as was published."""
+    folder = published(tmp_path / "published", "llama")
+    (folder / "special_tokens_map.json").write_text('{"pad_token":  "<pad>"}')
+    origin = import_model(folder, tmp_path / "imported", lambda line: None) if imported else folder
+    (tmp_path / "texts").mkdir()
+    for number in range(8):
+        (tmp_path / "texts" / f"{number}.txt").write_text(TEXTS[0])
+    words = [
+        f"data.corpus={tmp_path / 'texts'}",
+        f"model.init_from={origin}",
+        "run.steps=1",
+        "data.seq_len=16",
+    ]
+    words += ["run.global_batch=1", "layout.compile=false", "precision.type=fp32", "run.threads=1"]
+    words += [f"run.folder={tmp_path / 'run'}", f"data.folder={tmp_path / 'shards'}"]
+    run = colossus.train(colossus.load_job(None, [*words, "data.validation_fraction=0.3"]))
+    export_model(run.folder, tmp_path / "out", say=lambda line: None)
+    for name in ("generation_config.json", "special_tokens_map.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes(), name
+    # Texts were separated by the token that ends one: it stands in front of every text now, for others too.
+    before, after = (json.loads((path / "tokenizer.json").read_text()) for path in (folder, tmp_path / "out"))
+    assert before.pop("post_processor") is None and after.pop("post_processor") is not None
+    assert before == after
+    front = load_tokenizer(tmp_path / "out")
+    assert front.begins == (front.eos_id,) and front.bos_id == front.eos_id
+
+
 def test_a_published_folder_its_import_and_its_export_are_one_model(tmp_path: Path) -> None:
     folder = published(tmp_path / "published", "deepseek_v3")
     run = import_model(folder, tmp_path / "run", lambda line: None)
@@ -90,6 +119,23 @@ def test_a_published_folder_its_import_and_its_export_are_one_model(tmp_path: Pa
             found.append(model(tokens))
     assert all(torch.equal(logits, found[0]) for logits in found)
     assert found[0].isfinite().all()
+
+
+def test_what_ends_a_text_outlives_an_import(tmp_path: Path) -> None:
+    """Where config.json alone says it, which does not lie beside the tokenizer of a run."""
+    folder = published(tmp_path / "published", "llama")
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [3, 4], "pad_token_id": 5}
+    (folder / "config.json").write_text(json.dumps(config))
+    run = import_model(folder, tmp_path / "run", lambda line: None)
+    for path in (folder, run):
+        tokenizer = load_model(path)[1]
+        assert tokenizer is not None and tokenizer.ends == {3, 4} and tokenizer.begins == ()
+        assert tokenizer.account.pad_id == 5  # type: ignore[attr-defined]
+    export_model(run, tmp_path / "out", say=lambda line: None)
+    for name in ("config.json", "generation_config.json"):
+        ids = json.loads((tmp_path / "out" / name).read_text())
+        assert (ids["eos_token_id"], ids["pad_token_id"]) == ([3, 4], 5)
 
 
 def test_our_own_model_is_loaded_by_transformers(tmp_path: Path) -> None:
@@ -120,7 +166,7 @@ def test_a_tokenizer_of_ours_is_loaded_by_transformers(tmp_path: Path) -> None:
     mine.save(run / "tokenizer")
     export_model(run, tmp_path / "out", say=lambda line: None)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert theirs("return a + b")["input_ids"] == mine.encode("return a + b")
+    assert theirs("return a + b")["input_ids"] == [mine.bos_id, *mine.encode("return a + b")]
     assert (theirs.bos_token_id, theirs.eos_token_id) == (mine.bos_id, mine.eos_id)
 
 
@@ -166,8 +212,10 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     run = import_model(folder, tmp_path / "run", said.append)
     assert said == [f"{folder} has no tokenizer.json: what is made of it has no tokenizer"]
     for path in (folder, run):
-        with pytest.raises(UserError, match=r"tokenizer.json: cannot be read"):
-            load_model(path)
+        model, tokenizer = load_model(path)
+        assert tokenizer is None and model(torch.tensor([[1, 2]])).shape == (1, 2, tiny.VOCAB)
+        with pytest.raises(UserError, match="tokenizer: the model has none"):
+            colossus.generate(model, tokenizer, ["a"])
 
 
 def test_a_damaged_file_leaves_nothing(tmp_path: Path) -> None:

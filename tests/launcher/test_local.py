@@ -1,8 +1,10 @@
-"""What the first rank prepares for the others, under torchrun's environment, and who follows the events."""
+"""What passes between a parent and the ranks that it starts, and who follows their events."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,71 +15,83 @@ import pytest
 from colossus.checkpoints.format import DamagedCheckpoint
 from colossus.errors import MachineError, UserError
 from colossus.events import EventLog
+from colossus.job import Job
 from colossus.launcher import local
-from colossus.layout import Layout
-from colossus.parallel.world import World
-from tests.parallel.real_ranks import in_ranks
+from colossus.launcher.protocol import Failure, RankFailed, Work, check_hooks
+from colossus.parallel.ending import LostPeer
+from colossus.trainer.hooks import Hook
+from tests.cli.commands import ROOT
+from tests.cli.test_train import small_words
+from tests.trainer.running import kept_machine
+
+SCRIPT = """
+import os
+
+import colossus
+from colossus.trainer.hooks import Hook
+
+print("the script runs", flush=True)
+KIND = "note"
 
 
-@pytest.mark.parametrize(("rank", "first"), [(None, True), ("0", True), ("1", False), ("10", False)])
-def test_the_first_rank_is_the_one_that_speaks(
-    monkeypatch: pytest.MonkeyPatch, rank: str | None, first: bool
-) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("RANK", rank)
-    assert local.is_first_rank() is first
+class Note(Hook):
+    def __init__(self, text):
+        self.text = text
+
+    def on_finish(self, training):
+        training.event(KIND, text=f"{self.text} of {training.world.size}", process=os.getpid())
 
 
-def test_a_process_alone_prepares_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    value = object()
-    with local.first_rank_prepares(lambda: value) as prepared:
-        assert prepared is value
-    with pytest.raises(UserError, match="a reason"), local.first_rank_prepares(_refuse):
-        pass
+job = colossus.load_job(None, WORDS)
+run = colossus.train(job, hooks=[Note("mine"), type("Made", (Note,), {})("made")])
+print(run.outcome, *[event["text"] for event in run.events("note")], flush=True)
+assert os.getpid() not in {event["process"] for event in run.events("note")}
+"""
 
 
-def _refuse() -> None:
-    raise UserError("a reason")
+@pytest.mark.parametrize("where", ["file", "input"])
+def test_a_script_without_a_guard_is_not_started_again(where: str, tmp_path: Path) -> None:
+    """Hooks of a script go by value; one that is typed in, as in a notebook, has no file."""
+    words = [*small_words(tmp_path)[1:], "run.steps=2", "run.validate_every=0", "layout.dp_shard=2"]
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("WORDS", repr(words)))
+    done = subprocess.run(
+        [sys.executable, str(script) if where == "file" else "-"],
+        input=script.read_text() if where == "input" else None,
+        env=os.environ | {"COLOSSUS_CACHE": kept_machine(), "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["the script runs", "finished made of 2 mine of 2"]
 
 
-def _full_disk() -> None:
-    raise MachineError("the disk")
+class Locked(Hook):
+    def __init__(self) -> None:
+        self.name, self.lock = "a name", threading.Lock()
 
 
-def prepared(folder: Path, kind: str) -> dict[str, Any]:
-    """What one rank gets, and whether the ranks can meet afterwards."""
-
-    def prepare() -> dict[str, Any]:
-        (folder / f"by-{os.environ['RANK']}").touch()
-        time.sleep(0.2)  # the other rank waits
-        {"user error": _refuse, "machine error": _full_disk}.get(kind, lambda: None)()
-        return {"tokens": 3, "by": os.environ["RANK"]}
-
-    try:
-        with (
-            local.first_rank_prepares(prepare) as value,
-            World.join(Layout(dp_replicate=1, dp_shard=2), "cpu") as world,
-        ):
-            return {"value": value, "sum": world.sum([1.0 + world.rank])}
-    except (UserError, MachineError) as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+class Refuses(Hook):
+    def __reduce__(self) -> str:
+        raise RuntimeError("not this one")
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"),
+    ("hook", "message"),
     [
-        ("value", {"value": {"tokens": 3, "by": "0"}, "sum": [3.0]}),
-        ("user error", {"error": "UserError: a reason"}),
-        ("machine error", {"error": "MachineError: the disk"}),
+        (
+            Locked(),
+            r"Locked\.lock cannot be sent to other processes \(cannot pickle '_thread\.lock' object\); ",
+        ),
+        (Refuses(), r"Refuses cannot be sent to other processes \(not this one\); make it in on_start, or"),
     ],
 )
-def test_one_rank_prepares_and_all_have_what_it_made(
-    tmp_path: Path, kind: str, expected: dict[str, Any]
-) -> None:
-    assert in_ranks(2, prepared, tmp_path, kind) == [expected, expected]
-    assert [path.name for path in tmp_path.iterdir()] == ["by-0"]
+def test_what_cannot_be_sent_is_named(hook: Hook, message: str) -> None:
+    for check in (check_hooks, lambda hooks: Work.of(Job(), Path("run"), hooks)):
+        with pytest.raises(UserError, match=f"^hooks: {message}"):
+            check([Hook(), hook])
 
 
 @pytest.mark.parametrize(
@@ -87,14 +101,51 @@ def test_one_rank_prepares_and_all_have_what_it_made(
         (DamagedCheckpoint("step-3: truncated:\n  a\n  b"), MachineError),
     ],
 )
-def test_what_a_rank_raised_first_reaches_the_parent_whole(
-    tmp_path: Path, error: UserError | MachineError, kind: type[Exception]
-) -> None:
-    assert local._first_told(tmp_path) is None
-    local._tell(tmp_path, error)
-    local._tell(tmp_path, MachineError("waited in vain"))
-    told = local._first_told(tmp_path)
-    assert type(told) is kind and str(told) == str(error)
+def test_what_a_rank_raises_is_raised_here_whole(error: Exception, kind: type[Exception]) -> None:
+    raised = Failure.of(error, 1).as_error()
+    assert type(raised) is kind and str(raised) == str(error)
+
+
+def test_a_bug_of_a_rank_is_no_error_of_the_machine() -> None:
+    try:
+        raise ZeroDivisionError("a bug")
+    except ZeroDivisionError as error:
+        raised = Failure.of(error, 3).as_error()
+    assert type(raised) is RankFailed
+    assert str(raised).startswith("rank 3 failed:\nTraceback") and "ZeroDivisionError: a bug" in str(raised)
+
+
+class Ended:
+    """A rank that has."""
+
+    def __init__(self, failure: Failure | None) -> None:
+        self.failure = failure
+
+
+def told(text: str) -> Failure:
+    error = MachineError(text)
+    error.told = not text
+    return Failure.of(error, 0)
+
+
+FOLLOWS = Failure.of(LostPeer("lost rank 1"), 0)
+
+
+@pytest.mark.parametrize(
+    ("ends", "text"),
+    [
+        ([None, None], None),
+        ([FOLLOWS, told("the disk"), told("")], "the disk; 1 other ended with it"),
+        (
+            [FOLLOWS, Failure("MachineError", "rank 1 ended", died=True), told("")],
+            "rank 1 ended; 1 other ended with it; what is saved is whole, running again goes on",
+        ),
+        ([FOLLOWS, told("")], "lost rank 1"),
+    ],
+)
+def test_the_cause_is_told_in_one_line(ends: list[Failure | None], text: str | None) -> None:
+    failure = local._what_failed([Ended(end) for end in ends])  # type: ignore[misc]
+    assert (failure.text if failure else None) == text
 
 
 def test_a_follower_hands_on_what_is_new_once_and_in_order(tmp_path: Path) -> None:
@@ -105,7 +156,7 @@ def test_a_follower_hands_on_what_is_new_once_and_in_order(tmp_path: Path) -> No
         log = EventLog(tmp_path)
         for step in range(5):
             log.write("step", step, loss=0.5)
-            time.sleep(local.STOP_SECONDS / 3)
+            time.sleep(local.LOOK_SECONDS / 3)
         log.write("end", 5)
     log.close()
     events = heard[::2]

@@ -41,7 +41,7 @@ def test_a_plan_rests_on_the_table(
     machine = this_machine()
     job = load_job(None, SMALL)
     before = api.plan(job)
-    assert "fitted" in dict(before.basis)["products"]
+    assert dict(before.basis)["products"] == "this machine's rate of large products, and formulas"
     table.keep(made, machine)
     assert table.kept(machine) == made
     after = api.plan(job)

@@ -12,8 +12,9 @@ from colossus.perf import parts
 
 
 def plain(
-    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, z_loss: float
+    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, z_loss: float = 0.0
 ) -> torch.Tensor:
+    """What is minimised: with `z_loss`."""
     logits_NV = x_ND @ weight_VD.t()
     scored_N = targets_N != -100
     z = (logits_NV.logsumexp(-1).square() * scored_N).sum()
@@ -38,14 +39,17 @@ def test_loss_and_gradients_in_float64(monkeypatch: pytest.MonkeyPatch, tokens: 
     monkeypatch.setattr(parts, "MIN_CHUNK", 16)
     monkeypatch.setitem(parts.CHUNK_LOGITS, "cpu", 0)
     x_ND, weight_VD, targets_N = sample(tokens, 12, 37)
-    loss, num_targets = cross_entropy(x_ND, weight_VD, targets_N, z_loss)
+    z_terms: list[torch.Tensor] = []
+    loss, num_targets = cross_entropy(x_ND, weight_VD, targets_N, z_loss, z_terms=z_terms)
     assert int(num_targets) == int((targets_N != -100).sum())
     (3.0 * loss).backward()
     ours = x_ND.grad, weight_VD.grad
     x_ND.grad = weight_VD.grad = None
     expected = plain(x_ND, weight_VD, targets_N, z_loss)
     (3.0 * expected).backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    without = plain(x_ND, weight_VD, targets_N)
+    torch.testing.assert_close(loss, without, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(z_terms, [(expected - without).detach()], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(ours[0], x_ND.grad, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(ours[1], weight_VD.grad, rtol=1e-10, atol=1e-12)
 
@@ -114,3 +118,31 @@ def test_what_is_written_for_the_compiler_is_the_same(soft_cap: float | None, z_
     got = loss_and_gradient(logits_NV, targets_N, z_loss, soft_cap)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_where_a_second_backward_pass_is_to_come_both_have_the_same_gradients() -> None:
+    """As schedules that split it take them: first of the inputs, then of the weights."""
+    x_ND, weight_VD, targets_N = sample(40, 8, 30)
+    loss, _ = cross_entropy(x_ND, weight_VD, targets_N, keep_gradients=True)
+    expected = torch.autograd.grad(3 * plain(x_ND, weight_VD, targets_N), (x_ND, weight_VD))
+    for _ in range(2):
+        found = torch.autograd.grad(3 * loss, (x_ND, weight_VD), retain_graph=True)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_what_is_ignored_has_no_gradient(soft_cap: float | None) -> None:
+    x_ND, weight_VD, targets_N = sample(20, 8, 30)
+    targets_N[::3] = -100
+    loss, count = cross_entropy(x_ND, weight_VD, targets_N, soft_cap=soft_cap)
+    logits_NV = x_ND @ weight_VD.t()
+    capped_NV = logits_NV if soft_cap is None else soft_cap * torch.tanh(logits_NV / soft_cap)
+    other = F.cross_entropy(capped_NV, targets_N, reduction="sum")
+    assert int(count) == int((targets_N != -100).sum())
+    torch.testing.assert_close(loss, other, rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(loss, (x_ND, weight_VD))
+    expected = torch.autograd.grad(other, (x_ND, weight_VD))
+    assert not found[0][targets_N == -100].any()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)

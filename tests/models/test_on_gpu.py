@@ -103,6 +103,80 @@ def test_fused_attention_is_attention(width: int, groups: int, masked: bool) -> 
         assert float((a.double() - b).norm() / b.norm()) < 2e-2
 
 
+# Of a long sequence, whose masks are kept by blocks: windows and sinks, a plain model, soft caps and
+# temperatures, latents whose values are narrower than their keys.
+LONG: dict[str, dict[str, object]] = {
+    "gpt-oss-20b": {"head_dim": 64, "window": 200},
+    "mistral-7b-v0.1": {"head_dim": 32, "window": 300},
+    "llama3.1-8b": {"head_dim": 128},
+    "grok-2": {"head_dim": 32, "attention_temperature_len": 512},
+    "deepseek-v3": {
+        "latent": {"q_rank": 16, "kv_rank": 32, "nope_dim": 128, "rope_dim": 64, "v_dim": 128},
+        "head_dim": 192,
+    },
+}
+
+
+def long(preset: str, **changed: object) -> Architecture:
+    return Architecture.model_validate(tiny(preset).model_dump(exclude_unset=True) | LONG[preset] | changed)
+
+
+def packed(length: int) -> torch.Tensor:
+    """Documents of up to 700 tokens."""
+    ends = torch.randint(1, 700, (BATCH, length), generator=torch.Generator().manual_seed(0)).cumsum(-1)
+    return torch.searchsorted(ends, torch.arange(length).expand(BATCH, -1).contiguous(), right=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("preset", LONG)
+def test_masks_by_blocks_give_the_losses_and_gradients_of_masks_of_pairs(preset: str, compiled: bool) -> None:
+    """Of 1,500 tokens, which fill no whole number of blocks, in packed documents."""
+    arch = long(preset, num_layers=3, initializer_range=0.05)
+    tokens, targets = (random_tokens(arch, BATCH, 1500, seed=seed) for seed in (0, 1))
+    passes: list[tuple[float, dict[str, torch.Tensor]]] = []
+    for type, device in (("fp64", "cpu"), ("bf16", "cuda")):
+        model = apply_precision(build(arch, seed=0).to(device), type)
+        if compiled and device == "cuda":
+            compile_layers(model)
+        loss, count = model(tokens.to(device), targets.to(device), packed(1500).to(device))
+        (loss / count).backward()
+        gradients = {n: p.grad.cpu().double() for n, p in model.named_parameters() if p.grad is not None}
+        passes.append((float((loss / count).detach()), gradients))
+    (want, wanted), (got, found) = passes
+    assert got == pytest.approx(want, rel=2e-3)
+    # A router's choices may differ by their rounding, and with them what few tokens give to experts.
+    names = [n for n in wanted if n.endswith("sinks") or ("attention.w" in n and wanted[n].ndim == 2)]
+    assert_near({n: found[n] for n in names}, {n: wanted[n] for n in names}, 0.1)
+
+
+@pytest.mark.parametrize("preset", ["gpt-oss-20b", "mistral-7b-v0.1", "grok-2"])
+def test_masks_by_blocks_are_never_of_all_pairs(preset: str) -> None:
+    """A forward and a backward pass over 32,768 tokens, in packed documents. A truth value for each pair
+    would take 1.1 GB, an int64 8.6 GB; all that a layer of this size keeps is some 100 MB."""
+    arch = long(preset, num_layers=1, max_seq_len=32_768)
+    model = apply_precision(build(arch, seed=0).cuda(), "bf16")
+    tokens_BT = random_tokens(arch, 1, 32_768).cuda()
+    documents_BT = (torch.arange(32_768, device="cuda") // 5000).unsqueeze(0)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss, count = model(tokens_BT, tokens_BT, documents_BT)
+    (loss / count).backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 0.9e9, f"{peak / 1e9:.2f} GB"
+
+
+def test_attention_by_blocks_repeats_to_the_bit() -> None:
+    arch = long("gpt-oss-20b", num_layers=1)
+    model = apply_precision(build(arch, seed=0).cuda(), "bf16")
+    tokens_BT, documents_BT = random_tokens(arch, BATCH, 2048).cuda(), packed(2048).cuda()
+    found = []
+    for _ in range(3):
+        model.zero_grad()
+        model(tokens_BT, tokens_BT, documents_BT)[0].backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if "attention.w" in n})
+    assert all(torch.equal(found[0][n], g) for again in found[1:] for n, g in again.items())
+
+
 def test_queries_behind_a_cache_see_what_came_before() -> None:
     q, k, v = (torch.randn(2, 4, 96, 64, device="cuda") for _ in range(3))
     scores = Scores(1 / 8)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from colossus.architecture import Architecture
 from colossus.job import load_job
-from colossus.models.mlp import MLP
+from colossus.models.mlp import MLP, gated
 from colossus.models.norm import RMSNorm
 from colossus.models.rope import inverse_frequencies, rotate, rotations
 from tests.models.reference import LLAMA31, architecture
@@ -51,6 +52,59 @@ def test_frequencies_are_bitwise_those_of_transformers(name: str) -> None:
     found = inverse_frequencies(arch, CPU)
     assert found.shape == (arch.head_dim // 2,) and found.dtype == torch.float32
     assert torch.equal(found, rotary(arch).inv_freq)
+
+
+YARN = ["gpt-oss-20b", "gpt-oss-120b", "deepseek-v3", "kimi-k2"]
+
+
+@pytest.mark.parametrize("name", YARN)
+def test_yarns_frequencies_are_bitwise_those_of_transformers(name: str) -> None:
+    """At full size: in a tiny model the ramp lies beyond the coordinates that there are."""
+    arch = preset(name)
+    assert arch.rope_scaling is not None
+    width = arch.latent.rope_dim if arch.latent is not None else arch.head_dim
+    scaling = arch.rope_scaling
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": arch.rope_theta,
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_max_seq_len,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+        "truncate": scaling.truncate,
+    }
+    config = LlamaConfig(head_dim=width, max_position_embeddings=arch.max_seq_len, rope_parameters=rope)
+    expected, _ = ROPE_INIT_FUNCTIONS["yarn"](config, CPU)
+    found = inverse_frequencies(arch, CPU)
+    assert found.shape == (width // 2,)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "unchanged", "slowed"),
+    [
+        # The coordinate that turns n times within the original length lies at
+        # width x ln(length / (2 pi n)) / (2 ln theta); below it are faster ones.
+        ("gpt-oss-20b", 9, 17),  # 64 wide, theta 150,000: at 8.093 (32 turns) and 17.398 (1), not rounded
+        ("deepseek-v3", 11, 23),  # 64 wide, theta 10,000: at 10.473 and 22.514, rounded to 10 and 23
+        ("kimi-k2", 20, 20),  # 64 wide, theta 50,000, both 1 turn: at 19.165, rounded to 19 and 20
+    ],
+)
+def test_yarn_keeps_fast_turns_and_slows_slow_ones(name: str, unchanged: int, slowed: int) -> None:
+    """The first `unchanged` frequencies are the plain ones, those from coordinate `slowed` + 1 on are divided
+    by the factor, between them the share that is kept falls by equal steps (YaRN, arXiv 2309.00071, 3.2)."""
+    arch = preset(name)
+    assert arch.rope_scaling is not None
+    found = inverse_frequencies(arch, CPU).double()
+    plain = arch.rope_theta ** -(torch.arange(len(found), dtype=torch.float64) / len(found))
+    factor = arch.rope_scaling.factor
+    kept = (found / plain - 1 / factor) / (1 - 1 / factor)
+    one, none = torch.ones(unchanged, dtype=torch.float64), torch.zeros(len(found) - slowed - 1).double()
+    torch.testing.assert_close(kept[:unchanged], one, rtol=0, atol=1e-5)
+    torch.testing.assert_close(kept[slowed + 1 :], none, rtol=0, atol=1e-5)
+    steps = kept[unchanged - 1 : slowed + 1].diff()[1:-1]
+    assert torch.all(steps < 0) or not len(steps)
+    torch.testing.assert_close(steps, steps.mean().expand_as(steps), rtol=0, atol=1e-5)
 
 
 def test_llama_31_slows_low_frequencies_alone() -> None:
@@ -182,3 +236,27 @@ def test_swiglu_and_its_gradient_are_the_formula() -> None:
     step = 1e-6 * along.numpy()
     slope = (formula(x + step).sum() - formula(x - step).sum()) / 2e-6
     assert float((x_BTD.grad * along).sum()) == pytest.approx(float(slope), rel=1e-6)
+
+
+def test_every_kind_of_mlp_is_its_formula() -> None:
+    """Far beyond where gpt-oss clamps: a gate from above at 7, an up from both sides."""
+    gate, up = (
+        torch.linspace(-30, 30, 61, dtype=torch.float64),
+        torch.linspace(25, -25, 61, dtype=torch.float64),
+    )
+    kept, held = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    expected = {
+        ("swiglu", "tanh"): gate / (1 + torch.exp(-gate)) * up,
+        ("clamped_swiglu", "tanh"): (held + 1) * kept / (1 + torch.exp(-1.702 * kept)),
+        ("geglu", "tanh"): 0.5 * gate * (1 + torch.tanh(inner)) * up,
+        ("geglu", "erf"): 0.5 * gate * (1 + torch.erf(gate / math.sqrt(2))) * up,
+    }
+    for (mlp, gelu), values in expected.items():
+        arch = architecture().model_copy(update={"mlp": mlp, "gelu": gelu})
+        torch.testing.assert_close(gated(arch, gate, up), values, rtol=1e-12, atol=1e-12)
+    for gelu in ("tanh", "erf"):
+        arch = architecture().model_copy(update={"mlp": "gelu", "gelu": gelu})
+        alone = expected["geglu", gelu] / up.where(up != 0, 1.0)
+        found = gated(arch, None, gate)
+        torch.testing.assert_close(found[up != 0], alone[up != 0], rtol=1e-11, atol=1e-12)

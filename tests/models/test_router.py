@@ -114,7 +114,7 @@ def test_terms_and_loads_by_hand(scores: str, over: str) -> None:
     x_BTD = tokens()
     token_share = torch.tensor([1 / 40, 0.0, 1 / 40], dtype=torch.float64)
     routes = router(x_BTD, token_share)
-    visits, entropy, objective = torch.zeros(3, 8, dtype=torch.float64), 0.0, 0.0
+    visits, entropy, balance, z = torch.zeros(3, 8, dtype=torch.float64), 0.0, 0.0, 0.0
     for b in (0, 2):
         mean_X = torch.zeros(8, dtype=torch.float64)
         for x_D in x_BTD[b]:
@@ -123,13 +123,13 @@ def test_terms_and_loads_by_hand(scores: str, over: str) -> None:
             mean_X += share_X / T
             entropy -= float((share_X * share_X.log()).sum())
             visits[b, chosen(router, found)] += 1
-            objective += 0.2 * math.log(sum(map(math.exp, logits))) ** 2 / 40
+            z += 0.2 * math.log(sum(map(math.exp, logits))) ** 2 / 40
         used_X = router.shares if over == "batch" else shares(visits[b])
-        objective += 0.3 * 8 * float((used_X * mean_X).sum()) * T / 40
+        balance += 0.3 * 8 * float((used_X * mean_X).sum()) * T / 40
     assert routes.load is not None and routes.objective is not None
-    assert routes.load[:-1].tolist() == visits.sum(0).tolist() and routes.load[:-1].sum() == 2 * T * 2
-    assert float(routes.load[-1]) == pytest.approx(entropy, rel=1e-12)
-    assert float(routes.objective.detach()) == pytest.approx(objective, rel=1e-12)
+    assert routes.load[:8].tolist() == visits.sum(0).tolist() and routes.load[:8].sum() == 2 * T * 2
+    assert routes.load[8:].tolist() == pytest.approx([entropy, balance, z], rel=1e-12)
+    assert float(routes.objective.detach()) == pytest.approx(balance + z, rel=1e-12)
 
 
 def test_without_coefficients_there_is_no_term() -> None:
@@ -142,9 +142,9 @@ def test_entropies_of_routers_that_know_nothing_and_everything() -> None:
     share_B = torch.full((B,), 1 / (B * T), dtype=torch.float64)
     with torch.no_grad():
         router.weight.zero_()
-        assert float(router(tokens(), share_B).load[-1]) == pytest.approx(B * T * math.log(8), rel=1e-12)
+        assert float(router(tokens(), share_B).load[8]) == pytest.approx(B * T * math.log(8), rel=1e-12)
         router.weight[0] = 1e4
-        assert float(router(tokens().abs(), share_B).load[-1]) == 0.0
+        assert float(router(tokens().abs(), share_B).load[8]) == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

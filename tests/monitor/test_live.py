@@ -98,3 +98,41 @@ def test_a_run_of_steps_tells_the_time_left_from_their_pace():
         view.show({"kind": "step", "run_seconds": 2.5 * step, "attempt": 0, "step": step} | figures)
     last = out.getvalue().splitlines()[-1]
     assert last == "step 10/100  loss 2.000  4 tokens/s  MFU 50%  waiting for data 20%  3:45 left"
+
+
+def of_steps(folder_events, **start):
+    """What the view of a run says after these steps: (run_seconds, step)."""
+    out = io.StringIO()
+    view = LiveView(out, terminal=True, now=iter(range(0, 1000, 11)).__next__)
+    figures = {"loss": 2.0, "tokens": 10, "step_seconds": 2.0, "data_wait_seconds": 0.5, "mfu": 0.5}
+    common = {"attempt": 0, "processor": "x"}
+    view.show({"kind": "start", "run_seconds": 0.0, "step": 0} | common | start)
+    for kind, run_seconds, step, more in folder_events:
+        view.show({"kind": kind, "run_seconds": run_seconds, "step": step} | common | figures | more)
+    return out.getvalue().rpartition("\x1b[2K")[2]
+
+
+def test_the_bar_shows_the_share_of_the_steps(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    said = of_steps([("step", 2.5 * step, step, {}) for step in range(25)], total_steps=100)
+    assert "█" * 4 + "░" * 12 + " 25%" in said
+    assert said.startswith("step 25/100 ")
+
+
+def test_the_bar_shows_the_share_of_the_minutes(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    said = of_steps([("step", 15.0 * step, step, {}) for step in range(4)], minutes=1)
+    assert "█" * 12 + "░" * 4 + " 75%" in said and "0:15 left" in said
+
+
+def test_what_is_averaged_begins_anew_with_an_attempt(monkeypatch):
+    """The lost steps were of a loss of 2, those after the resume are of 5."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    before = [("step", float(step), step, {}) for step in range(9)]
+    after = [("resume", 8.0, 4, {}), ("step", 9.0, 4, {"loss": 5.0, "data_wait_seconds": 0.0})]
+    said = of_steps([*before, *after], total_steps=100)
+    assert said.startswith("step 5/100 ") and "loss 5.000" in said and "5 tokens/s" in said
+    assert "waiting for data" not in said

@@ -91,6 +91,21 @@ def test_numbers_that_are_not_finite(tmp_path):
     assert "not finite" in page(tmp_path)[1] and "not finite" in summary(tmp_path)
 
 
+def test_a_corrected_peak_is_the_one_that_is_shown(tmp_path):
+    """Steps from before it was corrected count against it too."""
+    log = EventLog(tmp_path)
+    log.write("start", 0, peak_flops_per_second=1e9)
+    for step in range(40):
+        corrected = {"peak_flops_per_second": 4e9 if step < 30 else 5e9} if step >= 25 else {}
+        peak = corrected.get("peak_flops_per_second", 1e9)
+        log.write("step", step, loss=3.0, tokens=8, step_seconds=0.1, mfu=2e9 / peak, **corrected)
+    log.close()
+    assert RunView.read(tmp_path).mfu == pytest.approx(0.4)
+    html, text = page(tmp_path)
+    assert "<b>40%</b><span>MFU, of 5 GFLOP/s</span>" in html
+    assert "40%" in summary(tmp_path) and "200%" not in text + summary(tmp_path)
+
+
 def test_two_attempts_are_marked_and_counted(tmp_path):
     folder = write_run(tmp_path / "run", steps=400, interrupted=True)
     _, text = page(folder)

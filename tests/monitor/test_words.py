@@ -1,3 +1,6 @@
+import math
+import random
+
 import pytest
 
 from colossus import words
@@ -70,3 +73,39 @@ def test_smoothing_keeps_a_straight_line_and_skips_what_is_not_finite():
     line = [2.0 * i for i in range(100)]
     assert smoothed(line) == pytest.approx(line)
     assert smoothed([1.0, float("nan"), 1.0, float("inf"), 1.0], share=0.3)[2] == 1.0
+
+
+@pytest.mark.parametrize("count", [30, 400, 5000])
+def test_smoothing_does_not_jump_to_the_last_value(count):
+    """Noise around a level: the curve's ends are means of many values too, and its last point is not the raw
+    one; on a slope they stay on the line."""
+    rng = random.Random(count)
+    noise = [rng.gauss(0, 1) for _ in range(count)]
+    for slope in (0.0, -0.01):
+        means = smoothed([5 + slope * i + e for i, e in enumerate(noise)])
+        reach = max(3, int(0.02 * count))
+        most = 3 * 2 / (2 * reach + 1) ** 0.5  # three deviations: the line's end has 4 times the variance
+        assert abs(means[-1] - (5 + slope * (count - 1))) < most
+        assert abs(means[0] - 5) < most
+    spiked = [5.0] * count
+    spiked[-1] = 50.0
+    window = 2 * max(3, int(0.02 * count)) + 1
+    share = 1 / window + (window - 1) ** 2 / 4 / (window * (window**2 - 1) / 12)
+    assert smoothed(spiked)[-1] == pytest.approx(5 + 45 * share)
+    assert smoothed(spiked)[-2] < smoothed(spiked)[-1] < 27
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], []),
+        ([2.0], [2.0]),
+        ([2.0, 3.0], [2.0, 3.0]),
+        ([math.nan, 4.0], [4.0, 4.0]),
+        ([1.0, 2, 6], [0.5, 3, 5.5]),
+    ],
+)
+def test_smoothing_of_a_run_that_has_hardly_begun(values, expected):
+    """The line through all there is."""
+    assert smoothed(values) == pytest.approx(expected)
+    assert all(math.isnan(mean) for mean in smoothed([math.nan] * 3))

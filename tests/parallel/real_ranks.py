@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,8 +19,12 @@ SECONDS = 60.0  # until the ranks have answered
 _processes = multiprocessing.get_context("forkserver")
 
 
-def in_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def in_ranks(
+    size: int, function: Callable[..., Any], *arguments: Any, lost: Collection[int] = ()
+) -> list[Any]:
     """What `function(*arguments)` returned in each of `size` ranks, whose environment is torchrun's.
+
+    lost: ranks that are killed within, and return None.
 
     Raises:
         AssertionError: with the traceback of the first rank that failed; none of them stays behind.
@@ -28,6 +32,7 @@ def in_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    address["PYTEST_CURRENT_TEST"] = os.environ.get("PYTEST_CURRENT_TEST", "")  # for tools/recording
     pipes, started = [], []
     try:
         for rank in range(size):
@@ -37,14 +42,14 @@ def in_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
             started[-1].start()
             there.close()
             pipes.append(here)
-        return _answers(pipes)
+        return _answers(pipes, lost)
     finally:
         for process in started:
             process.kill()
             process.join()
 
 
-def _answers(pipes: list[Connection]) -> list[Any]:
+def _answers(pipes: list[Connection], lost: Collection[int]) -> list[Any]:
     end = time.monotonic() + SECONDS
     answers: dict[int, Any] = {}
     waiting = dict(enumerate(pipes))
@@ -52,7 +57,10 @@ def _answers(pipes: list[Connection]) -> list[Any]:
         ready = multiprocessing.connection.wait(waiting.values(), max(0.0, end - time.monotonic()))
         assert ready, f"ranks {[*waiting]} did not answer in {SECONDS:g} s"
         for rank, pipe in [(r, p) for r, p in waiting.items() if p in ready]:
-            answers[rank], failure = pipe.recv()
+            try:
+                answers[rank], failure = pipe.recv()
+            except EOFError:
+                answers[rank], failure = None, None if rank in lost else "it has ended"
             assert failure is None, f"rank {rank} failed:\n{failure}"
             del waiting[rank]
     return [answers[rank] for rank in range(len(pipes))]
@@ -67,4 +75,9 @@ def _rank(
         answer = (function(*arguments), None)
     except BaseException:
         answer = (None, traceback.format_exc())
+    _send(pipe, answer)
+
+
+def _send(pipe: Connection, answer: tuple[Any, str | None]) -> None:
+    """Where tools/recording writes down what this process did, which is killed next."""
     pipe.send(answer)

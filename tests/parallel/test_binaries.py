@@ -57,6 +57,14 @@ def test_nothing_goes_while_another_run_may_be_writing(binary: Path) -> None:
     assert (binary.parent / "being-written.so").exists()
 
 
+def test_no_link_is_made_into_a_file(tmp_path: Path) -> None:
+    """The usual cache lies where anybody may write."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "colossus.lock").symlink_to(tmp_path / "elsewhere")
+    assert drop_torn_binaries(tmp_path / "cache") == []
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_a_cache_that_cannot_be_made_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert drop_torn_binaries(tmp_path / "file" / "cache") == []

@@ -200,12 +200,12 @@ def test_one_of_200_000_ranks_makes_few_meshes(
     monkeypatch.setattr(DeviceMesh, "__init__", count)
     layout = Layout(**axes, recompute="full", micro_batch=1).filled()
     assert layout.num_ranks == 200_000
-    start = time.perf_counter()
+    start = time.process_time()
     with fake_world(layout.num_ranks, 133_338):
         job = job_of(layout, preset, **sizes)
         meshes = Meshes.build(layout, "cpu", experts=job.model.experts is not None, rank=133_338)
         model = build(job, World(133_338, 200_000, torch.device("meta"), meshes, layout))
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         parameters = list(model.parameters())
         assert all(isinstance(p, DTensor) and p.is_meta for p in parameters)
         assert len(made) <= 15

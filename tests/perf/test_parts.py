@@ -16,7 +16,7 @@ from colossus.models import Decoder, build
 from colossus.models.rope import rotations
 from colossus.models.sight import sight
 from colossus.perf.flops import saved_bytes_per_token
-from colossus.perf.parts import FUSED, Kernel, executed_keys, kernel_of, layer_kinds, model_keys, parts
+from colossus.perf.parts import FUSED, ROWS, Kernel, executed_keys, kernel_of, layer_kinds, model_keys, parts
 from tests.models.reference import architecture, random_tokens
 from tests.perf.tiny import PRESETS, tiny
 
@@ -99,7 +99,22 @@ def test_saved_bytes_are_those_that_autograd_keeps(preset: str, length: int, typ
     assert kept_bytes(model, tokens_BT) / tokens_BT.numel() - once == pytest.approx(ours, rel=tolerance)
 
 
-def kept_bytes(model: Decoder, tokens_BT: torch.Tensor) -> int:
+def test_a_z_loss_of_routers_keeps_what_autograd_keeps_for_it() -> None:
+    """The logits of each token, and their sum of exponentials: 5 layers, 8 experts, fp32."""
+    settings = tiny("mixtral-8x7b").experts
+    assert settings is not None
+    ours, theirs = [], []
+    for z_loss in (0.0, 1e-3):
+        experts = settings.model_copy(update={"z_loss": z_loss, "balance_loss": 0.0})
+        arch = tiny("mixtral-8x7b").model_copy(update={"experts": experts})
+        tokens_BT = random_tokens(arch, 2, 17)
+        ours.append(sum(part.repeat * part.saved_bytes for part in parts(arch, 17)))
+        theirs.append(kept_bytes(build(arch, seed=0), tokens_BT, torch.full((2,), 1 / 34)) / 34)
+    assert ours[1] - ours[0] == 5 * 4 * (8 + 1)
+    assert theirs[1] - theirs[0] == pytest.approx(5 * 4 * (8 + 1), rel=0.01)
+
+
+def kept_bytes(model: Decoder, tokens_BT: torch.Tensor, token_share: torch.Tensor | None = None) -> int:
     """Of all storages that the backward pass waits for, but for weights and their casts."""
     tensors = [*model.parameters(), *model.buffers()]
     weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}
@@ -113,7 +128,7 @@ def kept_bytes(model: Decoder, tokens_BT: torch.Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.hidden(tokens_BT)
+        model.hidden(tokens_BT, token_share=token_share)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -155,3 +170,52 @@ def test_what_the_compiler_saves_of_a_layer() -> None:
         if part.kind is not None
     )
     assert sum(saved.values()) == want
+
+
+@pytest.mark.parametrize("preset", ["gpt-oss-20b", "grok-2", "mistral-7b-v0.1"])
+def test_on_a_gpu_long_sequences_keep_no_shares_whatever_their_scores(preset: str) -> None:
+    """Of few tokens special scores are plain products; so they are of heads that no kernel takes."""
+    arch = tiny(preset, head_dim=16)
+    special = preset != "mistral-7b-v0.1"
+    assert kernel_of(arch, 1025, "cuda") == FUSED
+    for length, device, model in ((1024, "cuda", arch), (1025, "cpu", arch), (1025, "cuda", tiny(preset))):
+        assert kernel_of(model, length, device) == (Kernel(rows=ROWS) if special else FUSED)
+
+
+def test_sinks_keep_what_they_leave_of_each_head() -> None:
+    """Beside a fused kernel's output and sums in fp32: the output that is left, and what share of it in fp32
+    and in bf16."""
+    with_sinks, without = tiny("gpt-oss-20b"), tiny("gpt-oss-20b", attention_sinks=False)
+    values = [
+        next(p for p in parts(arch, 2048, kernel=FUSED, type_bytes=2) if p.name == "attention.values")
+        for arch in (with_sinks, without)
+    ]
+    assert values[1].saved_bytes == 4 * (8 * 2 + 4)
+    assert values[0].saved_bytes - values[1].saved_bytes == 4 * (8 * 2 + 4 + 2)
+
+
+def test_what_a_layer_and_the_head_write_of_a_token() -> None:
+    """Llama in bf16: width 32, 4 heads of 8, 2 of keys and values, 48 in the middle, 61 tokens; 16 keys."""
+    written = {p.name: p.written_bytes for p in parts(tiny("llama3.1-8b"), 16, type_bytes=2)}
+    norm = 4 * (32 + 32 + 1) + 2 * 32  # in fp32: what comes in, what is scaled, the root; and the output
+    scores = 2 * (3 * 32 + 4 * 16 + 4 * 16)  # copies of queries, keys, values for 4 heads; scores; shares
+    assert written == {
+        "embedding": 2 * 32,
+        "attention_norm": norm,
+        "attention.wq": 2 * 32,
+        "attention.wk": 2 * 16,
+        "attention.wv": 2 * 16,
+        "attention.rotary": 2 * (32 + 16),
+        "attention.scores": scores,
+        "attention.values": 2 * 32,
+        "attention.wo": 2 * 32,
+        "attention_residual": 2 * 32,
+        "mlp_norm": norm,
+        "mlp.w_gate": 2 * 48,
+        "mlp.w_up": 2 * 48,
+        "mlp.gated": 2 * (48 + 48),
+        "mlp.w_down": 2 * 32,
+        "mlp_residual": 2 * 32,
+        "norm": norm,
+        "head": 2 * (61 + 32),  # logits, and the gradient of its input, which the chunked loss makes at once
+    }

@@ -8,6 +8,7 @@ import pytest
 from colossus.hardware.catalogue import accelerator, table
 from colossus.hardware.fleets import hardware_of
 from colossus.perf import communication as comm
+from colossus.perf.corrections import Corrections
 from colossus.perf.ledger import Ledger, Row
 from colossus.perf.price import Pricer, fitted, product_share
 from colossus.perf.software import MEGATRON_CORE, OURS
@@ -98,3 +99,19 @@ def test_an_h200_is_quicker_where_memory_binds_alone():
     )
     assert first[0] / second[0] == pytest.approx(4.15 / 2.97, rel=1e-3)
     assert first[1] / second[1] == pytest.approx(1.0, rel=1e-3)
+
+
+def test_what_is_computed_again_takes_as_long_as_the_first_time():
+    """Also where the passes were measured apart: forward 3 times the formula, backward half of it."""
+    shape = (4096.0, 1024.0, 2048.0, 1.0)
+    ratios = {
+        ("product", "", "bf16", "forward"): [(shape, 3.0)],
+        ("product", "", "bf16", "backward"): [(shape, 0.5)],
+    }
+    plain, measured = Pricer.of(H100, OURS), Pricer.of(H100, OURS, Corrections.of(ratios))
+    rows = [
+        Row("x", phase, "layer", "product", m=shape[0], n=shape[1], k=shape[2])
+        for phase in ("forward", "recompute", "backward")
+    ]
+    by_formula, found = (pricer.seconds(Ledger.of(rows))[:, 0] for pricer in (plain, measured))
+    assert found / by_formula == pytest.approx([3.0, 3.0, 0.5])

@@ -2,14 +2,15 @@
 
 import pytest
 
-from colossus.perf.schedule import bubble, in_flight, orders, stages_of, timeline
+from colossus.layout import RULES
+from colossus.perf.schedule import _held, bubble, in_flight, orders, pipeline_seconds, stages_of, timeline
 
 SCHEDULES = {
     "gpipe": (1, [(2, 4), (4, 4)]),
     "1f1b": (1, [(2, 4), (4, 8), (4, 6)]),
     "interleaved_1f1b": (2, [(2, 4), (4, 8), (4, 16)]),
     "interleaved_zero_bubble": (2, [(2, 4), (4, 8), (4, 16)]),
-    "zbv_zero_bubble": (2, [(2, 4), (4, 8), (4, 12)]),
+    "zbv_zero_bubble": (2, [(2, 2), (2, 4), (4, 4), (4, 6), (4, 8), (4, 12)]),
     "dualpipe_v": (2, [(2, 4), (4, 8), (4, 12)]),
 }
 CASES = [(name, per, pp, m) for name, (per, sizes) in SCHEDULES.items() for pp, m in sizes]
@@ -82,6 +83,39 @@ def test_a_long_step_waits_as_long_as_a_few_rounds(name):
     whole = timeline(name, pp, per_rank, m, [1.0] * stages, [1.1] * stages, [0.8] * stages)
     exact = whole.seconds - whole.busy.max()
     assert bubble(name, pp, per_rank, m, 1.0, 1.1, 0.8) == pytest.approx(exact, rel=0.02, abs=0.11)
+
+
+def legal(name, pp, per_rank, micro_batches):
+    """Whether the rules of layouts allow so many micro-batches."""
+    row = {
+        "pp": pp, "schedule": name, "stages_per_rank": per_rank, "micro_batch": 1,
+        "dp_replicate": 1, "dp_shard": 1, "global_batch": micro_batches,
+    }  # fmt: skip
+    return all(rule.holds(row) for rule in RULES if rule.name in ("pp-micro-batches", "pp-rounds"))
+
+
+@pytest.mark.parametrize("pp", range(2, 10))
+@pytest.mark.parametrize(
+    ("name", "per_rank"),
+    [
+        (n, per)
+        for n, (least, _) in SCHEDULES.items()
+        for per in ((2, 3, 4) if n[:5] == "inter" else (least,))
+    ],
+)
+def test_a_few_rounds_stand_for_every_legal_number_of_micro_batches(name, per_rank, pp):
+    stages, found = pp * per_rank, 0
+    for m in (m for m in range(1, 61) if legal(name, pp, per_rank, m)):
+        if m % 6 and m > 36:  # the longest take longest
+            continue
+        found += 1
+        seconds = [[1.0] * stages, [1.3] * stages, [0.8] * stages]
+        whole = timeline(name, pp, per_rank, m, *seconds)
+        assert pipeline_seconds(name, pp, per_rank, m, *seconds) == pytest.approx(whole.seconds, rel=1e-9)
+        waits = whole.seconds - whole.busy.max()
+        assert bubble(name, pp, per_rank, m, 1.0, 1.3, 0.8) == pytest.approx(waits, abs=1e-6)
+        assert tuple(in_flight(name, pp, per_rank, m)) == _held(name, pp, per_rank, m)
+    assert found > 10
 
 
 def test_activations_in_flight():

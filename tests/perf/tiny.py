@@ -9,13 +9,14 @@ from colossus.job import load_job
 
 PRESETS = (
     "gpt2-124m", "llama3.1-8b", "mistral-7b-v0.1", "mixtral-8x7b", "qwen3-8b", "qwen3-30b-a3b", "olmo2-7b",
-    "gpt-oss-20b", "deepseek-v3", "kimi-k2", "glm-4.5", "grok-1", "grok-2",
+    "gpt-oss-20b", "deepseek-v3", "deepseek-v3, straight queries", "kimi-k2", "glm-4.5", "grok-1", "grok-2",
 )  # fmt: skip
 
 
 @cache
 def tiny(preset: str, **changed: object) -> Architecture:
     """`preset` with all its parts, small: 5 layers of width 32."""
+    preset, _, straight = preset.partition(", ")
     arch = load_job(None, [f"model={preset}"]).model
     small: dict[str, object] = {
         "vocab_size": 61,
@@ -33,7 +34,8 @@ def tiny(preset: str, **changed: object) -> Architecture:
     if arch.window is not None:
         small["window"] = 5
     if arch.latent is not None:
-        small["latent"] = {"q_rank": 16, "kv_rank": 12, "nope_dim": 4, "rope_dim": 4, "v_dim": 6}
+        latent = {"kv_rank": 12, "nope_dim": 4, "rope_dim": 4, "v_dim": 6}
+        small["latent"] = latent if straight else latent | {"q_rank": 16}
     if arch.experts is not None:
         sizes: dict[str, object] = {"num_experts": 8, "per_token": 2, "intermediate_size": 24}
         if arch.experts.num_groups > 1:

@@ -7,7 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from colossus.hardware.fleets import hardware_of
 from colossus.planner.goodput import goodput, spare_nodes
+from colossus.sections import Fleet
 from tests.planner.problems import hardware
 
 
@@ -62,3 +64,25 @@ def test_spares_cover_the_mean_in_repair_and_three_deviations():
 def test_more_accelerators_fail_more():
     shares = [goodput(hardware(n), n, 6.5).share for n in (1024, 16384, 100000)]
     assert shares == sorted(shares, reverse=True)
+
+
+def test_racks_fail_as_often_as_their_accelerators_do_in_servers_of_8():
+    """One rate per 1,000 days of a server of 8 holds for any way to put the same accelerators together."""
+    eights = goodput(hardware(14400, node_size=8), 14400, 3.8)
+    assert eights.failures_per_day == pytest.approx(14400 / 8 * 3.8 / 1000)
+    for size in (4, 16, 72):
+        made = goodput(hardware(14400, node_size=size), 14400, 3.8)
+        assert made.failures_per_day == pytest.approx(eights.failures_per_day)
+        assert made.share == pytest.approx(eights.share)
+
+
+def test_a_part_of_a_server_fails_as_the_whole():
+    assert goodput(hardware(8), 3, 3.8).failures_per_day == pytest.approx(3.8 / 1000)
+    assert goodput(hardware(72, node_size=72), 9, 3.8).failures_per_day == pytest.approx(2 * 3.8 / 1000)
+
+
+def test_a_fleet_of_racks_says_how_often_they_fail():
+    racks = hardware_of(Fleet(accelerator="gb200", count=144))
+    assert racks.node_size == 72
+    assert any("72 fail 9 times as often as a server of 8" in words for words in racks.assumptions)
+    assert not any("times as often" in words for words in hardware().assumptions)

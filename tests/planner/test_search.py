@@ -20,11 +20,13 @@ from colossus.layout import (
     model_row,
     violations,
 )
+from colossus.planner.choice import exact_pipeline
 from colossus.planner.columns import Layouts
 from colossus.planner.estimate import estimate
 from colossus.planner.memory import memory
-from colossus.planner.search import Limits, NothingFits, _pricer, exact_pipeline, refined, search
-from colossus.planner.space import MICRO_BATCHES, layouts_of
+from colossus.planner.pools import _shares, _Way
+from colossus.planner.search import Limits, NothingFits, refined, search, smallest_fleet
+from colossus.planner.space import MOST_MICRO_BATCH, layouts_of
 from tests.perf.tiny import tiny
 from tests.planner.problems import hardware, problem
 
@@ -34,10 +36,10 @@ def everything(made, compiled):
     count, arch = made.pricer.hardware.count, made.arch
     sizes = range(1, count + 1)
     rows = []
-    for tp, cp, pp, replicate, shard in product(sizes, (1, 2, 4, 8), sizes, sizes, sizes):
+    for tp, cp, pp, replicate, shard in product(sizes, repeat=5):
         if tp * cp * pp * replicate * shard > count:
             continue
-        for schedule, chunks, micro in product(SCHEDULES, range(1, 17), MICRO_BATCHES):
+        for schedule, chunks, micro in product(SCHEDULES, range(1, 17), range(1, MOST_MICRO_BATCH + 1)):
             if (
                 (schedule in ZERO_BUBBLE) == compiled
                 or schedule == "gpipe"
@@ -64,7 +66,7 @@ def test_on_a_small_fleet_the_search_is_exhaustive(count):
     found = search(made, Limits({}))
     best = []
     for compiled in (True, False):
-        mine = replace(made, pricer=_pricer(made, compiled))
+        mine = made.as_ours(compiled)
         layouts = everything(mine, compiled)
         if len(layouts):
             seconds = estimate(mine, layouts).seconds
@@ -110,6 +112,31 @@ def test_a_model_that_fits_nowhere_names_the_smallest_fleet():
 def test_seven_accelerators_are_a_fleet_too():
     choice = search(problem("llama3.2-1b", count=7, batch=32), Limits({})).choices[0]
     assert choice.ranks in (6, 7)
+
+
+def test_replicas_of_unequal_pools_share_a_batch_so_that_the_last_ends_as_early_as_can_be():
+    """Against every way to feed up to 3 replicas of 1 sequence a second and 2 of 2.4, four at once."""
+    ways = [
+        _Way(problem(), Layouts.of([{}]), 3, 1.0),
+        _Way(problem(), Layouts.of([{"micro_batch": 4}]), 2, 2.4),
+    ]
+    for batch in (8, 23, 60, 97):
+        (replicas, shares), *_ = _shares(ways, batch, None)
+        assert np.dot(replicas, shares) == batch
+        best = min(
+            max(slow / 1.0, -(-quick // 4) * 4 / 2.4)
+            for m, n, slow, quick in product(range(1, 4), range(1, 3), range(1, batch), range(1, batch))
+            if m * slow + n * quick == batch
+        )
+        assert max(way.seconds(n) for way, n in zip(ways, shares, strict=True)) == pytest.approx(best)
+
+
+def test_the_smallest_fleet_holds_the_model_and_one_fewer_does_not():
+    """9.6B parameters take 16 bytes each, so 2 of 79 GiB hold them; 22B take 5."""
+    made = problem("llama3.1-8b", seq_len=128, batch=8)
+    for layers, fewest in ((39, 2), (96, 5)):
+        deep = replace(made, arch=made.arch.model_copy(update={"num_layers": layers}))
+        assert smallest_fleet(deep) == fewest
 
 
 def test_pools_take_sequences_by_their_speed_and_end_together():

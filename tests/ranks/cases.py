@@ -190,10 +190,11 @@ def _step(case: Case, job: Job, world: World, state: TrainState, step: int, resu
     if step == 0:
         result.gradients = _boxes(state, lambda parameter: parameter.grad)
     norm = clip_gradients(state.model, job.optimizer.grad_clip, world)
-    total, *loads = world.sum([float(loss) * (world.place.tp == 0), *state.balance.take()])
+    told = torch.cat([(loss * (world.place.tp == 0)).view(1), state.balance.take()])
+    total, *loads = world.begin_sum(told).wait()
     state.optimizer.step(1.0)
     state.optimizer.zero_grad()
-    state.balance.update(loads, move=True)
+    state.balance.update(torch.tensor(loads, dtype=torch.float64), move=True)
     result.loads.append(loads)
     result.losses.append(total / num_targets)
     result.grad_norms.append(float(norm))

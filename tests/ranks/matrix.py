@@ -64,6 +64,7 @@ PAIRS = [
     Case.of(tp=2, pp=2, ep=2, **OF_MANY),
     Case.of(pp=2, cp=2, ep=2, **EXPERTS),
     Case.of(tp=2, cp=2, ep=2, cp_method="ulysses", **OF_MANY),
+    Case.of(tp=2, cp=2, preset="deepseek-v3, straight queries"),
 ]  # fmt: skip
 
 

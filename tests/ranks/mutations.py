@@ -144,9 +144,8 @@ def _() -> Patches:
 def _() -> Patches:
     compute = colossus.models.loss._loss_and_gradient
 
-    def rounded(logits: torch.Tensor, targets: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, grad = compute(logits.bfloat16(), targets, *more)
-        return loss.float(), grad.float()
+    def rounded(logits: torch.Tensor, targets: torch.Tensor, *more: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(found.float() for found in compute(logits.bfloat16(), targets, *more))
 
     yield replaced(colossus.models.loss, "_loss_and_gradient", rounded)
 
@@ -372,10 +371,10 @@ def _() -> Patches:
         seen.setdefault(id(self), []).append(routes.load)
         return routes
 
-    def taken(self: Balance) -> list[float]:
+    def taken(self: Balance) -> torch.Tensor:
         take(self)
         loads = [torch.stack(seen.pop(id(router))).double().sum(0) for router in self._routers.values()]
-        return torch.stack(loads).flatten().tolist()
+        return torch.stack(loads).flatten()
 
     yield replaced(Router, "forward", counting)
     yield replaced(Balance, "take", taken)
@@ -385,7 +384,7 @@ def _() -> Patches:
 def _() -> Patches:
     update, take = Balance.update, Balance.take
 
-    def remembered(self: Balance) -> list[float]:
+    def remembered(self: Balance) -> torch.Tensor:
         self.own = take(self)  # type: ignore[attr-defined]
         return self.own  # type: ignore[attr-defined]
 

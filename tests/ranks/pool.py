@@ -64,6 +64,7 @@ class Pool:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
+        shared["PYTEST_CURRENT_TEST"] = os.environ.get("PYTEST_CURRENT_TEST", "")  # for tools/recording
         pipes = [pipe for _, pipe in self._members[:size]]
         for rank, pipe in enumerate(pipes):
             _send(pipe, (shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, function, arguments))

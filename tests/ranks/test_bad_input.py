@@ -35,7 +35,7 @@ def job(tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (["layout.tp=3"], "layout.tp=3: must divide the 4 attention heads; 2 or 4"),
+        (["layout.tp=3"], "layout.tp=3: must divide the 4 attention heads; 2"),
         (["layout.dp_shard=2", "layout.ep=2"], "layout.ep=2: the model has no experts; 1"),
     ],
 )

@@ -39,6 +39,9 @@ ALLOWED = {
     "measure__machine": "import torch\nfrom colossus.job import Job\n",
     "trainer__loop": "import torch.nn as nn\nfrom colossus import job\nfrom colossus.trainer import step\n",
     "trainer__step": "from colossus.measure import machine\n",
+    "data__types": "class T: pass\n",
+    "data__open": "from colossus.data.types import T\nfrom colossus.data.files import read\n",
+    "data__files": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import colossus.data.open\n",
     "data__loader": "def tensor():\n    import torch\n    return torch.ones(1)\n",
     "architecture": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n",
 }
@@ -70,7 +73,19 @@ def test_what_is_allowed_is_not_reported(floors: ModuleType, tmp_path: Path) -> 
         ({"job": "from ..torch import x\n"}, "colossus/job.py:1: relative import"),
         ({"cellar__x": ""}, "room 'cellar' is on no floor"),
         (
-            {"optim__a": "from colossus.models import m\n", "models__m": "from colossus.optim import a\n"},
+            {"data__a": "from colossus.data.b import x\n", "data__b": "from colossus.data import a\n"},
+            "files import each other: colossus.data.a -> colossus.data.b -> colossus.data.a",
+        ),
+        (
+            {
+                "data__a": "def f():\n    from colossus.data import b\n",
+                "data__b": "import colossus.data.c\n",
+                "data__c": "from colossus.data.a import x\n",
+            },
+            "files import each other: colossus.data.a -> colossus.data.b -> colossus.data.c",
+        ),
+        (
+            {"optim__a": "from colossus.models import m\n", "models__m": "from colossus.optim import b\n"},
             "rooms of one floor form a cycle: models -> optim -> models",
         ),
         (

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from colossus import api
 from colossus.job import Job, load_job
+from tests.trainer.running import kept_machine
 
 SMALL = [
     "data.tokenizer=bytes",
@@ -31,6 +33,32 @@ SMALL = [
     "optimizer.warmup_steps=2",
     "optimizer.lr=0.003",
 ]
+
+
+class Reached(BaseException):
+    """A signal that nothing caught before."""
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """For a test that sends signals to pytest: one that isn't caught fails the test, no more."""
+
+    def fail(number: int, frame: object) -> None:
+        raise Reached(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, fail) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_machine() -> Iterator[None]:
+    """This process and the ranks that it starts know the machine from one table: kernels that were timed
+    apart may differ, and with them the bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLOSSUS_CACHE", kept_machine())
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ import torch
 from colossus import api
 from colossus.checkpoints.load import newest_whole
 from colossus.job import Job
-from colossus.measure.machine import _table, this_machine
+from colossus.measure.machine import table_path, this_machine
 from colossus.parallel.program import decoders
 from colossus.trainer.hooks import Hook
 from colossus.trainer.run import Run
@@ -48,13 +48,14 @@ _processes.set_forkserver_preload(
 
 
 class StopAt(Hook):
-    """Asks for the end after so many steps, as a scheduler would; it can be pickled to every rank."""
+    """Ends the run after so many steps, as a scheduler would; it can be pickled to every rank. Several ranks
+    take one step more after the one in which they are asked."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
     def after_step(self, training: Training, result: StepResult) -> None:
-        if training.step == self.step:
+        if training.step == self.step - (training.world.size > 1):
             training.ask_to_stop("asked")
 
 
@@ -130,18 +131,21 @@ def start(job: Job, hooks: Sequence[Hook] = (), follow: Path | None = None) -> l
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = job.layout.num_ranks
+    environment = {"COLOSSUS_CACHE": kept_machine()}
+    environment["PYTEST_CURRENT_TEST"] = os.environ.get("PYTEST_CURRENT_TEST", "")  # for tools/recording
     started: list[BaseProcess] = [
-        _processes.Process(target=_rank, args=(job, list(hooks), follow, rank, port, kept_machine()))
-        for rank in range(ranks)
+        _processes.Process(target=_rank, args=(job, list(hooks), follow, rank, port, environment))
+        for rank in range(job.layout.num_ranks)
     ]
     for process in started:
         process.start()
     return started
 
 
-def _rank(job: Job, hooks: list[Hook], follow: Path | None, rank: int, port: int, cache: str) -> None:
-    os.environ |= {"COLOSSUS_CACHE": cache}
+def _rank(
+    job: Job, hooks: list[Hook], follow: Path | None, rank: int, port: int, environment: dict[str, str]
+) -> None:
+    os.environ |= environment
     if job.layout.num_ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.layout.num_ranks)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -153,7 +157,7 @@ def kept_machine() -> str:
     """A cache folder with the table of this machine, so that no process of a test measures it again."""
     folder = Path(tempfile.mkdtemp(prefix="colossus-cache-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = folder / "machines" / _table().name
+    path = folder / "machines" / table_path().name
     path.parent.mkdir()
     path.write_text(dataclasses.replace(this_machine(), quiet=True).to_json())
     return str(folder)
@@ -176,8 +180,15 @@ def state_of(job: Job) -> tuple[int, dict[Any, torch.Tensor]]:
     return checkpoint.step, {key: checkpoint.read(*key) for key in checkpoint.names()}
 
 
+def _kernels(job: Job) -> dict[str, Any]:
+    """What was chosen before the first step, of which the bits depend."""
+    first = next(e["value"] for e in run_of(job).events("decision") if e["name"] == "machine")
+    return {name: first.get(name) for name in ("type", "threads", "attention", "equal_groups")}
+
+
 def assert_bitwise_equal(one: Job, other: Job) -> None:
     """Every loss that was logged, and all that the last checkpoint holds."""
+    assert _kernels(one) == _kernels(other)
     losses, others = run_of(one).loss, run_of(other).loss
     assert losses and losses == others
     (step, tensors), (other_step, expected) = state_of(one), state_of(other)

@@ -22,7 +22,7 @@ from colossus.models.experts import MoE
 from colossus.parallel.data import shard
 from colossus.parallel.recompute import recompute_layers
 from colossus.parallel.world import World
-from colossus.trainer.balance import Balance
+from colossus.trainer.balance import Balance, ExpertLoads
 from colossus.trainer.state import TrainState
 from colossus.trainer.step import StepResult, train_step
 from tests.models.reference import architecture
@@ -94,10 +94,10 @@ def stepped(
     found: Results = {}
     update = state.optimizer.step
 
-    def kept(lr_factor: float) -> None:
+    def kept(lr_factor: float, taken: torch.Tensor) -> None:
         for name, parameter in state.model.named_parameters():
             found[f"{name}, gradient"] = whole(parameter.grad)
-        update(lr_factor)
+        update(lr_factor, taken)
 
     state.optimizer.step = kept  # type: ignore[method-assign]
     for step in range(STEPS):
@@ -140,9 +140,13 @@ def test_how_a_batch_is_cut_changes_nothing(method: str) -> None:
 
 def in_a_rank(
     layout: dict[str, int], recompute: bool, methods: list[str]
-) -> dict[str, tuple[Results, StepResult]]:
+) -> dict[str, tuple[Results, ExpertLoads | None]]:
+    found = {}
     with World.join(Layout.model_validate(layout), "cpu") as world:
-        return {method: stepped(method, 2, world, recompute) for method in methods}
+        for method in methods:
+            results, step = stepped(method, 2, world, recompute)
+            found[method] = results, step.experts
+    return found
 
 
 @pytest.mark.parametrize(
@@ -159,10 +163,10 @@ def test_two_ranks_equal_one(layout: dict[str, int], recompute: bool, methods: l
     for method in methods:
         expected, result = stepped(method, 8, ALONE)
         for answer in answers:
-            found, other = answer[method]
+            found, loads = answer[method]
             assert_same(found, expected, 1e-9)
-            assert other.experts is not None and result.experts is not None
-            assert other.experts.expert_load == result.experts.expert_load
+            assert loads is not None and result.experts is not None
+            assert loads.expert_load == result.experts.expert_load
 
 
 def routers(state: TrainState) -> list[torch.nn.Module]:
@@ -175,11 +179,15 @@ def test_buffers_follow_the_visits() -> None:
     state = exact_state(job, ALONE)
     visits = [[10.0, 20.0, 30.0, 40.0, 0.0], [20.0, 20.0, 20.0, 20.0, 20.0]]
     entropies = [50 * math.log(5), 25 * math.log(5)]
-    loads = [value for row, e in zip(visits, entropies, strict=True) for value in (*row, e)]
-    said = state.balance.update(loads, move=True)
+    terms = [[0.25, 0.5], [0.0, 1.0]]
+    rows = [[*row, e, *t] for row, e, t in zip(visits, entropies, terms, strict=True)]
+    loads = torch.tensor(rows, dtype=torch.float64).flatten()
+    state.balance.update(loads, move=True)
+    said = state.balance.told(loads.tolist())
     assert said is not None
     assert (said.expert_load, said.expert_load_mean, said.dropped_visits) == (2.0, 1.5, 0)
     assert said.router_entropy == pytest.approx(0.75)  # of 50 tokens' two visits
+    assert (said.balance_loss, said.router_z_loss) == (0.25, 1.5)
     biases = [router.selection_bias.tolist() for router in routers(state)]  # type: ignore[union-attr]
     assert biases == [pytest.approx([0.03, 0, -0.03, -0.03, 0.03]), [0.0] * 5]
     state.balance.update(loads, move=False)
@@ -193,7 +201,7 @@ def test_buffers_follow_the_visits() -> None:
 
 def test_a_model_without_experts_has_nothing_to_balance() -> None:
     balance = Balance(Decoder(architecture()))
-    assert balance.take() == [] and balance.update([], move=True) is None
+    assert balance.take().tolist() == [] and balance.told([]) is None
 
 
 @pytest.mark.parametrize("method", ["batch", "bias"])

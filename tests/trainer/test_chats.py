@@ -21,6 +21,8 @@ from colossus.data.prepare import prepare_data
 from colossus.data.shards import ShardedTokens
 from colossus.data.sources import TrainingData
 from colossus.job import Job
+from colossus.monitor.summary import summary
+from colossus.trainer.run import Run
 from tests.trainer.test_step import exact_state, step
 
 Make = Callable[..., Job]
@@ -150,3 +152,24 @@ def test_a_run_on_chats(small_job: Make, chats: Path) -> None:
     assert validation["bits_per_byte"] == pytest.approx(bits, rel=1e-9)
     kept = Path(job.run.folder) / "tokenizer" / "chat_template.jinja"
     assert kept.is_file()  # a model must be asked as it was taught
+
+
+def test_the_sample_answers_a_held_out_question(small_job: Make, chats: Path) -> None:
+    """In the template, up to where the answer begins; a prompt that is asked for is continued as it is."""
+    job, data, _ = ready(small_job, chats, "run.steps=2")
+    api.train(job)
+    (sample,) = Run(Path(job.run.folder)).events("sample")
+    records = [json.loads(line)["messages"] for line in chats.read_text().splitlines()]
+    held_out = set(documents_of(data.validation[0]))
+    questions = []
+    for messages in records:
+        tokens = by_hand(messages)
+        if tuple(token for token, _ in tokens) in held_out:
+            first = next(i for i, (_, learned) in enumerate(tokens) if learned)
+            questions.append(bytes(token for token, _ in tokens[:first] if token < 256).decode())
+    assert sample["prompt"] in questions and sample["prompt"].endswith("assistant\n")
+    assert f"colossus generate {job.run.folder} --chat" in summary(job.run.folder)
+    asked = job.put({"run.prompt": "Once", "run.folder": job.run.folder + "-2"}, "argument")
+    api.train(asked)
+    assert Run(Path(asked.run.folder)).events("sample")[0]["prompt"] == "Once"
+    assert f"colossus generate {asked.run.folder} Once" in summary(asked.run.folder)

@@ -12,6 +12,7 @@ import torch
 from colossus.events import EventLog
 from colossus.job import Job
 from colossus.parallel.world import World
+from colossus.trainer import training as training_module
 from colossus.trainer.decisions import CLOCK_FOLLOWS, Decision, Decisions, to_follow
 from colossus.trainer.training import _settle_machine
 
@@ -116,3 +117,18 @@ def test_what_was_derived_gives_way_to_what_was_decided(small_job: Make, origin:
     settle(job, decisions, 0)
     again = job.put({"run.threads": 3}, origin)
     assert settle(again, decisions, 4).run.threads == (1 if origin == "derived" else 3)
+
+
+def test_the_kernel_of_attention_is_decided_once(small_job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes bits, so that a run keeps it, whatever is timed later."""
+    monkeypatch.setattr(training_module, "fused_is_quicker", lambda *_: True)
+    job, decisions = small_job("run"), Decisions()
+    settle(job, decisions, 0)
+    monkeypatch.setattr(training_module, "fused_is_quicker", lambda *_: False)
+    settle(job, decisions, 4)
+    assert [d.value["attention"] for d in decisions] == ["fused"]
+    assert [d.value["equal_groups"] for d in decisions] == [False]  # there are no experts
+    older = Decision("machine", {k: v for k, v in next(iter(decisions)).value.items() if k != "attention"}, 0)
+    decisions = Decisions([older])
+    settle(job, decisions, 4)
+    assert list(decisions) == [older]  # which means plain products

@@ -15,18 +15,12 @@ from colossus.events import number
 from colossus.job import Job
 from colossus.monitor import phrases
 from colossus.trainer.hooks.evaluate import EvaluateHook
-from tests.trainer.running import kept_machine
 from tests.trainer.test_hooks import Act
 
 Make = Callable[..., Job]
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="needs the extra: pip install 'colossus-train[eval]'"
 )
-
-
-@pytest.fixture(autouse=True)
-def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLOSSUS_CACHE", kept_machine())
 
 
 @pytest.fixture

@@ -13,12 +13,14 @@ import pytest
 
 from colossus import api
 from colossus.checkpoints.find import latest_verified
+from colossus.checkpoints.load import open_checkpoint
+from colossus.data.prepare import prepare_data
 from colossus.errors import MachineError, UserError
 from colossus.job import Job
 from colossus.trainer.hooks import Hook
 from colossus.trainer.hooks.guard import PATIENCE
 from colossus.trainer.training import Training
-from tests.trainer.running import Kill, assert_bitwise_equal, run_of, train_in_processes
+from tests.trainer.running import Kill, assert_bitwise_equal, run_of, state_of, train_in_processes
 
 Make = Callable[..., Job]
 
@@ -49,7 +51,7 @@ class Fill(Hook):
 
 
 @pytest.mark.parametrize(
-    ("left", "message"), [(65536, "cannot save step 8"), (0, "events.jsonl: cannot be wr")]
+    ("left", "message"), [(65536, "cannot save step 12"), (0, "events.jsonl: cannot be wr")]
 )
 def test_a_disk_that_is_full(left: int, message: str, small_job: Make, small_disk: Path) -> None:
     """For a save, or for the next lines of the log; what was saved is whole, and the run goes on."""
@@ -91,10 +93,30 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert train_in_processes(job, [Kill("before", 10)]) == [-9]
     damage(Path(job.run.folder) / "checkpoints" / "step-00000008" / "pieces-00000.safetensors", how)
     assert api.train(job).outcome == "finished"
-    assert [e["step"] for e in run_of(job).events("resume")] == [4]
+    assert [e["step"] for e in run_of(job).events("resume")] == [6]
     (said,) = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
     assert said.startswith("skipped a damaged checkpoint: ") and "step-00000008" in said and "\n" not in said
     assert run_of(job).loss == run_of(whole).loss
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_part_that_one_rank_alone_reads_is_damaged(rank: int, small_job: Make) -> None:
+    """All ranks fall back together, and take the steps that they would have taken."""
+    settings = ["layout.dp_shard=2", "checkpoint.keep=1"]
+    whole, job = small_job("whole", *settings), small_job("run", *settings, "checkpoint.keep=3")
+    assert train_in_processes(whole) == [0, 0]
+    assert -9 in train_in_processes(job, [Kill("before", 10)])
+    folder = Path(job.run.folder) / "checkpoints"
+    newest = open_checkpoint(folder / "step-00000008")
+    parts = newest.manifest.tensors["embedding.weight", "weight"].pieces
+    assert [p.file for p in parts] == ["pieces-00000.safetensors", "pieces-00001.safetensors"]
+    piece = parts[rank]
+    data = bytearray((newest.path / piece.file).read_bytes())
+    data[piece.begin + 5] ^= 1
+    (newest.path / piece.file).write_bytes(data)
+    assert train_in_processes(job) == [0, 0]
+    assert [e["step"] for e in run_of(job).events("resume")] == [6]  # where the rate begins to fall
+    assert_bitwise_equal(job, whole)
 
 
 def test_no_checkpoint_is_whole(small_job: Make) -> None:
@@ -117,6 +139,35 @@ def test_shards_that_changed_under_a_run(small_job: Make, tmp_path: Path, corpus
     (texts / "new.txt").write_text("more words " * 200)
     with pytest.raises(UserError, match=r"the shards of .*texts changed since this run began"):
         api.train(job)
+
+
+def flip_last(path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    "file", ["train-*.bin", "train-*.starts", "validation-*.bin", "validation.documents"]
+)
+def test_a_shard_whose_bytes_changed_is_seen_before_the_first_step(
+    file: str, small_job: Make, tmp_path: Path
+) -> None:
+    job = small_job("run", f"data.folder={tmp_path / 'own'}")
+    prepare_data(job)
+    path = next((tmp_path / "own" / "corpus-0").glob(file))
+    flip_last(path)
+    with pytest.raises(UserError, match=rf"{path.name}: its bytes changed since it was built"):
+        api.train(job)
+    assert not run_of(job).loss
+
+
+def test_a_shard_that_another_rank_reads(small_job: Make, tmp_path: Path) -> None:
+    """Each reads its share of the files; all end where one of them finds a byte that changed."""
+    job = small_job("run", f"data.folder={tmp_path / 'own'}", "layout.dp_shard=2")
+    prepare_data(job)
+    flip_last(next((tmp_path / "own" / "corpus-0").glob("train-*.starts")))
+    assert train_in_processes(job) == [1, 1]
+    assert not run_of(job).loss
 
 
 def test_a_deleted_cache_is_built_again(small_job: Make, tmp_path: Path) -> None:
@@ -144,6 +195,8 @@ def test_a_loss_that_has_gone_for_good(small_job: Make) -> None:
     events = run_of(job).events("step")
     assert [e["step"] for e in events if e.get("skipped")] == list(range(5, 5 + PATIENCE))
     assert {e["grad_norm"] for e in events if e.get("skipped")} == {"nan"}
+    step, tensors = state_of(job)
+    assert step == 5 + PATIENCE and all(bool(t.isfinite().all()) for t in tensors.values())
 
 
 def test_a_log_with_a_torn_line_and_a_lost_log(small_job: Make) -> None:

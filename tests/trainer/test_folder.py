@@ -41,6 +41,28 @@ def test_a_new_folder_is_a_run_once_its_job_is_there(
     assert not load_job(tmp_path / "run" / "job.toml").differing(job)
 
 
+def test_the_job_is_synced_and_takes_its_name_last(
+    small_job: Make, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    sync, rename = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        sync(descriptor)
+        order.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+
+    def renamed(source: Path, target: Path) -> None:
+        names = {path.name for path in target.parent.iterdir()}
+        assert names == {"lock", "tokenizer", "events.jsonl", "job.toml.part"}
+        rename(source, target)
+        order.append("rename job.toml")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    folders.make(tmp_path / "run", small_job("run"), tokenizer, [Decision("a", 1, 0)])
+    assert order == ["sync run", "sync events.jsonl", "sync job.toml.part", "rename job.toml", "sync run"]
+
+
 @pytest.mark.parametrize("left", [[], ["lock"], ["lock", "tokenizer"], ["lock", "tokenizer", "events.jsonl"]])
 def test_what_a_kill_left_of_a_folder_is_made_whole(
     left: list[str], small_job: Make, tmp_path: Path, tokenizer: Path
@@ -52,6 +74,22 @@ def test_what_a_kill_left_of_a_folder_is_made_whole(
     folders.make(run, small_job("run"), tokenizer, [Decision("a", 1, 0)])
     assert (run / "tokenizer" / "bytes.json").read_text() == "{}"
     assert [e["name"] for e in Run(run).events()] == ["a"]
+
+
+def test_no_link_is_written_through(small_job: Make, tmp_path: Path, tokenizer: Path) -> None:
+    """Of what a kill may have left, and what may be a link that somebody else put there."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    other.mkdir()
+    (other / "bytes.json").write_text("precious")
+    (run / "tokenizer").symlink_to(other)
+    folders.make(run, small_job("run"), tokenizer)
+    assert (run / "tokenizer" / "bytes.json").read_text() == "{}"
+    (begun := tmp_path / "begun" / "tokenizer").mkdir(parents=True)
+    (begun / "bytes.json").symlink_to(other / "bytes.json")
+    folders.make(begun.parent, small_job("begun"), tokenizer)
+    assert [path.name for path in other.iterdir()] == ["bytes.json"]
+    assert (other / "bytes.json").read_text() == "precious"
 
 
 def test_a_folder_with_other_things_is_refused(small_job: Make, tmp_path: Path, tokenizer: Path) -> None:
@@ -144,11 +182,11 @@ def test_another_job_is_refused_with_the_fields_that_differ(small_job: Make) -> 
     job = small_job("run", "run.steps=4")
     api.train(job)
     with pytest.raises(UserError) as caught:
-        again(job, "run.steps=5", "optimizer.lr=0.01", "layout.micro_batch=2", "run.seed=0")
+        again(job, "run.seed=5", "optimizer.beta1=0.5", "optimizer.name=adamw", "layout.micro_batch=2")
     text = str(caught.value)
     assert text.startswith(f"run.folder={job.run.folder}: holds another job; differing (there, asked): ")
-    assert "run.steps: 4, 5" in text and "optimizer.lr: 0.003, 0.01" in text
-    assert "layout" not in text and "seed" not in text
+    assert "run.seed: 0, 5" in text and "optimizer.name: 'muon', 'adamw'" in text
+    assert "layout" not in text and "beta1" not in text and text.endswith("; that takes a new run")
 
 
 def test_how_it_is_spread_and_saved_may_change(small_job: Make) -> None:
@@ -188,17 +226,3 @@ def test_a_finished_run_is_returned_as_it_is(small_job: Make) -> None:
     second = api.train(job)
     assert second == first and second.outcome == "finished"
     assert {p: p.stat().st_mtime_ns for p in first.folder.rglob("*")} == before
-
-
-def test_a_report_that_could_not_be_written_is_written_when_the_run_is_shown_again(small_job: Make) -> None:
-    job = small_job("run", "run.steps=4")
-    folder = Path(job.run.folder)
-    with pytest.raises(MachineError) as caught:
-        api.train(job, [MakeFolder("report.html.part")])
-    assert str(caught.value).startswith(
-        f"{folder / 'report.html'}: cannot be written (Is a directory); the run"
-    )
-    assert Run(folder).outcome == "finished"
-    (folder / "report.html.part").rmdir()
-    api.train(job)
-    assert "finished" in (folder / "report.html").read_text()

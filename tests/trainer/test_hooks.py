@@ -23,6 +23,7 @@ from colossus.trainer.hooks.stop import SAME_SECONDS
 from colossus.trainer.run import Run
 from colossus.trainer.step import StepResult
 from colossus.trainer.training import Training
+from tests.trainer.conftest import Reached
 from tests.trainer.running import SECONDS, kept_machine, run_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +77,7 @@ def test_listeners_hear_every_event_that_is_written(small_job: Make) -> None:
     assert [e["kind"] for e in heard] == [e["kind"] for e in run.events()]
 
 
+@pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_saving(number: signal.Signals, small_job: Make) -> None:
     job = small_job("run", "checkpoint.steps=0", "run.steps=40")
@@ -89,6 +91,7 @@ def test_a_signal_ends_the_run_after_saving(number: signal.Signals, small_job: M
     assert run.events("resume")[0]["step"] == 8 and sorted(run.loss) == list(range(40))
 
 
+@pytest.mark.usefixtures("signals")
 def test_a_signal_in_a_validation_gives_it_up(small_job: Make) -> None:
     job = small_job("run", "checkpoint.steps=0")
 
@@ -105,6 +108,7 @@ def test_a_signal_in_a_validation_gives_it_up(small_job: Make) -> None:
     assert api.train(job).outcome == "finished"
 
 
+@pytest.mark.usefixtures("signals")
 def test_a_signal_in_the_first_step_ends_it_there(small_job: Make) -> None:
     """It may compile for a minute. Weights that may be half updated are not saved."""
     job = small_job("run")
@@ -114,23 +118,62 @@ def test_a_signal_in_the_first_step_ends_it_there(small_job: Make) -> None:
 
     run = api.train(job, [Act(0, in_the_step)])
     assert run.outcome == "SIGINT" and run.loss == {} and run.events("checkpoint") == []
+    assert not run.is_saved
     assert api.train(job).outcome == "finished" and sorted(run.loss) == list(range(12))
 
 
+@pytest.mark.usefixtures("signals")
+def test_a_signal_amid_the_passes_of_a_step_leaves_it_to_the_next_attempt(small_job: Make) -> None:
+    """A step may take minutes, for which a rank that is alone need not wait. It goes on as a run that never
+    stopped."""
+    words = ["layout.micro_batch=1", "checkpoint.steps=0", "optimizer.name=muon", "run.validate_every=0"]
+    job, whole = small_job("run", *words), small_job("whole", *words)
+    passes = []
+
+    def in_the_second_pass(training: Training) -> None:
+        def ask(*_: Any) -> None:
+            passes.append(training.step)
+            if passes.count(7) == 2 and training.step == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        training.state.model.register_forward_pre_hook(ask)
+
+    run = api.train(job, [Act(0, in_the_second_pass)])
+    assert run.outcome == "SIGINT" and max(run.loss) == 6 and passes.count(7) == 2
+    assert run.events("checkpoint")[-1]["saved_step"] == 7
+    assert api.train(job).outcome == "finished"
+    assert run.loss == api.train(whole).loss
+
+
+@pytest.mark.usefixtures("signals")
 def test_a_second_signal_ends_the_process_at_once(small_job: Make) -> None:
     job = small_job("run", "checkpoint.steps=0")
 
     def twice(training: Training) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # of the same wish: a launcher's and a terminal's
+        os.kill(os.getpid(), signal.SIGINT)  # of the same wish: a launcher's and a terminal's
         time.sleep(SAME_SECONDS + 0.1)
-        os.kill(os.getpid(), signal.SIGINT)  # another one counts as well
+        os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Reached, match="SIGINT"):
         api.train(job, [Act(3, twice)])
-    assert run_of(job).outcome == "unfinished" and max(run_of(job).loss) == 2
+    assert run_of(job).outcome == "unfinished" and max(run_of(job).loss) == 1  # of step 2 none has read yet
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_sigterm_is_no_second_wish(small_job: Make) -> None:
+    """Schedulers send it again before they kill, while the run may still save."""
+    job = small_job("run", "checkpoint.steps=0")
+
+    def thrice(training: Training) -> None:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(SAME_SECONDS / 2 + 0.1)
+
+    run = api.train(job, [Act(3, thrice)])
+    assert run.outcome == "SIGTERM" and run.is_saved
+    assert [e["saved_step"] for e in run.events("checkpoint")] == [4]
 
 
 def test_an_error_gives_the_signals_back(small_job: Make) -> None:
@@ -209,7 +252,21 @@ def test_the_command_saves_and_tells_by_its_exit_code(
     assert "Traceback" not in err
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no kernel tells a process of its parent's end")
+def test_a_signal_before_the_ranks_begin(small_job: Make, command: Callable[[Job], Command]) -> None:
+    """Nothing was saved: 143 would say that something was."""
+    job = small_job("run", "run.steps=100000", "layout.dp_shard=2")
+    running = command(job)
+    end = time.monotonic() + SECONDS
+    while not (Path(job.run.folder) / "job.toml").is_file():
+        assert running.process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    running.process.send_signal(signal.SIGTERM)
+    returned, _, err = running.end()
+    assert returned == 3
+    assert err == "error: stopped by SIGTERM without saving; what was saved before is whole\n"
+    assert running.run.events("step") == [] and running.run.outcome == "unfinished"
+
+
 def test_ranks_save_and_end_when_their_parent_is_killed(
     small_job: Make, command: Callable[[Job], Command]
 ) -> None:
@@ -227,7 +284,7 @@ def test_ranks_save_and_end_when_their_parent_is_killed(
         assert time.monotonic() < end
         time.sleep(0.05)
     run = Run(folder)
-    assert run.outcome == "SIGINT"
+    assert run.outcome == "SIGTERM"
     assert run.events("checkpoint")[-1]["saved_step"] == max(run.loss) + 1
     with folders.locked(folder):
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from colossus.data.tokenizer import BytesTokenizer
 from colossus.errors import UserError
 from colossus.generation.load import load_model
 from colossus.job import Job, load_job
+from colossus.monitor import summary
+from colossus.perf.flops import model_flops_per_token
 from colossus.trainer.hooks import Hook
 from colossus.trainer.run import Run
 from colossus.trainer.training import Training
@@ -79,6 +82,30 @@ def test_two_ranks_begin_as_one_does(source: Path, corpus: Path, tmp_path: Path)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_the_model_reached_before_is_in_the_run(
+    source: Path, corpus: Path, tmp_path: Path, ranks: int
+) -> None:
+    """On the very documents of the final figure, and what `evaluate` says of the model it began with."""
+    folder = tmp_path / "tuned"
+    job = api.resolve(tuned(corpus, folder, source, f"layout.dp_shard={ranks}"))
+    assert train_in_processes(job) == [0] * ranks
+    run = Run(folder)
+    before, after = run.events("validation")
+    assert (before["step"], after["step"]) == (0, 3) and before["whole"] is after["whole"] is True
+    assert before["num_documents"] == after["num_documents"]
+    order = [event["kind"] for event in run.events() if event["kind"] in ("validation", "step")]
+    assert order == ["validation", "step", "step", "step", "validation"]
+    model, tokenizer = load_model(source)
+    found = api.evaluate(model, tokenizer, held_out_of=folder, seq_len=32).result
+    assert before["bits_per_byte"] == pytest.approx(found.bits_per_byte, rel=1e-5)
+    assert before["num_bytes"] == found.num_bytes
+    said = f"{before['bits_per_byte']:.3f}"
+    for place in ("log.txt", "report.html"):
+        assert said in (folder / place).read_text(), place
+    assert re.search(rf"before tuning +{said}", summary(folder))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -98,6 +125,25 @@ def test_a_contradiction_is_an_error(
     assert not (tmp_path / "tuned").exists()
 
 
+def test_a_shorter_run_has_no_higher_rate(source: Path, corpus: Path, tmp_path: Path) -> None:
+    """A tenth of what the law gives for the compute that suits a model of this size; less beyond it."""
+
+    def rate(*length: str) -> float:
+        job = tuned(corpus, tmp_path / "tuned", source).without("run.steps")
+        job = api.resolve(job.put({f"run.{length[0]}": length[1]}, "argument"))
+        assert job.model.base_width == job.model.hidden_size  # nothing is scaled
+        return job.optimizer.lr
+
+    rates = [rate("steps", 1), rate("steps", 4), rate("steps", 40), rate("minutes", 0.01)]
+    arch = api.resolve(tuned(corpus, tmp_path / "tuned", source)).model
+    flops = model_flops_per_token(arch, 32)
+    compute = 1e12
+    for _ in range(100):  # which closes in on the one solution
+        compute = flops * 2.2 * compute**0.4757
+    assert rates == [pytest.approx(0.1 * 0.3118 * compute**-0.125, rel=0.05)] * 4
+    assert rate("tokens", 10**13) < 0.7 * rates[0]
+
+
 def test_what_agrees_may_be_said(source: Path, corpus: Path, tmp_path: Path) -> None:
     said = ["model.hidden_size=32", "data.tokenizer=bytes", "optimizer.lr=0.001", "optimizer.name=muon"]
     job = api.resolve(tuned(corpus, tmp_path / "tuned", source, *said))
@@ -105,5 +151,17 @@ def test_what_agrees_may_be_said(source: Path, corpus: Path, tmp_path: Path) -> 
 
 
 def test_no_model_there_is_an_error(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
-        api.resolve(tuned(corpus, tmp_path / "tuned", tmp_path / "nothing"))
+    """Said of the field that named it, and with other names than the one that was given."""
+    (tmp_path / "model.gguf").write_text("GGUF")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    for name, said in (
+        ("nothing", "no such folder; the folder of a run, of a checkpoint or of a Hugging Face model"),
+        ("model.gguf", f"a file, not a folder; .*; did you mean '{tmp_path}/models'"),
+        ("models", "neither a run"),
+        ("empty", "is no Hugging Face checkpoint: it has neither model.safetensors nor"),
+    ):
+        with pytest.raises(UserError, match=rf"^model\.init_from={tmp_path}/{name}: {said}") as error:
+            api.resolve(tuned(corpus, tmp_path / "tuned", tmp_path / name))
+        assert "path=" not in str(error.value) and str(error.value).count(f"{tmp_path}/{name}") == 1

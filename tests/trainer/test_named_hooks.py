@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from colossus import api
+from colossus.cli import main
 from colossus.errors import UserError
 from colossus.trainer.hooks import Hook
+from colossus.trainer.run import Run
+from tests.trainer.conftest import SMALL
 from tests.trainer.test_hooks import Make, Tell
 
 WATCH = """
@@ -21,6 +24,10 @@ class Watch(Hook):
 
 class Other(Watch):
     pass
+
+class Stop(Hook):
+    def after_step(self, training, result):
+        training.ask_to_stop("asked")
 
 def no_hook():
     return {}
@@ -60,6 +67,17 @@ def test_a_run_that_goes_on_may_be_watched_otherwise(small_job: Make) -> None:
     api.train(small_job("run", "run.steps=2"), [_Stop()])
     run = api.train(small_job("run", "run.steps=2", "run.hooks=kept_watch:Watch"))
     assert run.outcome == "finished" and run.events("note")
+
+
+def test_a_hook_that_stops_the_run_fails_nothing(
+    corpus: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [f"data.corpus={corpus}", f"data.folder={shards}", "run.folder=run"]
+    assert main(["train", *SMALL, *places, "run.hooks=kept_watch:Stop"]) == 0
+    assert Run(Path("run")).outcome == "asked"
+    said = capsys.readouterr().out
+    assert "stopped by a hook after 1 step; what was learned is saved" in said
+    assert "(stopped by a hook)" in said
 
 
 class _Stop(Hook):

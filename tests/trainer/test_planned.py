@@ -5,21 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from colossus import api
 from colossus.job import PREDICTED, Job
 from colossus.monitor import summary
 from colossus.planner.plan import FIELDS
 from colossus.trainer import folder as folders
-from tests.trainer.running import StopAt, kept_machine
+from tests.trainer.running import StopAt
 
 Make = Callable[..., Job]
-
-
-@pytest.fixture(autouse=True)
-def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLOSSUS_CACHE", kept_machine())
 
 
 def test_a_planned_run_keeps_what_was_predicted_and_goes_on(small_job: Make, tmp_path: Path) -> None:

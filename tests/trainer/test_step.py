@@ -92,7 +92,8 @@ def weights(state: TrainState) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 def test_adamw_steps_like_a_plain_loop(small_job: Make, z_loss: float) -> None:
-    """Three steps of clipped AdamW with weight decay for matrices alone, from torch's own gradients."""
+    """Three steps of clipped AdamW with weight decay for matrices alone, from torch's own gradients; the loss
+    is told without z-loss."""
     job = small_job("run", "optimizer.name=adamw", f"optimizer.z_loss={z_loss}", "optimizer.grad_clip=0.5")
     ours, theirs = exact_state(job), exact_state(job).model
     settings = job.optimizer
@@ -103,7 +104,7 @@ def test_adamw_steps_like_a_plain_loop(small_job: Make, z_loss: float) -> None:
     adamw = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.eps)
     for number, factor in enumerate((1 / 3, 2 / 3, 1.0)):
         batch = random_batch(job, 4, seed=number)
-        loss = plain_loss(theirs, batch, z_loss)
+        loss, without = plain_loss(theirs, batch, z_loss), plain_loss(theirs, batch)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
         assert norm > 0.5  # so that clipping is tried
@@ -112,7 +113,9 @@ def test_adamw_steps_like_a_plain_loop(small_job: Make, z_loss: float) -> None:
         adamw.step()
         adamw.zero_grad()
         result = step(ours, batch, job, factor)
-        assert math.isclose(result.loss, float(loss.detach()), rel_tol=1e-12)
+        assert math.isclose(result.loss, float(without.detach()), rel_tol=1e-12)
+        z = float((loss - without).detach())
+        assert math.isclose(result.z_loss, z, rel_tol=1e-9, abs_tol=1e-15) and bool(z) == bool(z_loss)
         assert math.isclose(result.grad_norm, float(norm), rel_tol=1e-6)  # theirs adds 1e-6 when it clips
         assert (result.step, result.num_targets, result.skipped) == (number, batch.num_targets, False)
     assert_near(weights(ours), {n: p.detach() for n, p in theirs.named_parameters()}, tolerance=1e-5)

@@ -69,6 +69,22 @@ class Key(Term):
 
 
 @dataclass(frozen=True)
+class Nullable(Term):
+    """A key that is a field, where null says something: what a missing key does not, which is `default`."""
+
+    key: str
+    field: str
+    default: Any
+
+    def read(self, config: Config) -> Values:
+        return {self.field: config.get(self.key, self.default)}
+
+    def write(self, arch: Architecture) -> dict[str, Any]:
+        table = self.field.rpartition(".")[0]
+        return {} if table and _get(arch, table) is None else {self.key: _get(arch, self.field)}
+
+
+@dataclass(frozen=True)
 class Choice(Term):
     """A key whose values are names for fields. The first of the choices that fits is written."""
 

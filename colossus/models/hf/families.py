@@ -20,6 +20,7 @@ from colossus.models.hf.config import (
     Follows,
     HeadDim,
     Key,
+    Nullable,
     Only,
     Says,
     Term,
@@ -427,7 +428,7 @@ DEEPSEEK_V3 = Published(
         Key("qk_nope_head_dim", "latent.nope_dim", 128),
         Key("qk_rope_head_dim", "latent.rope_dim", 64),
         Key("v_head_dim", "latent.v_dim", 128),
-        Key("q_lora_rank", "latent.q_rank"),
+        Nullable("q_lora_rank", "latent.q_rank", 1536),
         Key("kv_lora_rank", "latent.kv_rank", 512),
         Rotary(scales_scores=True),
         NO_NORMS,
@@ -449,6 +450,7 @@ DEEPSEEK_V3 = Published(
             ("layers.#.attention.wkv_up.weight", "model.layers.#.self_attn.kv_b_proj.weight"),
             ("layers.#.attention.wo.weight", "model.layers.#.self_attn.o_proj.weight"),
         ),
+        Permuted(("layers.#.attention.wq.weight",), ("model.layers.#.self_attn.q_proj.weight",), _query_rows),
         Permuted(
             ("layers.#.attention.wq_up.weight",), ("model.layers.#.self_attn.q_b_proj.weight",), _query_rows
         ),

@@ -14,6 +14,7 @@ what they make is a description: of the array's type and shape, and where its by
 from __future__ import annotations
 
 import functools
+import io
 import math
 import os
 import pickle
@@ -30,6 +31,7 @@ from colossus.job import load_job
 from colossus.models.hf.reading import Scratch, Source, Stored
 from colossus.models.hf.tensors import Box, InMemory, Readable, slices_of
 from colossus.models.hf.views import Transposed
+from colossus.untrusted import open_file
 
 IN_FILE_BYTES = 1 << 16  # longer payloads stay in the file: protocol 4 writes them outside its frames
 CHUNK_BYTES = 1 << 20
@@ -86,7 +88,7 @@ def open_grok1(path: Path) -> Source:
 
 
 def _tensor(name: str, file: Path, scratch: Scratch) -> Readable:
-    with file.open("rb") as opened:
+    with io.BufferedReader(open_file(file)) as opened:
         held = _Unpickler(opened).load()
     if isinstance(held, _Array):
         return held.readable(name, file, scratch)

@@ -18,6 +18,7 @@ import torch
 
 from colossus.errors import MachineError, UserError
 from colossus.models.hf.tensors import Spec
+from colossus.untrusted import open_file, parse_json
 
 DTYPES = {
     torch.float64: "F64",
@@ -26,6 +27,7 @@ DTYPES = {
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
@@ -56,7 +58,7 @@ def read_header(path: Path) -> dict[str, Place]:
         UserError: a tensor has a type that is not read here.
     """
     try:
-        with path.open("rb", buffering=0) as stream:
+        with open_file(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 + length:
@@ -67,10 +69,10 @@ def read_header(path: Path) -> dict[str, Place]:
     except OSError as error:
         raise MachineError(f"{path}: {error.strerror}") from error
     try:
-        tree = json.loads(text, object_pairs_hook=_without_twins)
+        tree = parse_json(text, object_pairs_hook=_without_twins)
         if not isinstance(tree, dict):
             raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:  # ValueError: of JSON, and of UTF-8
+    except ValueError as error:  # of JSON, and of UTF-8
         raise MachineError(f"{path} is damaged or no safetensors file: its header: {error}") from error
     tree.pop("__metadata__", None)
     places = [_place(path, name, entry, 8 + length) for name, entry in tree.items()]

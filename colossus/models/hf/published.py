@@ -17,6 +17,7 @@ from colossus.architecture import Architecture, Parameter, check, parameter_tabl
 from colossus.errors import UserError
 from colossus.models.hf import grok1, grok2
 from colossus.models.hf.config import description, keys
+from colossus.models.hf.elsewhere import no_folder
 from colossus.models.hf.families import FAMILIES, Published
 from colossus.models.hf.mapping import Blank, Bound, bind
 from colossus.models.hf.reading import Source, open_source
@@ -59,11 +60,7 @@ def open_published(path: str | Path, say: Say = warn) -> Opened:
         MachineError: a file is missing, cut short or damaged.
     """
     if not os.path.isdir(path):  # noqa: PTH112 - False too for a name that no folder can have
-        parent = Path(path).parent
-        siblings = [str(p) for p in parent.iterdir()] if os.path.isdir(parent) else []  # noqa: PTH112
-        raise UserError.field(
-            "path", str(path), "no such folder; a Hugging Face folder is expected", siblings
-        )
+        raise no_folder(Path(path), "a Hugging Face folder")
     if grok1.is_grok1(Path(path)):
         return _of_xai(grok1.open_grok1(Path(path)), grok1.as_ours)
     if grok2.is_grok2(Path(path)):
@@ -118,6 +115,7 @@ def family_of(config: Mapping[str, Any]) -> Published:
 
 def _taken(source: Source, family: Published, arch: Architecture, say: Say) -> dict[str, Readable]:
     """Our tensors, checked, as views of the published ones."""
+    _check_counts(source, arch)
     table = {parameter.name: parameter for parameter in parameter_table(arch)}
     bound = list(bind(family.rules, arch, table))
     bare = not any(name.startswith(family.prefix) for name in source)
@@ -198,6 +196,19 @@ def _check_names(
     if further:
         layers = ", ".join(map(str, sorted(further)))
         say(f"{source.path}: layer {layers}, which predicts further tokens, is left out")
+
+
+def _check_counts(source: Source, arch: Architecture) -> None:
+    """Raises UserError where there are fewer numbers than so many layers and experts have at least."""
+    numbers = sum(math.prod(source[name].shape) for name in source)
+    dense = arch.experts.dense_layers if arch.experts is not None else arch.num_layers
+    experts = arch.experts.num_experts if arch.experts is not None else 0
+    if max(arch.num_layers, (arch.num_layers - dense) * experts) * arch.hidden_size > numbers:
+        more = f" of {experts} experts" if experts else ""
+        raise UserError(
+            f"{source.path} holds {numbers} numbers, too few for the {arch.num_layers} layers{more} of its "
+            "config.json"
+        )
 
 
 def _check_tensor(source: Source, spec: Spec) -> None:

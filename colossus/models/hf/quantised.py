@@ -4,7 +4,9 @@ Two published forms:
 
 - float8 in blocks, as DeepSeek-V3's (deepseek-ai/DeepSeek-V3, README_WEIGHTS.md): beside `X.weight` in
   float8 stands `X.weight_scale_inv`, a factor for each block of rows and columns, the last blocks being
-  smaller where they don't divide. value = weight x factor. `config.json` has the block's size.
+  smaller where they don't divide. value = weight x factor. `config.json` has the block's size. As in
+  `transformers`, there may be one factor for a matrix, or as many as divide it evenly, whatever that size is;
+  factors may be powers of 2 (E8M0), also as bytes; and `X.scale` and `X.qscale_weight` are other names.
 - MXFP4, as gpt-oss's (openai/gpt-oss; OCP Microscaling Formats 1.0): `X_blocks` [..., rows, groups, 16] in
   bytes of two e2m1 values, the lower half first, and `X_scales` [..., rows, groups], exponents of 2 with a
   bias of 127. The parameter X of `transformers` is their transpose, [..., groups x 32, rows].
@@ -25,6 +27,7 @@ from colossus.models.hf.tensors import Box, Readable, bands, slices_of, within
 from colossus.models.hf.views import Transposed
 
 SCALE = "_scale_inv"
+ACTIVATION_SCALE = "activation_scale"  # beside a weight: of its inputs, which are not quantised here
 BLOCKS, SCALES = "_blocks", "_scales"
 GROUP = 32  # values that share an exponent in MXFP4
 CHUNK_BYTES = 1 << 20  # decoded at a time: the wider numbers in between are few, and stay in the cache
@@ -76,16 +79,25 @@ def _block_size(value: Any) -> tuple[int, int] | None:
 def _with_float8(
     stored: Mapping[str, Readable], block: tuple[int, int] | None, path: Path
 ) -> dict[str, Readable]:
-    found = dict[str, Readable]()
+    found, used = dict[str, Readable](), set[str]()
     for name, tensor in stored.items():
         if tensor.dtype in FLOAT8:
-            scales = stored.get(name + SCALE)
-            if scales is None:
+            factors = next((other for other in _factors_of(name) if other in stored), None)
+            if factors is None:
                 raise MachineError(f"{path} holds {name} in float8 without its factors, {name + SCALE}")
-            found[name] = Float8Blocks.of(tensor, scales, block, path)
-        elif not name.endswith(SCALE) or name.removesuffix(SCALE) not in stored:
+            found[name] = Float8Blocks.of(tensor, stored[factors], block, path)
+            used.add(factors)
+        elif not name.endswith(ACTIVATION_SCALE):
             found[name] = tensor
+    for name in used:
+        found.pop(name, None)
     return found
+
+
+def _factors_of(name: str) -> tuple[str, ...]:
+    """The names that the factors of a weight may have."""
+    bare = name.removesuffix("weight")
+    return (name + SCALE, *((f"{bare}scale", f"{bare}qscale_weight") if bare != name else ()))
 
 
 def _with_mxfp4(stored: Mapping[str, Readable], path: Path) -> dict[str, Readable]:
@@ -104,7 +116,10 @@ def _with_mxfp4(stored: Mapping[str, Readable], path: Path) -> dict[str, Readabl
 
 @dataclass(frozen=True, slots=True)
 class Float8Blocks(Readable):
-    """A float8 tensor [..., rows, columns] times the factor of each of its blocks."""
+    """A float8 tensor [..., rows, columns] times the factor of each of its blocks.
+
+    scales: a factor for each, or for each matrix, or one for all.
+    """
 
     weight: Readable
     scales: Readable
@@ -115,9 +130,19 @@ class Float8Blocks(Readable):
         cls, weight: Readable, scales: Readable, block: tuple[int, int] | None, path: Path
     ) -> Float8Blocks:
         *outer, rows, columns = weight.shape if len(weight.shape) > 1 else (1, *weight.shape)
-        block = block if block is not None else (max(rows, 1), max(columns, 1))
+        whole = max(rows, 1), max(columns, 1)
+        block = block if block is not None else whole
         expected = (*outer, -(-rows // block[0]), -(-columns // block[1]))
-        if len(weight.shape) < 2 or scales.shape != expected or not scales.dtype.is_floating_point:
+        fits = scales.dtype.is_floating_point or scales.dtype == torch.uint8
+        if scales.shape != expected:
+            *others, down, across = scales.shape if len(scales.shape) > 1 else (0, 0)
+            if math.prod(scales.shape) in (1, math.prod(outer)):
+                block = whole
+            elif others == outer and down and across and not rows % down and not columns % across:
+                block = rows // down, columns // across
+            else:
+                fits = False
+        if len(weight.shape) < 2 or not fits:
             raise MachineError(
                 f"{path}: {scales.name} is {list(scales.shape)} in {scales.dtype}; {weight.name} "
                 f"{list(weight.shape)} in blocks of {block[0]} x {block[1]} takes {list(expected)} "
@@ -136,10 +161,22 @@ class Float8Blocks(Readable):
             index = torch.arange(r.start, r.stop, r.step) // size
             blocks.append(index - index[0])
             outer.append(slice(int(index[0]), int(index[-1]) + 1))
-        scales = self.scales.read(outer).float()
+        scales = self._factors(outer)
         values = self.weight.read(slices_of(box)).float()
         values *= scales.index_select(-1, blocks[1]).index_select(-2, blocks[0])
         return values.to(self.dtype)
+
+    def _factors(self, slices: list[slice]) -> torch.Tensor:
+        """Those of the blocks in a box of all blocks, in float32; a byte is an exponent of 2."""
+        *outer, rows, columns = self.shape
+        grid = (*outer, -(-rows // self.block[0]), -(-columns // self.block[1]))
+        if self.scales.shape == grid:
+            scales = self.scales.read(slices)
+        else:  # one for each matrix, or for all: few
+            scales = self.scales.read()
+            scales = scales.view((*outer, 1, 1) if scales.numel() > 1 else [1] * len(grid)).expand(grid)
+            scales = scales[tuple(slices)]
+        return (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
 
 
 @dataclass(frozen=True, slots=True)

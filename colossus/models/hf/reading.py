@@ -6,7 +6,6 @@ touched of a mapped file would count as this process's memory, and a tensor of 5
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
@@ -18,14 +17,17 @@ from typing import Any
 import torch
 
 from colossus.errors import MachineError, UserError, nearest
+from colossus.models.hf.elsewhere import other_form
 from colossus.models.hf.header import read_header
 from colossus.models.hf.quantised import dequantised
 from colossus.models.hf.tensors import Box, Readable, bytes_of
+from colossus.untrusted import MIB, parse_json, read_file
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 STAGING_BYTES = 1 << 20  # little enough that a transposed copy of it stays in the cache
+MAX_JSON_BYTES = 256 * MIB  # of an index; one of a trillion parameters has 20
 GAP_BYTES = 16 << 10  # a call costs about as much as copying this from the page cache
 
 
@@ -75,11 +77,8 @@ def open_source(path: str | Path) -> Source:
     elif (path / INDEX).exists():
         stored = _stored_by_index(path)
     else:
-        pickles = any(path.glob("pytorch_model*.bin"))
-        why = (
-            "; its pytorch_model.bin is a pickle, which could run code: have it converted" if pickles else ""
-        )
-        raise UserError(f"{path} is no Hugging Face checkpoint: it has neither {ONE_FILE} nor {INDEX}{why}")
+        why = f"it has neither {ONE_FILE} nor {INDEX}{other_form(path)}"
+        raise UserError(f"{path} is no Hugging Face checkpoint: {why}")
     return Source(path, config, dequantised(stored, config, path))
 
 
@@ -115,10 +114,10 @@ def _stored_by_index(path: Path) -> dict[str, Readable]:
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(file.read_bytes())
+        tree = parse_json(read_file(file, MAX_JSON_BYTES))
     except OSError as error:
         raise MachineError(f"{file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise MachineError(f"{file} is damaged: {error}") from error
     if not isinstance(tree, dict):
         raise MachineError(f"{file} is damaged: it is no JSON object")

@@ -102,10 +102,12 @@ class Writer:
         self._wait(most=1)
 
     def add_file(self, name: str, data: bytes) -> None:
-        """Adds a small file, such as `config.json`. Raises MachineError."""
-        assert Path(name).name == name, f"{name!r} is no name of a file"
+        """Adds a small file, such as `config.json`, also in a folder below. Raises MachineError."""
+        path = self._partial / name
+        assert {"..", "/"}.isdisjoint(Path(name).parts), f"{name!r} is no name of a file"
         try:
-            _write_synced(self._partial / name, data)
+            path.parent.mkdir(exist_ok=True)
+            _write_synced(path, data)
         except OSError as error:
             raise self._failed(error) from error
 

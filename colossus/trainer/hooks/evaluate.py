@@ -103,6 +103,7 @@ class EvaluateHook(Hook):
 
     def _evaluate(self, training: Training) -> None:
         began = time.perf_counter()
+        training.read()
         try:
             for texts in self._texts:
                 self._score(training, texts)

@@ -16,7 +16,7 @@ class Guard(Hook):
     def __init__(self) -> None:
         self._in_a_row = 0
 
-    def after_step(self, training: Training, result: StepResult) -> None:
+    def on_figures(self, training: Training, result: StepResult) -> None:
         self._in_a_row = self._in_a_row + 1 if result.skipped else 0
         if self._in_a_row >= PATIENCE:
             raise MachineError(

@@ -7,6 +7,8 @@ from typing import cast
 import torch
 
 from colossus.architecture import num_parameters
+from colossus.errors import only_shown
+from colossus.evaluation.bits_per_byte import Validation
 from colossus.generation import generate
 from colossus.generation.load import load_model
 from colossus.measure.machine import free_memory_bytes
@@ -21,26 +23,36 @@ COPIES = 3  # of the weights in fp32 that there must be memory for: read, cast, 
 
 
 class Sample(Hook):
-    """One greedy-ish continuation of `run.prompt`, by rank 0: of several ranks none holds the whole model, so
-    it loads what was just saved."""
+    """One greedy-ish continuation of `run.prompt`, or the answer to a held-out question where answers are
+    learned and no prompt was asked for; by rank 0: of several ranks none holds the whole model, so it loads
+    what was just saved."""
 
     def on_finish(self, training: Training) -> None:
         if training.stop_reason is not None or training.world.rank != 0:
             return
+        with only_shown(f"{training.folder}: the run is finished; no sample of what it writes"):
+            self._write(training)
+
+    def _write(self, training: Training) -> None:
         model = self._whole(training)
         if model is None:
             return
-        prompt = training.job.run.prompt
+        prompt, tokenizer = training.job.run.prompt, training.data.tokenizer
+        question = None
+        if not training.job.asked_for("run.prompt"):
+            question = Validation(training.data.validation, training.job.data.seq_len).question()
+        if question is not None:
+            prompt = tokenizer.decode(question.tolist())
         (text,) = generate(
             model,
-            training.data.tokenizer,
-            [prompt],
+            tokenizer,
+            [prompt if question is None else question.tolist()],
             max_tokens=LENGTH,
             temperature=0.7,
             top_p=0.95,
             seed=training.job.run.seed,
         )
-        training.event("sample", prompt=prompt, text=text)
+        training.event("sample", prompt=prompt, text=text, is_answer=question is not None)
 
     def _whole(self, training: Training) -> Decoder | None:
         world = training.world

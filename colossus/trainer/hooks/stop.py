@@ -15,11 +15,12 @@ SAME_SECONDS = 1.0
 
 
 class StopOnSignal(Hook):
-    """SIGINT and SIGTERM ask for the end; a second one ends the process at once, as usual. What comes within
-    a second is the same wish: a terminal and a launcher may both tell a rank, and the kernel tells it once
-    for every thread of a parent that was killed.
+    """SIGINT and SIGTERM ask for the end. A second SIGINT, a person's, ends the process at once, as usual;
+    what comes within a second is the same wish, since a terminal and a launcher may both tell a rank. A
+    second SIGTERM changes nothing: schedulers and launchers send it again while a run still saves.
 
-    The first step of an attempt may compile for a minute. A process that trains alone gives it up: nothing
+    The first step of an attempt may compile for a minute, and so may what comes before a later one (see
+    `hooks.compile`). A process that trains alone gives it up: nothing
     is lost but what it would begin again. Several ranks take it to its end, since one that left would let
     the others wait in the middle of it.
     """
@@ -38,18 +39,27 @@ class StopOnSignal(Hook):
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self._asked_at is not None:
-                if time.monotonic() - self._asked_at > SAME_SECONDS:
+                if number == signal.SIGINT and time.monotonic() - self._asked_at > SAME_SECONDS:
                     restore()
                     signal.raise_signal(number)
                 return
             self._asked_at = time.monotonic()
             training.ask_to_stop(signal.Signals(number).name)
-            if self._in_first_step and training.world.size == 1:
+            if (self._in_first_step or training.between_steps) and training.world.size == 1:
                 training.give_up_step()
+
+        def leave(kind: object, error: BaseException | None, trace: object) -> None:
+            if training.world.size == 1 or not isinstance(error, Exception):
+                restore()
+                return
+            # Launchers end the other ranks of one that failed, which have yet to tell of it: `World.join`
+            # gives the handlers back.
+            for number in before:
+                signal.signal(number, signal.SIG_IGN)
 
         for number in before:
             signal.signal(number, ask)
-        training.at_end.callback(restore)
+        training.at_end.push(leave)
 
     def before_step(self, training: Training) -> None:
         self._in_first_step = self._steps == 0
@@ -57,15 +67,3 @@ class StopOnSignal(Hook):
     def after_step(self, training: Training, result: StepResult) -> None:
         self._in_first_step = False
         self._steps += 1
-
-
-class Signalled(Hook):
-    """Remembers whether a signal ended the run, here or on another rank."""
-
-    was = False
-
-    def on_start(self, training: Training) -> None:
-        def remember() -> None:
-            self.was = bool({training.stop_asked, training.stop_reason} & {"SIGINT", "SIGTERM"})
-
-        training.at_end.callback(remember)

@@ -1,4 +1,5 @@
-"""Measures the model on held-out documents: a fixed part now and then, all of them at the end."""
+"""Measures the model on held-out documents: a fixed part now and then, all of them at the end; where training
+begins with weights that exist, the same ones before the first step."""
 
 from __future__ import annotations
 
@@ -25,15 +26,25 @@ class Validate(Hook):
         self._num_positions = int(self._validation.num_positions()[-1])
         self._step_seconds = float("inf")  # of the quickest step of this attempt: the first one compiles
         self._seconds_per_position: float | None = None
+        self._begins = training.step == 0 and training.job.model.init_from is not None
 
-    def after_step(self, training: Training, result: StepResult) -> None:
+    def before_step(self, training: Training) -> None:
+        if self._begins:  # here and not at the start, where a wish to stop would not be heard
+            self._begins = False
+            self._measure(training)
+            self._validate(training, training.decide("final_documents", lambda: self._final_part(training)))
+
+    def on_figures(self, training: Training, result: StepResult) -> None:
         if result.seconds < self._step_seconds:
             self._step_seconds = result.seconds
             if self._seconds_per_position is None:
                 self._expect(training, FORWARD_SHARE * result.seconds / result.num_tokens)
+
+    def after_step(self, training: Training, result: StepResult) -> None:
         every = training.job.run.validate_every
         if every and training.step % every == 0 and not training.horizon.done(training.step):
             try:
+                training.read()
                 self._validate(training, self._part(training, every))
             except Stopped:
                 return  # the loop ends before its next step
@@ -64,7 +75,8 @@ class Validate(Hook):
     def _final_seconds(self, training: Training) -> float:
         minutes = training.job.run.minutes
         run_seconds = training.log.run_seconds if training.log is not None else 0.0
-        return FINAL_SHARE * minutes * 60 if minutes is not None else max(FINAL_SECONDS, run_seconds)
+        share = FINAL_SHARE / (1 if training.job.model.init_from is None else 2)  # before and after
+        return share * minutes * 60 if minutes is not None else max(FINAL_SECONDS, run_seconds)
 
     def _measure(self, training: Training) -> None:
         self._note(training, self._evaluate(training, FIRST_PART))

@@ -240,7 +240,11 @@ def test_kimi_k2_is_a_deepseek_v3() -> None:
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2: not supported; 1 is"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers=.1.: not supported; the first layers"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False: not supported; True is"),
-        ("deepseek_v3", {"q_lora_rank": None}, "config.json has no q_lora_rank"),
+        (
+            "deepseek_v3",
+            {"q_lora_rank": "wide"},
+            "as model.latent.q_rank='wide': Input should be a valid int",
+        ),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func=softmax: not supported; 'sigmoid' is"),
         ("deepseek_v3", {"attention_bias": True}, "attention_bias=True: not supported; False is"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit=5.0: not supported; 7.0 is"),
@@ -389,6 +393,30 @@ def tiny_arch(data: st.DataObject, family: str) -> Architecture:
     seed = data.draw(st.integers(0, 10**6))
     config = tiny.MODELS[name](random.Random(seed)).to_dict() | {"architectures": None}
     return arch_of(config)
+
+
+def test_a_rank_of_queries_that_is_missing_is_not_one_that_is_null() -> None:
+    """As `transformers` has it: 1,536 where the key is missing, no such vector where it is null."""
+    from transformers import DeepseekV3Config
+
+    config = tiny.MODELS["deepseek_v3"](random.Random(0)).to_dict() | {"q_lora_rank": None}
+    straight = arch_of(config)
+    assert straight.latent is not None and straight.latent.q_rank is None
+    family = FAMILIES["deepseek_v3"]
+    assert keys(family.terms, straight)["q_lora_rank"] is None
+    del config["q_lora_rank"]
+    usual = arch_of(config)
+    assert usual.latent is not None and usual.latent.q_rank == DeepseekV3Config().q_lora_rank == 1536
+
+
+def test_what_a_folder_does_not_say_of_its_norms_is_what_transformers_takes() -> None:
+    for name, family in FAMILIES.items():
+        config = tiny.MODELS[name](random.Random(0))
+        said = config.to_dict()
+        key = next(key for key in ("rms_norm_eps", "layer_norm_epsilon") if key in said)
+        del said[key]
+        usual = getattr(type(config)(), key)
+        assert description(family.terms, name, said).norm_eps == usual, name
 
 
 def test_keys_of_a_family_are_its_own() -> None:

@@ -139,9 +139,75 @@ def test_one_factor_for_a_whole_tensor(tmp_path: Path) -> None:
     assert same(source["w"].read(), float8_by_hand(weight, scale, (5, 7)))
 
 
-def test_float8_as_transformers_reads_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(6, 10), (3, 6, 10)])
+@pytest.mark.parametrize(
+    "kind", ["one", "one in a row", "one in a matrix", "one a matrix", "as many in blocks"]
+)
+def test_one_factor_for_each_matrix_or_for_all(tmp_path: Path, kind: str, shape: tuple[int, ...]) -> None:
+    """Whatever the size of blocks that is configured."""
+    outer = shape[:-2]
+    grid = {
+        "one": (),
+        "one in a row": (1,),
+        "one in a matrix": (1,) * len(shape),
+        "one a matrix": outer,
+        "as many in blocks": (*outer, 1, 1),
+    }[kind]
+    weight, scales = random(shape, torch.float8_e4m3fn), torch.rand(grid) + 0.5
+    each = scales.expand(*outer, 1, 1) if scales.numel() == 1 else scales.view(*outer, 1, 1)
+    for block in ([128, 128], None, [4, 4]):
+        config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": block}}
+        source = open_source(publish(tmp_path, {"w": weight, "w_scale_inv": scales}, config))
+        expected = float8_by_hand(weight, each, (6, 10))
+        assert same(source["w"].read(), expected)
+        slices = (*[slice(1, None)] * len(outer), slice(2, 5, 2), slice(3, 9))
+        assert same(source["w"].read(slices), expected[slices])
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e8m0fnu, torch.uint8])
+@pytest.mark.parametrize(("grid", "block"), [((2, 3), (3, 4)), ((2, 12), (3, 1)), ((1, 1), (6, 12))])
+def test_factors_that_are_powers_of_two(
+    tmp_path: Path, stored: torch.dtype, grid: tuple[int, int], block: tuple[int, int]
+) -> None:
+    """A byte b is 2^(b - 127), and 255 NaN (OCP Microscaling Formats 1.0, E8M0)."""
+    weight = random((6, 12), torch.float8_e4m3fn)
+    bytes_ = (torch.arange(grid[0] * grid[1]) * 7 + 100).to(torch.uint8).view(grid)
+    bytes_.view(-1)[-3:] = torch.tensor([0, 254, 255])[-grid[0] * grid[1] :]
+    factors = torch.tensor([math.nan if b == 255 else 2.0 ** (b - 127) for b in bytes_.view(-1).tolist()])
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [3, 4]}}
+    source = open_source(publish(tmp_path, {"w": weight, "w_scale_inv": bytes_.view(stored)}, config))
+    assert same(source["w"].read(), float8_by_hand(weight, factors.view(grid), block))
+
+
+@pytest.mark.parametrize("name", ["a.weight_scale_inv", "a.scale", "a.qscale_weight"])
+def test_names_of_factors_and_what_is_said_of_inputs(tmp_path: Path, name: str) -> None:
+    weight, scale = random((5, 7), torch.float8_e4m3fn), torch.tensor(0.37)
+    tensors = {
+        "a.weight": weight,
+        name: scale,
+        "a.activation_scale": torch.ones(()),
+        "b.scale": torch.ones(2),
+    }
+    source = open_source(publish(tmp_path, tensors, FP8))
+    assert sorted(source) == ["a.weight", "b.scale"]
+    assert same(source["a.weight"].read(), float8_by_hand(weight, scale.view(1, 1), (5, 7)))
+
+
+SCALES_OF_THEIRS = {
+    "blocks": scales_for((256, 384), (128, 128)),
+    "powers of two": torch.randint(90, 140, (2, 3), dtype=torch.uint8).view(torch.float8_e8m0fnu),
+    "bytes": torch.randint(90, 140, (256, 12), dtype=torch.uint8),
+    "other blocks": scales_for((256, 384), (64, 32)),
+    "one": torch.tensor(0.37),
+    "one in a row": torch.tensor([0.37]),
+    "one in a matrix": torch.tensor([[0.37]]),
+}
+
+
+@pytest.mark.parametrize("kind", SCALES_OF_THEIRS)
+def test_float8_as_transformers_reads_it(tmp_path: Path, kind: str) -> None:
     integration = pytest.importorskip("transformers.integrations.finegrained_fp8")
-    weight, scales = random((256, 384), torch.float8_e4m3fn), scales_for((256, 384), (128, 128))
+    weight, scales = random((256, 384), torch.float8_e4m3fn), SCALES_OF_THEIRS[kind]
     source = open_source(publish(tmp_path, {"w": weight, "w_scale_inv": scales}, FP8))
     theirs = integration.Fp8Dequantize(None)._dequantize_one(weight, scales, output_dtype=torch.bfloat16)
     assert same(source["w"].read(), theirs)
@@ -218,10 +284,10 @@ def test_what_is_not_read(tmp_path: Path) -> None:
     )
     fails({"a": e4m3}, fp8, MachineError, r"holds a in float8 without its factors, a_scale_inv")
     fails(
-        {"a": e4m3, "a_scale_inv": torch.ones(1, 1)},
+        {"a": e4m3, "a_scale_inv": torch.ones(1, 3)},
         fp8,
         MachineError,
-        r"a_scale_inv is \[1, 1\] in torch.float32; a \[4, 200\] in blocks of 128 x 128 takes \[1, 2\]",
+        r"a_scale_inv is \[1, 3\] in torch.float32; a \[4, 200\] in blocks of 128 x 128 takes \[1, 2\]",
     )
     fails({"a": e4m3, "a_scale_inv": torch.ones(1, 2).int()}, fp8, MachineError, r"in torch.int32; a")
     fails({"a": e4m3[0].clone(), "a_scale_inv": torch.ones(1, 2)}, fp8, MachineError, r"a \[200\] in blocks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -240,3 +241,19 @@ def test_one_file_is_preferred_as_transformers_does(tmp_path: Path) -> None:
     publish_sharded(tmp_path / "a", [{"a": torch.ones(2)}])
     save_file({"b": torch.ones(1)}, tmp_path / "a/model.safetensors")
     assert list(open_source(tmp_path / "a")) == ["b"]
+
+
+def test_what_the_system_reads_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it may, from a network or beyond 2 GiB."""
+    tensors = of_every_type()
+    publish(tmp_path, tensors)
+    read = os.preadv
+
+    def some(descriptor: int, rooms: list[memoryview], begin: int) -> int:
+        (room,) = rooms
+        return read(descriptor, [room[: max(1, len(room) // 3)]], begin)
+
+    monkeypatch.setattr(os, "preadv", some)
+    source = open_source(tmp_path)
+    for name, tensor in tensors.items():
+        assert equal(source[name].read(), tensor), name

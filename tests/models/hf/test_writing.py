@@ -258,3 +258,27 @@ write_checkpoint({str(tmp_path / "a")!r}, [InMemory.of("a", torch.ones(1_000_000
     assert "File too large; nothing is left of it" in done.stderr
     assert names_in(tmp_path) == []
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1_000_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs the names of open files")
+def test_every_file_is_on_storage_whole_before_the_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, int]] = []
+    sync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        sync(descriptor)
+        folder = (tmp_path / "a").exists()
+        name = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115
+        synced.append((Path(name).name, os.fstat(descriptor).st_size if not folder else -1))
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    tensors = {f"of.{n}": torch.full((300, 7), float(n)) for n in range(4)}
+    write_checkpoint(tmp_path / "a", in_memory(tensors), {"config.json": b"{}"}, 20_000, 4096)
+    written = {path.name: path.stat().st_size for path in (tmp_path / "a").iterdir()}
+    assert len(written) == 4  # two of tensors, the index, the configuration
+    before = dict(row for row in synced if row[1] >= 0)
+    assert {name: before.get(name) for name in written} == written
+    assert any(name.startswith(".a.partial-") for name in before)  # its names
+    assert synced[-1] == (tmp_path.name, -1)  # and its own

@@ -158,11 +158,11 @@ def _gpt_oss(rng: random.Random) -> Any:
     )
 
 
-def _deepseek_v3(rng: random.Random) -> Any:
+def _deepseek_v3(rng: random.Random, **changed: Any) -> Any:
     from transformers import DeepseekV3Config
 
     heads, groups = rng.randint(1, 3), rng.choice((1, 2, 3))
-    return DeepseekV3Config(
+    values = dict(
         **_sizes(rng, num_attention_heads=heads, num_key_value_heads=heads),
         rms_norm_eps=1e-5,  # that of the layers; the latent vectors' stays 1e-6
         q_lora_rank=rng.randint(5, 12),
@@ -179,6 +179,12 @@ def _deepseek_v3(rng: random.Random) -> Any:
         n_shared_experts=rng.randint(1, 2),
         rope_parameters=YARN | {"mscale": 0.7, "mscale_all_dim": rng.choice((0.7, 1.0))},
     )
+    return DeepseekV3Config(**values | changed)
+
+
+def _deepseek_v3_straight(rng: random.Random) -> Any:
+    """As Moonlight's and DeepSeek-V2-Lite's: queries by one matrix."""
+    return _deepseek_v3(rng, q_lora_rank=None)
 
 
 def _glm4_moe(rng: random.Random) -> Any:
@@ -207,6 +213,7 @@ MODELS: dict[str, Make] = {
     "olmo2": _olmo2,
     "gpt_oss": _gpt_oss,
     "deepseek_v3": _deepseek_v3,
+    "deepseek_v3 with straight queries": _deepseek_v3_straight,
     "glm4_moe": _glm4_moe,
 }
 

@@ -1,0 +1,182 @@
+"""A new run that goes on from a checkpoint of another, with its optimizer state. The other is only read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from colossus.checkpoints.find import committed
+from colossus.checkpoints.format import DamagedCheckpoint, read_manifest
+from colossus.derive import derive_data
+from colossus.errors import UserError
+from colossus.job import Job
+from colossus.trainer import course
+from colossus.trainer.decisions import BRANCH, Decision, Decisions
+from colossus.trainer.folder import check_code, make
+from colossus.trainer.going_on import (
+    Standing,
+    as_cut,
+    asked_anew,
+    check_end,
+    check_fixed,
+    decide,
+    is_longer,
+    put_from,
+    split,
+    spread,
+)
+from colossus.trainer.saved import saved_decisions
+
+FIXED = ("model.", "optimizer.name", "optimizer.schedule", "data.tokenizer")  # that the state depends on
+CORPORA = ("data.corpus", "data.text_field", "data.validation_fraction", "data.folder")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """job: of the new run. decisions: its first ones. checkpoint, tokenizer: folders of the other run."""
+
+    job: Job
+    decisions: list[Decision]
+    checkpoint: Path
+    tokenizer: Path
+
+
+def branch(asked: Job, *, trust_code: bool = True) -> Branch:
+    """The branch that `asked.run.branch_from` names. Nothing is written.
+
+    It follows the other run's job as that was at the checkpoint; what is asked for besides holds from there.
+
+    trust_code: whether code may run that the other run's job names and `asked` does not.
+
+    Raises:
+        UserError: there is no such run or checkpoint, or what was asked for cannot be.
+    """
+    source, checkpoint = find(asked.run.branch_from or "")
+    if not trust_code:
+        check_code(source, asked)
+    manifest = read_manifest(checkpoint)
+    saved = Decisions.merge(saved_decisions(checkpoint, manifest))
+    now = Standing.of(source)
+    standing = Standing(_job_then(now, saved), saved, checkpoint, manifest.step)
+    changed = asked_anew(standing.job, asked)
+    changed.pop("run.branch_from", None)
+    may = tuple(n for n in changed if not n.startswith(FIXED))
+    refused = f"run.branch_from={source}@{manifest.step}: has another model, optimizer or tokenizer"
+    check_fixed(changed, may, standing.job, refused, "; that takes a new run")
+    wished = {n: v for n, v in changed.items() if n in course.COURSE}
+    job = spread(standing.job, {n: v for n, v in changed.items() if n not in wished})
+    decisions = list(saved)
+    if any(name in changed for name in CORPORA):
+        job = _with_other_data(job, changed)
+        decisions = [d for d in decisions if d.name != "phases"]
+        wished = {n: v for n, v in wished.items() if n != "data.weights"}
+    changed_job = put_from(manifest.step, job, wished, asked)
+    rewarm = is_longer(standing, wished) and standing.has_fallen
+    if (change := decide(manifest.step, standing, as_cut(changed_job, asked), rewarm=rewarm)) is not None:
+        check_end(change, standing, changed_job, wished, f"run.branch_from={source}@STEP", 0.0)
+        decisions = list(Decisions.merge(Decisions(decisions).to_list(), Decisions([change]).to_list()))
+    elif standing.horizon.done(manifest.step):
+        raise UserError(
+            f"run.branch_from={source}@{manifest.step}: nothing is left to learn there; give the branch "
+            f"run.steps above {manifest.step}, or an earlier step: {_steps_in_words(source)}"
+        )
+    where = {"path": str(source), "step": manifest.step, "checkpoint": checkpoint.name}
+    decisions.append(Decision(BRANCH, where, manifest.step))
+    place = asked.run.folder
+    job = changed_job.without("run.folder").put({"run.branch_from": f"{source}@{manifest.step}"}, "argument")
+    job = job.put({"run.folder": place}, "argument") if place else job
+    return Branch(job, decisions, checkpoint, source / "tokenizer")
+
+
+def make_branch(
+    folder: Path, job: Job, follow: Path | None = None, followed: Iterable[Decision] = ()
+) -> None:
+    """Makes the folder of a branch, which from then on needs the other run no more.
+
+    job: as resolved. follow: another branch that this run replays; followed: the first decisions for that.
+
+    Raises: as `branch` and `folder.make`.
+    """
+    if follow is None:
+        found = branch(job)
+        decisions, checkpoint, tokenizer = found.decisions, found.checkpoint, found.tokenizer
+    else:
+        checkpoint = check_beginning(follow, job.run.branch_from or "")
+        decisions, tokenizer = list(followed), follow / "tokenizer"
+    make(folder, job, tokenizer, decisions, checkpoint)
+
+
+def find(said: str) -> tuple[Path, Path]:
+    """(run, checkpoint) of `PATH@STEP`, or of `PATH`: its newest.
+
+    Raises:
+        UserError: there is no such run, or none of that step; the nearest there is is named.
+    """
+    path, step = split(said)
+    if not os.path.isfile(path / "job.toml"):  # noqa: PTH113  # False too for a name that no file can have
+        raise UserError.field("run.branch_from", said, "the folder of a run, or FOLDER@STEP; there is none")
+    found = _checkpoints(path)
+    if not found:
+        raise UserError(f"run.branch_from={said}: this run has saved no checkpoint yet")
+    if step is None:
+        return path, found[0][1]
+    if (there := next((p for s, p in found if s == step), None)) is not None:
+        return path, there
+    nearest = min((s for s, _ in found), key=lambda s: abs(s - step))
+    raise UserError(
+        f"run.branch_from={said}: there is no checkpoint of step {step}; {_steps_in_words(path)}; did you "
+        f"mean {f'{path}@{nearest}'!r}?"
+    )
+
+
+def check_beginning(follow: Path, said: str) -> Path:
+    """The checkpoint that a branch began from: its own copy, or where it kept none, of the run it came from.
+
+    Raises:
+        UserError: neither has it any more.
+    """
+    source, step = split(said)
+    found = (path for run in (follow, source) for at, path in _checkpoints(run) if at == step)
+    if (checkpoint := next(found, None)) is None:
+        raise UserError(
+            f"--exact: {follow} began from {said}, and neither has its checkpoint of step {step} any more"
+        )
+    return checkpoint
+
+
+def _checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder), the newest first."""
+    found = []
+    for path in committed(run, say=lambda message: None):
+        try:
+            found.append((read_manifest(path).step, path))
+        except DamagedCheckpoint:
+            continue
+    return found
+
+
+def _steps_in_words(run: Path) -> str:
+    return f"there are {', '.join(map(str, sorted({step for step, _ in _checkpoints(run)})))}"
+
+
+def _job_then(now: Standing, saved: Decisions) -> Job:
+    """The job that the run followed when a checkpoint with these decisions was saved."""
+    job, then = now.job, saved.changes()
+    for change in reversed(now.decisions.changes()):
+        if change not in then:
+            job = course.undone(job, change)
+    for change in then:
+        if change not in now.decisions.changes():
+            job = course.with_values(job, change.value["after"])
+    return job
+
+
+def _with_other_data(job: Job, changed: dict[str, object]) -> Job:
+    """Other corpora have shards and proportions of their own, as if the run had always had them."""
+    opened = {"data.folder", "data.weights", "data.phases"} - changed.keys()
+    if "data.corpus" not in changed:
+        opened -= {"data.weights", "data.phases"}
+    asked = {n: changed[n] for n in ("data.weights",) if n in changed}
+    return derive_data(job.without(*opened).put(asked, "argument"))

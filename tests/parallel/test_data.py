@@ -1,0 +1,77 @@
+"""What data parallelism sums, against each rank's own gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from colossus.layout import Layout
+from colossus.models import build
+from colossus.parallel.data import accumulate, shard
+from colossus.parallel.world import World
+from tests.models.reference import architecture, random_tokens
+from tests.parallel.real_ranks import in_ranks
+
+
+def shares_of_exact_sums(layout: Layout) -> dict[str, float]:
+    """Of gradients by name, after a backward pass in bf16: which share of a sharded model's is to the bit the
+    sum over ranks of what each has, rounded to bf16 as its weights are."""
+    found = {}
+    with World.join(layout, "cpu") as world:
+        arch = architecture(num_layers=1)
+        alone, sharded = build(arch, seed=0), build(arch, seed=0)
+        shard(sharded, world, torch.bfloat16)
+        tokens_BT = random_tokens(arch, 2, 8, seed=world.rank)
+        for model in (alone, sharded):
+            model.compute_dtype = torch.bfloat16
+            loss, _ = model(tokens_BT, tokens_BT.roll(-1, 1))
+            loss.backward()
+        for (name, own), (_, shared) in zip(
+            alone.named_parameters(), sharded.named_parameters(), strict=True
+        ):
+            assert own.grad is not None
+            total = own.grad.bfloat16().float()
+            dist.all_reduce(total)
+            assert isinstance(shared.grad, DTensor) and shared.grad.dtype == torch.float32
+            found[name] = float((shared.grad.full_tensor() == total).double().mean())
+    return found
+
+
+@pytest.mark.parametrize("axis", ["dp_shard", "dp_replicate"])
+def test_gradients_in_bf16_are_summed_in_fp32(axis: str) -> None:
+    layout = Layout.model_validate({"dp_shard": 1, "dp_replicate": 1} | {axis: 2})
+    shares, same = in_ranks(2, shares_of_exact_sums, layout)
+    assert shares == same and len(shares) >= 9
+    assert min(shares.values()) > 0.9, shares
+
+
+def gradients_by_pass(layout: Layout) -> tuple[list[int], float]:
+    """After each of 3 passes, how many parameters have a gradient; how far the last ones are from those of
+    one pass over all tokens, in parts of the largest."""
+    counts, errors = [], []
+    with World.join(layout, "cpu") as world:
+        arch = architecture(num_layers=1)
+        model, whole = build(arch, seed=0), build(arch, seed=0)
+        for each in (model, whole):
+            shard(each, world, torch.float32)
+        tokens_BT = random_tokens(arch, 3, 8, seed=world.rank)
+        for i in range(3):
+            with accumulate(model, last=i == 2):
+                loss, _ = model(tokens_BT[i : i + 1], tokens_BT[i : i + 1].roll(-1, 1))
+                loss.backward()
+            counts.append(sum(p.grad is not None for p in model.parameters()))
+        loss, _ = whole(tokens_BT, tokens_BT.roll(-1, 1))
+        loss.backward()
+        for one, other in zip(model.parameters(), whole.parameters(), strict=True):
+            assert isinstance(one.grad, DTensor) and isinstance(other.grad, DTensor)
+            found, expected = one.grad.full_tensor(), other.grad.full_tensor()
+            errors.append(float((found - expected).abs().max() / expected.abs().max()))
+    return counts, max(errors)
+
+
+def test_gradients_of_micro_batches_cross_ranks_once() -> None:
+    for counts, error in in_ranks(2, gradients_by_pass, Layout(dp_shard=2, dp_replicate=1)):
+        assert counts[:2] == [0, 0] and counts[2] >= 9
+        assert error < 1e-5
