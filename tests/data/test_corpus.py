@@ -231,6 +231,34 @@ def test_a_compressed_file_that_is_none_or_ends_early(tmp_path: Path, ending: st
         texts(open_corpus(str(path)))
 
 
+SKIPPED = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"  # a frame of zstandard that holds no text
+
+
+@pytest.mark.parametrize(
+    ("ending", "between"),
+    [
+        (".gz", b""),
+        (".gz", bytes(5)),
+        (".bz2", b""),
+        (".xz", b""),
+        (".xz", bytes(4)),
+        (".xz", bytes(2**20)),
+        (".zst", b""),
+        (".zst", SKIPPED),
+    ],
+)
+def test_a_file_of_several_compressed_ones_is_read_whole(tmp_path: Path, ending: str, between: bytes) -> None:
+    """As `cat`, `pigz`, `pbzip2` and `pzstd` make them; and a damaged one is not taken for the end."""
+    pieces = ["".join(f"line {i * n}\n" for i in range(40_000)) for n in (1, 2, 3)]
+    compressed = [COMPRESS[ending](piece.encode()) for piece in pieces]
+    path = tmp_path / f"text.txt{ending}"
+    path.write_bytes(between.join([*compressed, b""]))
+    assert "".join(texts(open_corpus(str(path)))) == "".join(pieces)
+    path.write_bytes(between.join([compressed[0], b"\x01" + compressed[1][1:], compressed[2]]))
+    with pytest.raises(UserError, match=rf"text\.txt\{ending}: cannot be read"):
+        texts(open_corpus(str(path)))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
