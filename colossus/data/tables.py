@@ -119,6 +119,13 @@ class Parquet:
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"data.corpus: {self.path}: not a Parquet file ({error})") from None
         kinds = {field.name: field.type for field in table.schema_arrow}
+        names = table.schema_arrow.names
+        for name in self.rows.columns:
+            if names.count(name) > 1:
+                raise UserError(
+                    f"data.corpus: {self.path}: {names.count(name)} columns are named {name}; it cannot be "
+                    "told which is meant: give each a name of its own"
+                )
         texts = [name for name, kind in kinds.items() if is_text(kind)]
         if not self.rows.chats and (field := self.rows.text_field) not in texts:
             raise UserError.field(

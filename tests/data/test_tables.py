@@ -43,6 +43,7 @@ def chats_of(name: object) -> list[tuple[Any, Any]]:
     return [(chat.messages, chat.tools) for chat in chats]
 
 
+TOOL = tool(days={"type": "integer"})
 EXPECTED = [(record["messages"], record["tools"]) for record in RECORDS]
 
 
@@ -160,6 +161,22 @@ def test_a_map_is_an_object() -> None:
     column = pyarrow.array([[("x", {"a": 1}), ("y", None)], None, []], kind)
     rows = [row["column"] for row in rows_of(pyarrow.table({"column": column}))]
     assert rows == [{"x": {"a": 1}, "y": None}, None, {}]
+
+
+@pytest.mark.parametrize("name", ["text", "messages", "tools"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_two_columns_of_one_name(tmp_path: Path, name: str, as_json: bool) -> None:
+    """Are an error where they are asked for, and none of ours where they are not."""
+    columns: dict[str, Any] = {"body": ["a", "b"], "messages": [turns(days=1)] * 2, "tools": [[TOOL]] * 2}
+    if as_json:
+        columns |= {key: [json.dumps(v) for v in columns[key]] for key in ("messages", "tools")}
+    chosen = columns if name != "text" else {"body": ["a", "b"], "text": ["c", "d"]}
+    pairs = [*chosen.items(), (name, chosen[name])]
+    table = pyarrow.Table.from_arrays([pyarrow.array(v) for _, v in pairs], [key for key, _ in pairs])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=rf"rows\.parquet: 2 columns are named {name}; it cannot be told"):
+        list(open_corpus(str(tmp_path / "rows.parquet")).documents())
+    assert [*open_corpus(str(tmp_path / "rows.parquet"), "body").documents()] == ["a", "b"]
 
 
 def test_a_column_of_bytes_is_no_text(tmp_path: Path) -> None:
