@@ -63,7 +63,7 @@ def asked_ids(messages: Any, tokenizer: Tokenizer, field: str, tools: Any = None
     template = ChatTemplate(tokenizer.chats)
     asked = _Asked(template, check_messages(messages, field), check_tools(tools), field)
     text = asked.render()
-    if asked.tools is not None and text == replace(asked, tools=None).render():
+    if asked.tools and text == replace(asked, tools=None).render():
         raise UserError("tools: the tokenizer's chat template does nothing with them; leave them out")
     _check_characters(text, field)
     tokens = _tokens(template, tokenizer)

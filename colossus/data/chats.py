@@ -20,7 +20,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")  # names that `trans
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, checked. tools: descriptions of functions, or None. where: `str` of it says the place.
+    """A conversation, checked. tools: descriptions of functions, or None: to a template an empty list is
+    another thing. where: `str` of it says the place.
 
     A message has a role and, but where it only calls tools, a text as content; what else it has is the
     template's to read.
@@ -90,7 +91,7 @@ def chat_in(row: dict[str, Any], where: object) -> Chat:
     weights = [message.get("weight", 1) for message in checked if message["role"] == "assistant"]
     if not any(weights):
         raise _wrong(where, f"{FIELD}.weight", weights, "all of the assistant's are 0: nothing to learn")
-    return Chat(checked, tools or None, where)
+    return Chat(checked, tools, where)
 
 
 def check_messages(messages: Any, field: str) -> list[dict[str, Any]]:
@@ -107,7 +108,7 @@ def check_messages(messages: Any, field: str) -> list[dict[str, Any]]:
 
 
 def check_tools(tools: Any) -> list[Any] | None:
-    """Descriptions of the functions that a model may call; None where there are none.
+    """Descriptions of the functions that a model may call; None where nothing is said of them.
 
     Raises:
         UserError: they are no list, or one is no JSON schema.
@@ -119,7 +120,7 @@ def check_tools(tools: Any) -> list[Any] | None:
     for index, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
             raise UserError.field(f"tools[{index}]", tool, "expected a JSON schema, an object")
-    return [*tools] or None
+    return [*tools]
 
 
 def _message(message: Any, where: object, name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from colossus.data.chats import FIELD, chat_in, is_chat, read_json
 from colossus.data.corpus import Document
 from colossus.errors import UserError
 
-CHATS = 2  # grows when chats are read as something else
+CHATS = 3  # grows when chats are read as something else
 
 
 def reading(chats: bool) -> list[tuple[Any, ...]]:

@@ -168,6 +168,7 @@ def test_tools_that_a_template_leaves_out_are_refused(tmp_path: Path) -> None:
     ours = load_tokenizer(FAMILIES["chatml"].save(tmp_path / "folder"))
     with pytest.raises(UserError, match=r"^tools: the tokenizer's chat template does nothing with them"):
         asked_ids(say("Hello"), ours, "m", TOOLS)
+    assert asked_ids(say("Hello"), ours, "m", []) == asked_ids(say("Hello"), ours, "m")
 
 
 @pytest.mark.parametrize("key", ["x", "role", "<|im_end|>"])

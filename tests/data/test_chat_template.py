@@ -50,8 +50,10 @@ def test_where_a_template_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["list", "names", "files", "file and names"])
 def test_chats_with_tools_have_the_template_named_so(tmp_path: Path, where: str) -> None:
-    """As in `transformers`, from what is published, what a run keeps and what is given out again."""
-    plain = "{% for m in messages %}{{ m.role + m.content }}<|im_end|>{% endfor %}"
+    """As in `transformers`, from what is published, what a run keeps and what is given out again; also those
+    with an empty list of tools."""
+    plain = "{{ 'none' if tools is none }}"
+    plain += "{% for m in messages %}{{ m.role + m.content }}<|im_end|>{% endfor %}"
     texts = {
         "default": plain,
         "tool_use": "{{ tools | tojson }}<|im_start|>" + plain,
@@ -71,11 +73,11 @@ def test_chats_with_tools_have_the_template_named_so(tmp_path: Path, where: str)
     kept = tmp_path / "kept"
     published.taught(texts=False, chats=published.chats).save(kept)
     out = tmp_path / "out"
-    for name, data in files_of(kept)[0].items():
+    for name, data in files_of(kept, load_tokenizer(kept), {}).items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(data)
     reference = AutoTokenizer.from_pretrained(folder)
-    for rest in ({"tools": tools}, {}):
+    for rest in ({"tools": tools}, {"tools": []}, {}):
         expected = reference.apply_chat_template(messages, **rest)["input_ids"]
         again = AutoTokenizer.from_pretrained(out)
         assert again.apply_chat_template(messages, **rest)["input_ids"] == expected

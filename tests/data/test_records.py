@@ -120,9 +120,9 @@ def test_messages_as_json_text_beside_a_text(tmp_path: Path) -> None:
     found = [d for d in open_corpus(str(path)).documents() if isinstance(d, Chat)]
     assert [(c.messages, c.tools) for c in found] == [(messages, tools)] * 3
     assert [*open_corpus(str(write(path, rows[1])), "messages").documents()] == [rows[1]["messages"]]
-    for none in ("", "null", "[]", None):  # ways to say that there are no tools
+    for none, found in (("", None), ("null", None), (None, None), ("[]", []), ([], [])):
         write(path, {"messages": say("a", "b"), "tools": none})
-        assert [d.tools for d in open_corpus(str(path)).documents() if isinstance(d, Chat)] == [None]
+        assert [d.tools for d in open_corpus(str(path)).documents() if isinstance(d, Chat)] == [found]
 
 
 def to_parquet(records: list[dict[str, Any]], path: Path) -> None:
