@@ -9,12 +9,14 @@ run was taught of all this is kept with it, in `account.json`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from colossus.data.added import NAMED, Vocabulary, content_of
 from colossus.data.chat_template import ChatFormat, chat_format
+from colossus.data.named_class import DEFAULTS, SCHEMES, as_llama, class_of, llama_scheme
 from colossus.errors import UserError
 from colossus.untrusted import MIB, parse_json, read_text
 
@@ -25,11 +27,6 @@ TOKENIZER, CONFIG, KEPT = "tokenizer.json", "tokenizer_config.json", "account.js
 MAP, ADDED = "special_tokens_map.json", "added_tokens.json"  # older ones, which say what CONFIG does not
 USUAL_BOS = (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]")
 USUAL_EOS = (EOS, "</s>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "[EOS]")
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-SCHEMES = ("first", "always", "never")
-# Models whose tokenizer.json `transformers` reads as it is, whatever class the configuration names.
-READ_AS_THEY_ARE = ("mistral", "mixtral", "olmo2", "glm4_moe")
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of a token that was added
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,8 @@ class Account:
     begins: what a run was taught to find in front of a text; None: what the tokenizer's own encoding puts
         there.
     scheme: where a blank is put before words, if `transformers` reads the file as its LlamaTokenizer does.
+    named: the tokens that there are only because something beside tokenizer.json names them. left_out: those
+        that the published model has no room for.
     cleans_up: decoding takes away blanks before punctuation, as `clean_up_tokenization_spaces` asks.
     files: the tokenizer's own, as they were, by name.
     """
@@ -57,6 +56,8 @@ class Account:
     begins: tuple[int, ...] | None = None
     chats: ChatFormat | None = None
     scheme: str | None = None
+    named: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     cleans_up: bool = False
     files: Mapping[str, str] = field(default_factory=dict)
 
@@ -76,18 +77,22 @@ def read_account(path: Path, root: Path) -> Account:
     if "added_tokens_decoder" not in config:  # as in `transformers`: else the older files do not count
         settings |= _object(folder / MAP, files.get(MAP))
         settings |= {ADDED: _object(folder / ADDED, files.get(ADDED))}
+    model = _object(folder / "config.json", _text(folder / "config.json"))
     published, kept = _ids_of_model(folder), _kept(folder)
     is_old = kept is None and _is_of_an_earlier_build(folder)
-    scheme = kept["scheme"] if kept is not None else None if is_old else _scheme(config, folder)
-    text = text if scheme is None else _as_llama(text, scheme)
-    text, tokens, special = _completed(text, {} if is_old else settings, path)
-    names = {index: name for name, index in tokens.items()}
-    named = {name: _named(name, settings, tokens, folder) for name in NAMED}
+    scheme = kept["scheme"] if kept is not None else None if is_old else llama_scheme(config, model)
+    vocabulary = Vocabulary.read(text if scheme is None else as_llama(text, scheme), path)
+    if not is_old and (kept is None or kept["named"] is not None):  # else it is of before these counted
+        settings = _with_defaults(settings, config, model, vocabulary, vocabulary.text != text)
+    vocabulary = vocabulary.completed({} if is_old else settings, folder, *_room(kept, model))
+    named = {name: _named(name, settings, vocabulary.ids, folder) for name in NAMED}
+    names = {index: name for name, index in vocabulary.ids.items()}
     eos = named["eos_token"]
     if eos is None:
         eos = next((index for index in published["eos_token_id"] if index in names), None)
         if eos is not None and not is_old:  # as if it were named
-            text, tokens, special = _completed(text, {"eos_token": names[eos]}, path)
+            vocabulary = vocabulary.completed({"eos_token": names[eos]}, folder)
+    tokens, special = vocabulary.ids, vocabulary.added
     if eos is None:
         eos = next((tokens[name] for name in USUAL_EOS if name in special), None)
     usual = next((tokens[name] for name in USUAL_BOS if name in special), None)
@@ -101,7 +106,7 @@ def read_account(path: Path, root: Path) -> Account:
         chats = replace(chats, variables=kept["tokens"])
     pads = [named["pad_token"], *published["pad_token_id"], *(kept["pad"] if kept is not None else ())]
     return Account(
-        text=text,
+        text=vocabulary.text,
         bos_id=bos,
         eos_id=eos,
         usual_bos_id=usual,
@@ -110,6 +115,8 @@ def read_account(path: Path, root: Path) -> Account:
         begins=begins,
         chats=chats,
         scheme=scheme,
+        named=vocabulary.named,
+        left_out=vocabulary.left_out,
         cleans_up=config.get("clean_up_tokenization_spaces") is True,
         files=files,
     )
@@ -151,143 +158,33 @@ def _object(path: Path, text: str | None) -> dict[str, Any]:
     return found
 
 
-def _scheme(config: Mapping[str, Any], folder: Path) -> str | None:
-    """Where a blank is put before words, if the files name the LlamaTokenizer of `transformers` and it takes
-    that; None where it reads tokenizer.json as it is."""
-    model = _object(folder / "config.json", _text(folder / "config.json")).get("model_type")
-    if (
-        str(config.get("tokenizer_class")).removesuffix("Fast") != "LlamaTokenizer"
-        or model in READ_AS_THEY_ARE
-    ):
-        return None
-    prefix = config.get("add_prefix_space")
-    if prefix is not None and not prefix:
-        return "never"
-    return "always" if config.get("legacy") else "first"
+def _with_defaults(
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    model: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    is_rebuilt: bool,
+) -> dict[str, Any]:
+    """The settings, and what else has a name: in the class of the tokenizer, and where batches are filled up.
+
+    is_rebuilt: whether LlamaTokenizer splits in its own way; else it is not what reads the file.
+    """
+    name = class_of(config, model)
+    own = DEFAULTS.get(name, {}) if is_rebuilt or name != "LlamaTokenizer" else {}
+    found = {key: token for key, token in own.items() if token in vocabulary.ids}
+    pad = {"pad_token": vocabulary.padding} if vocabulary.padding is not None else {}
+    return {**found, **pad, **settings}
 
 
-def _as_llama(text: str, scheme: str) -> str:
-    """tokenizer.json as LlamaTokenizer of `transformers` 5.24 has it: it takes the vocabulary, the merges and
-    what is put in front, and splits and decodes in its own way. A text that begins with a blank gets no
-    other, and what stands behind a special token none at all."""
-    try:
-        state = parse_json(text)
-        model = state["model"]
-        is_byte_level = "ByteLevel" in json.dumps([state.get("pre_tokenizer"), state.get("decoder")])
-        if model.get("type", "BPE") != "BPE" or "merges" not in model or is_byte_level:
-            return text
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return text  # which is told where it is used
-    blank = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-    decoders = [blank, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    if scheme != "never":
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    state |= {
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False},
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": model["vocab"],
-            "merges": model["merges"],
-        },
-    }
-    return json.dumps(state, ensure_ascii=False)
-
-
-def _completed(
-    text: str, settings: Mapping[str, Any], path: Path
-) -> tuple[str, dict[str, int], frozenset[str]]:
-    """(tokenizer.json with all tokens that the settings name, ids of all, names of those that were added)."""
-    try:
-        state = parse_json(text)
-        added = {token["content"]: dict(token) for token in state["added_tokens"]}
-        ids = {name: int(token["id"]) for name, token in added.items()}
-        vocabulary = dict(state.get("model") or {}).get("vocab") or {}
-        if isinstance(vocabulary, list):  # of Unigram: a token and its score each
-            vocabulary = {name: index for index, (name, _) in enumerate(vocabulary)}
-        tokens = {str(name): int(index) for name, index in vocabulary.items()} | ids
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"data.tokenizer={path}: not a tokenizer.json") from None
-    wanted = {token["content"]: token for token in _declared(settings, tokens, added, path.parent)}
-    if not wanted:
-        return text, tokens, frozenset(added)
-    import tokenizers
-
-    try:
-        made = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # it raises no narrower type
-        raise UserError(f"data.tokenizer: not a tokenizer.json that can be used ({error})") from None
-    made.add_tokens([tokenizers.AddedToken(**token) for token in wanted.values()])
-    tokens |= {name: made.token_to_id(name) for name in wanted}
-    return made.to_str(), tokens, frozenset([*added, *wanted])
-
-
-def _declared(
-    settings: Mapping[str, Any], tokens: Mapping[str, int], added: Mapping[str, Any], folder: Path
-) -> Iterator[dict[str, Any]]:
-    """The tokens that the settings name and that were not added so: all that are said to be, and of those
-    that have a part to play (`eos_token`) the ones that there are."""
-    parts = [value for key, value in settings.items() if key.endswith("_token")]  # a model's own, too
-    names = {name for value in parts if (name := _content(value)) is not None}
-    names |= {
-        name for key in ("extra_special_tokens", "additional_special_tokens") for name in _all(settings, key)
-    }
-    decoder = settings.get("added_tokens_decoder") or {}
-    if not isinstance(decoder, dict) or not all(key.isdecimal() for key in decoder):
-        raise UserError(
-            f"data.tokenizer: {folder / CONFIG}: added_tokens_decoder: expected tokens by their ids"
-        )
-    declared = {*added}
-    for _, token in sorted(decoder.items(), key=lambda item: int(item[0])):
-        content = _content(token)
-        if content is None:
-            what = f"added_tokens_decoder: {token!r:.60} has no content"
-            raise UserError(f"data.tokenizer: {folder / CONFIG}: {what}")
-        declared.add(content)
-        flags = _flags(token if isinstance(token, dict) else {})
-        if content not in added or _flags(added[content]) != flags:
-            yield {"content": content} | flags
-    older = settings.get(ADDED) or {}
-    if not all(type(index) is int for index in older.values()):
-        raise UserError(f"data.tokenizer: {folder / ADDED}: expected ids by their tokens")
-    for content in sorted(older, key=older.__getitem__):
-        if content not in declared:
-            declared.add(content)
-            yield {"content": content} | _flags({"special": content in names})
-    for content in sorted(names - declared):
-        if content in tokens:
-            yield {"content": content} | _flags({"special": True})
-
-
-def _flags(token: Mapping[str, Any]) -> dict[str, bool]:
-    """How a token is looked for; where it does not say, as `tokenizers` has it."""
-    usual = dict.fromkeys(FLAGS, False) | {"normalized": not token.get("special", False)}
-    return {flag: bool(token.get(flag, usual[flag])) for flag in FLAGS}
-
-
-def _content(value: Any) -> str | None:
-    """The name of a token, which is written as such or as an object."""
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) and value else None
-
-
-def _all(settings: Mapping[str, Any], key: str) -> list[str]:
-    values = settings.get(key) or []
-    values = list(values.values()) if isinstance(values, dict) else values
-    return [name for value in values if (name := _content(value))] if isinstance(values, list) else []
+def _room(kept: Mapping[str, Any] | None, model: Mapping[str, Any]) -> tuple[list[str] | None, int | None]:
+    """(tokens that may be added because they are named, tokens of the model); None: any, and any number."""
+    size = model.get("vocab_size")
+    return (kept["named"] or []) if kept is not None else None, size if type(size) is int else None
 
 
 def _named(key: str, settings: Mapping[str, Any], tokens: Mapping[str, int], folder: Path) -> int | None:
-    """The token that plays a part; None where none is named."""
-    name = _content(settings.get(key))
+    """The token that plays a part; None where none is named, or the model has no room for it."""
+    name = content_of(settings.get(key))
     if name is None:
         return None
     if name not in tokens and key in ("bos_token", "eos_token"):
@@ -328,12 +225,20 @@ def _kept(folder: Path) -> dict[str, Any] | None:
         raise UserError.field(
             f"data.tokenizer: {folder / KEPT}: scheme", scheme, f"one of {', '.join(SCHEMES)}"
         )
+    named = kept.get("named")
+    if not (named is None or (isinstance(named, list) and all(isinstance(name, str) for name in named))):
+        raise UserError(f"data.tokenizer: {folder / KEPT}: named: expected a list of tokens")
     tokens = kept.get("tokens")
     if tokens is not None and not (
         isinstance(tokens, dict) and all(isinstance(name, str) for name in tokens.values())
     ):
         raise UserError(f"data.tokenizer: {folder / KEPT}: tokens: expected names by what they are for")
-    return kept | {"begins": None if begins is None else tuple(begins), "scheme": scheme, "tokens": tokens}
+    return kept | {
+        "begins": None if begins is None else tuple(begins),
+        "scheme": scheme,
+        "tokens": tokens,
+        "named": named,
+    }
 
 
 def as_kept(account: Account) -> str:
@@ -344,6 +249,7 @@ def as_kept(account: Account) -> str:
         "ends": sorted(account.ends),
         "pad": pad,
         "scheme": account.scheme,
+        "named": account.named,
     }
     if account.chats is not None:  # that its template may name
         kept["tokens"] = dict(account.chats.variables)

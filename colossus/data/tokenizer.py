@@ -28,6 +28,7 @@ from colossus.data.account import (
     read_account,
 )
 from colossus.data.chat_template import ChatFormat, chat_format, end_of_turn, named_tokens
+from colossus.data.named_class import names_in
 from colossus.data.quick import as_tiktoken, byte_characters
 from colossus.errors import UserError
 
@@ -433,10 +434,14 @@ class JsonTokenizer:
     def files(self) -> dict[str, str]:
         """The files that other tools read it from, by name, but for the chat template. What they put in front
         of a text is what is put there here."""
-        files = self._files()
+        whole = self.whole()
+        return self._files() | ({TOKENIZER: whole} if whole != self._text else {})
+
+    def whole(self) -> str:
+        """A tokenizer.json that says all by itself, with what is put in front of a text."""
         if self.begins and self.begins != self._own_begins:
-            files[TOKENIZER] = _putting_in_front(self._read(), self.begins).to_str()
-        return files
+            return _putting_in_front(self._read(), self.begins).to_str()
+        return self._text
 
     def _files(self) -> dict[str, str]:
         return {TOKENIZER: self._text, **self.account.files, **self._settings()}
@@ -457,7 +462,7 @@ class JsonTokenizer:
         config = json.loads(files[CONFIG])
         older = json.loads(files[MAP]) if MAP in files and "added_tokens_decoder" not in config else {}
         for name, found in ((CONFIG, config), (MAP, older)):
-            said = named_tokens(found)
+            said = names_in(found) if name == CONFIG else named_tokens(found)
             wrong = {k: v for k, v in tokens.items() if (k in found or name == CONFIG) and said.get(k) != v}
             if wrong and (name == CONFIG or found):
                 changed[name] = json.dumps(found | wrong, indent=2, ensure_ascii=False) + "\n"

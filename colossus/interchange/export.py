@@ -15,7 +15,7 @@ from colossus.checkpoints.stream import CheckpointTensor
 from colossus.checkpoints.weights import architecture_of
 from colossus.errors import UserError
 from colossus.generation.load import find_checkpoint, is_published
-from colossus.interchange.files import Say, as_json, check_vocabulary, files_of
+from colossus.interchange.files import Say, as_json, files_of, ids_of, open_tokenizer
 from colossus.models.hf.published import fitting_family, open_published, publish, warn
 from colossus.models.hf.tensors import Box, Readable
 from colossus.models.hf.writing import write_checkpoint
@@ -39,16 +39,17 @@ def export_model(path: str | Path, out: str | Path, type: str | None = None, say
     """
     if type is not None and type not in TYPES:
         raise UserError.field("type", type, f"one of {', '.join(TYPES)}", TYPES)
-    arch, tensors, kept, tokenizer = _opened(Path(path), say)
+    arch, tensors, kept, folder = _opened(Path(path), say)
     family = fitting_family(arch)
     if family.name != arch.family:
         say(f"{path}: exported as {family.name}, which has this model's parts; {arch.family} has not")
     table = {parameter.name: parameter for parameter in parameter_table(arch)}
     if type is not None:
         tensors = {name: _in_type(tensors[name], table[name], TYPES[type]) for name in tensors}
-    check_vocabulary(tokenizer, arch, say)
-    files, ids = files_of(tokenizer)
+    tokenizer = open_tokenizer(folder, arch, say)
+    ids = ids_of(tokenizer) if tokenizer is not None else {}
     config, published = publish(arch, family, tensors, kept if kept is not None else ids)
+    files = files_of(folder, tokenizer, config)
     write_checkpoint(out, published, {"config.json": as_json(config)} | files)
     return Path(out)
 

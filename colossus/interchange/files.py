@@ -7,12 +7,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from colossus.architecture import Architecture
+from colossus.data.account import CONFIG, MAP, TOKENIZER
 from colossus.data.chat_template import TOOLS_FILE
+from colossus.data.named_class import AS_IT_STANDS, names_in, reads_alike
 from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
 from colossus.errors import MachineError, UserError
 from colossus.untrusted import MIB, parse_json, read_file
@@ -39,15 +41,17 @@ def read_kept(folder: Path) -> dict[str, bytes]:
         raise MachineError(f"{error.filename}: {error.strerror}") from error
 
 
-def check_vocabulary(folder: Path, arch: Architecture, say: Say) -> None:
-    """Compares the tokenizer of a folder with a model; says where the model has more tokens.
+def open_tokenizer(folder: Path, arch: Architecture, say: Say) -> JsonTokenizer | BytesTokenizer | None:
+    """The tokenizer of a folder, compared with a model; says where they have not the same tokens, and where
+    there is none.
 
     Raises UserError where the tokenizer makes ids that the model has not.
     """
     if not (folder / "tokenizer.json").is_file() and not (folder / "bytes.json").is_file():
         say(f"{folder} has no tokenizer.json: what is made of it has no tokenizer")
-        return
-    num = load_tokenizer(folder, partly=True).vocab_size
+        return None
+    tokenizer = load_tokenizer(folder, partly=True)
+    num = tokenizer.vocab_size
     if num > arch.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {num} tokens, more than the {arch.vocab_size} of the model "
@@ -56,27 +60,44 @@ def check_vocabulary(folder: Path, arch: Architecture, say: Say) -> None:
     if num < arch.vocab_size:
         more = arch.vocab_size - num
         say(f"{folder}: the model has {arch.vocab_size} tokens, {more} more than the tokenizer")
+    for name in tokenizer.account.left_out if isinstance(tokenizer, JsonTokenizer) else ():
+        say(f"{folder}: {name}, which is only named, is none of the {arch.vocab_size} tokens: left out")
+    return tokenizer
 
 
-def files_of(tokenizer_folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """(files to lie beside exported weights, ids of tokens for `config.json`) of a run's tokenizer.
+def files_of(
+    folder: Path, tokenizer: JsonTokenizer | BytesTokenizer | None, model: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """The files to lie beside exported weights and their config.json, `model`, of the tokenizer in `folder`.
 
-    They are as they were, but that others put in front of a text and end it with what is put there and ends
-    it here.
+    They are as they were, but that others read texts, put in front of them and end them as is done here.
     """
-    files = read_kept(tokenizer_folder)
-    is_bytes = (tokenizer_folder / "bytes.json").is_file()
-    if not is_bytes and "tokenizer.json" not in files:
-        return files, {}
-    tokenizer = load_tokenizer(tokenizer_folder, partly=True)
-    ids = ids_of(tokenizer)
+    files = read_kept(folder)
+    if tokenizer is None:
+        return files
     # Plain bytes become a byte-level BPE without merges.
     theirs = tokenizer.as_json() if isinstance(tokenizer, BytesTokenizer) else tokenizer
-    files |= {name: text.encode() for name, text in theirs.files().items()}
+    files |= {name: text.encode() for name, text in _read_alike(theirs, model).items()}
     settings = parse_json(files[GENERATION]) if GENERATION in files else {}
     if GENERATION not in files or not theirs.said_ends <= {*_list(settings.get("eos_token_id"))}:
-        files[GENERATION] = as_json(settings | ids)
-    return files, ids
+        files[GENERATION] = as_json(settings | ids_of(tokenizer))
+    return files
+
+
+def _read_alike(tokenizer: JsonTokenizer, model: Mapping[str, Any]) -> dict[str, str]:
+    """The files of a tokenizer. Where others would read them otherwise than it was trained with here, they
+    name the class that reads tokenizer.json as it stands."""
+    files = tokenizer.files()
+    config = json.loads(files[CONFIG])
+    older = json.loads(files[MAP]) if MAP in files and "added_tokens_decoder" not in config else {}
+    is_published = tokenizer.account.begins is None  # and was not trained here
+    if is_published or reads_alike(tokenizer.account.text, files[TOKENIZER], {**config, **older}, model):
+        return files
+    own = {key: name for key, name in names_in(config).items() if name in tokenizer.added_tokens}
+    changed = {key: value for key, value in config.items() if key != "auto_map"}
+    changed |= {key: name for key, name in own.items() if key not in {**config, **older}}
+    changed["tokenizer_class"] = AS_IT_STANDS
+    return files | {TOKENIZER: tokenizer.whole(), CONFIG: as_json(changed).decode()}
 
 
 def ids_of(tokenizer: Tokenizer) -> dict[str, Any]:

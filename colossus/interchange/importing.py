@@ -9,8 +9,9 @@ import torch
 from colossus.architecture import parameter_table
 from colossus.checkpoints.format import Key, sync_folder, write_synced
 from colossus.checkpoints.stream import save_streamed
-from colossus.data.account import KEPT, TOKENIZER, as_kept, read_account
-from colossus.interchange.files import Say, check_vocabulary, made_whole, read_kept
+from colossus.data.account import KEPT, as_kept
+from colossus.data.tokenizer import JsonTokenizer
+from colossus.interchange.files import Say, made_whole, open_tokenizer, read_kept
 from colossus.models import Decoder
 from colossus.models.hf.published import Opened, open_published, warn
 from colossus.models.hf.tensors import InMemory, Readable
@@ -32,16 +33,15 @@ def import_model(path: str | Path, out: str | Path | None = None, say: Say = war
     """
     path = Path(path)
     opened = open_published(path, say)
-    check_vocabulary(path, opened.arch, say)
+    tokenizer = open_tokenizer(path, opened.arch, say)
     out = Path(out) if out is not None else Path("runs") / path.resolve().name
     with made_whole(out) as folder:
         (folder / "tokenizer").mkdir()
         for name, data in read_kept(path).items():
             (folder / "tokenizer" / name).parent.mkdir(exist_ok=True)
             write_synced(folder / "tokenizer" / name, data)
-        if (path / TOKENIZER).is_file():  # what config.json says of texts, which does not lie there
-            kept = as_kept(read_account(path / TOKENIZER, path))
-            write_synced(folder / "tokenizer" / KEPT, kept.encode())
+        if isinstance(tokenizer, JsonTokenizer):  # what config.json says of texts, which does not lie there
+            write_synced(folder / "tokenizer" / KEPT, as_kept(tokenizer.account).encode())
         meta = {
             "step": 0,
             "optimizer_steps": 0,

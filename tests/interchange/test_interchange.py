@@ -101,6 +101,7 @@ def test_what_was_published_beside_a_model_outlives_its_training(tmp_path: Path,
     # Texts were separated by the token that ends one: it stands in front of every text now, for others too.
     before, after = (json.loads((path / "tokenizer.json").read_text()) for path in (folder, tmp_path / "out"))
     assert before.pop("post_processor") is None and after.pop("post_processor") is not None
+    assert after["added_tokens"].pop()["content"] == "<pad>"  # with the id that others give it, too
     assert before == after
     front = load_tokenizer(tmp_path / "out")
     assert front.begins == (front.eos_id,) and front.bos_id == front.eos_id
