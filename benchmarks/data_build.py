@@ -33,10 +33,11 @@ import numpy as np
 
 from benchmarks.data_speed import of_digits, texts_of
 from benchmarks.tree_memory import TreeMemory
+from colossus.data.bpe import train_bpe
 from colossus.data.build import open_split
 from colossus.data.corpus import Corpus, text_of
 from colossus.data.open import open_corpus
-from colossus.data.tokenizer import load_tokenizer, train_bpe
+from colossus.data.tokenizer import load_tokenizer
 from colossus.hardware.machine import available_cores
 from colossus.measure.machine import this_machine
 from colossus.perf.receipts import Figure, print_figures, write_receipt

@@ -29,12 +29,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from benchmarks.tree_memory import TreeMemory
 from colossus.data.build import Request, build, open_split
 from colossus.data.corpus import Corpus, text_of
+from colossus.data.json_tokenizer import JsonTokenizer
 from colossus.data.loader import Batches
 from colossus.data.open import open_corpus
 from colossus.data.order import BatchSchedule, Order, Phase
 from colossus.data.shards import ShardedTokens
 from colossus.data.split import divide, sizes_of
-from colossus.data.tokenizer import JsonTokenizer, load_tokenizer
+from colossus.data.tokenizer import load_tokenizer
 from colossus.hardware.machine import available_cores
 from colossus.measure.machine import this_machine
 from colossus.perf.receipts import Figure, print_figures, write_receipt

@@ -14,9 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from colossus.data.bpe import train_bpe
+from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.data.corpus import Corpus, Part, fingerprint_of
 from colossus.data.documents import chats_of, separated_once
 from colossus.data.encode import Task, journals
+from colossus.data.json_tokenizer import JsonTokenizer
 from colossus.data.sample import tokenizer_sample
 from colossus.data.shards import (
     HELD_OUT,
@@ -31,7 +34,7 @@ from colossus.data.shards import (
     write_manifest,
 )
 from colossus.data.split import Split, divide
-from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer, train_bpe
+from colossus.data.tokenizer import load_tokenizer
 from colossus.data.workers import run_tasks
 from colossus.errors import MachineError, UserError
 from colossus.untrusted import clear, make_folder, open_to_append

@@ -11,11 +11,12 @@ from itertools import accumulate, compress
 import numpy as np
 
 from colossus.data.account import BOS, EOS
+from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.data.chat_template import ChatFormat, ChatTemplate, Span
 from colossus.data.chats import Chat, is_within, learned_tokens, rendered
 from colossus.data.corpus import Document, text_of
+from colossus.data.json_tokenizer import JsonTokenizer
 from colossus.data.lossless import lost_bytes
-from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer
 
 Pieces = list[tuple[str, bool]]
 

@@ -17,9 +17,10 @@ import numpy as np
 from colossus.data.chats import Chat
 from colossus.data.corpus import Document, Part, text_of
 from colossus.data.documents import Encoder
+from colossus.data.json_tokenizer import JsonTokenizer
 from colossus.data.shards import STARTS, Shard, crc32, replace_synced
 from colossus.data.split import Split, key_of, sizes_of
-from colossus.data.tokenizer import JsonTokenizer, load_tokenizer
+from colossus.data.tokenizer import load_tokenizer
 from colossus.errors import MachineError
 from colossus.untrusted import open_to_append
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from colossus.data.build import Progress, Request, build, check_buildable, corpus_folder, is_built
+from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.data.open import is_listed_here, open_corpus
 from colossus.data.order import BatchSchedule
 from colossus.data.sources import TrainingData
-from colossus.data.tokenizer import BytesTokenizer, load_tokenizer
+from colossus.data.tokenizer import load_tokenizer
 from colossus.errors import UserError
 from colossus.hardware.machine import available_cores, cache_folder
 from colossus.job import Job

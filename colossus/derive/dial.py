@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from colossus.architecture import Architecture, Experts, check
-from colossus.data.tokenizer import BytesTokenizer, load_tokenizer
+from colossus.data.bytes_tokenizer import BytesTokenizer
+from colossus.data.tokenizer import load_tokenizer
 from colossus.errors import UserError
 from colossus.job import Job
 from colossus.perf.flops import model_flops_per_token

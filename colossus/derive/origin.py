@@ -8,7 +8,8 @@ from typing import Any
 
 from colossus.architecture import Architecture
 from colossus.checkpoints.weights import Weights
-from colossus.data.tokenizer import BytesTokenizer, load_tokenizer
+from colossus.data.bytes_tokenizer import BytesTokenizer
+from colossus.data.tokenizer import load_tokenizer
 from colossus.errors import UserError
 from colossus.generation.load import open_weights
 from colossus.job import Job

@@ -12,12 +12,14 @@ import numpy as np
 
 from colossus.checkpoints.format import is_committed
 from colossus.data.build import open_split
+from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.data.corpus import Corpus, Document, text_of
 from colossus.data.documents import Encoder
+from colossus.data.json_tokenizer import JsonTokenizer
 from colossus.data.open import open_corpus
 from colossus.data.shards import HELD_OUT, ShardedTokens
 from colossus.data.split import key_of, sizes_of
-from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer
+from colossus.data.tokenizer import Tokenizer
 from colossus.errors import UserError
 from colossus.evaluation.bits_per_byte import HeldOut, Validation, ValidationResult, evaluate
 from colossus.job import Job, load_run_job

@@ -13,9 +13,11 @@ from typing import Any
 
 from colossus.architecture import Architecture
 from colossus.data.account import CONFIG, MAP, TOKENIZER
+from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.data.chat_template import TOOLS_FILE
+from colossus.data.json_tokenizer import JsonTokenizer
 from colossus.data.named_class import AS_IT_STANDS, names_in, reads_alike
-from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
+from colossus.data.tokenizer import Tokenizer, load_tokenizer
 from colossus.errors import MachineError, UserError
 from colossus.untrusted import MIB, parse_json, read_file
 

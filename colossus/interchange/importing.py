@@ -10,7 +10,7 @@ from colossus.architecture import parameter_table
 from colossus.checkpoints.format import Key, sync_folder, write_synced
 from colossus.checkpoints.stream import save_streamed
 from colossus.data.account import KEPT, as_kept
-from colossus.data.tokenizer import JsonTokenizer
+from colossus.data.json_tokenizer import JsonTokenizer
 from colossus.interchange.files import Say, made_whole, open_tokenizer, read_kept
 from colossus.models import Decoder
 from colossus.models.hf.published import Opened, open_published, warn

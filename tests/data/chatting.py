@@ -10,10 +10,11 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.data.chats import Chat, chat_in
 from colossus.data.corpus import Document
 from colossus.data.documents import Encoded, Encoder
-from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer
+from colossus.data.json_tokenizer import JsonTokenizer
 
 # ChatML: https://github.com/openai/openai-python/blob/release-v0.28.0/chatml.md
 CHATML = """\

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from colossus.data.bpe import train_bpe
 from colossus.data.build import build, is_built, verify
 from colossus.data.chats import chat_in
 from colossus.data.documents import Encoder, chats_of, separated_once
+from colossus.data.json_tokenizer import JsonTokenizer
 from colossus.data.shards import read_manifest
-from colossus.data.tokenizer import JsonTokenizer, load_tokenizer, train_bpe
+from colossus.data.tokenizer import load_tokenizer
 from colossus.errors import UserError
 from tests.data.building import built, in_memory, request_for
 from tests.data.chatting import CHATML, families

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from colossus.architecture import Architecture
-from colossus.data.tokenizer import JsonTokenizer, load_tokenizer
+from colossus.data.json_tokenizer import JsonTokenizer
+from colossus.data.tokenizer import load_tokenizer
 from colossus.errors import UserError
 from colossus.interchange.files import open_tokenizer
 from tests.data.kinds import reference, saved

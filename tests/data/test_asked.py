@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from colossus.data.asked import asked_ids
+from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.data.chat_template import ChatFormat
-from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer
+from colossus.data.json_tokenizer import JsonTokenizer
+from colossus.data.tokenizer import load_tokenizer
 from colossus.errors import UserError
 from tests.data.chatting import CHATML, Family, families
 from tests.data.kinds import KINDS, reference, saved

@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from colossus.data.chat_template import ChatFormat, ChatTemplate
-from colossus.data.tokenizer import JsonTokenizer, load_tokenizer
+from colossus.data.json_tokenizer import JsonTokenizer
+from colossus.data.tokenizer import load_tokenizer
 from colossus.errors import UserError
 from colossus.interchange.files import files_of
 from tests.data.chatting import byte_level, chat, encode, families, say

@@ -11,13 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from colossus.data.bpe import train_bpe
 from colossus.data.build import corpus_folder, open_split, verify
+from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.data.chat_template import DEFAULT, ChatFormat
 from colossus.data.chats import Chat
 from colossus.data.documents import Encoded
+from colossus.data.json_tokenizer import JsonTokenizer
 from colossus.data.shards import read_manifest, write_manifest
 from colossus.data.split import sizes_of
-from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer, train_bpe
+from colossus.data.tokenizer import load_tokenizer
 from colossus.errors import UserError
 from tests.data.building import built, contents, request_for
 from tests.data.chatting import (

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
+from colossus.data.bpe import train_bpe
 from colossus.data.quick import GPT2_SPLIT, as_tiktoken, byte_characters
-from colossus.data.tokenizer import train_bpe
 from tests.data.kinds import texts
 
 TEXTS = [path.read_text(encoding="utf-8") for path in sorted(Path(json.__file__).parent.glob("*.py"))]

@@ -15,14 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from colossus.data.tokenizer import (
-    BOS,
-    EOS,
-    BytesTokenizer,
-    JsonTokenizer,
-    load_tokenizer,
-    train_bpe,
-)
+from colossus.data.bpe import train_bpe
+from colossus.data.bytes_tokenizer import BytesTokenizer
+from colossus.data.json_tokenizer import JsonTokenizer
+from colossus.data.tokenizer import BOS, EOS, load_tokenizer
 from colossus.errors import UserError
 
 TEXTS = [path.read_text(encoding="utf-8") for path in sorted(Path(json.__file__).parent.glob("*.py"))]

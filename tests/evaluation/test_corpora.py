@@ -20,8 +20,11 @@ from hypothesis import strategies as st
 from tokenizers.normalizers import Replace
 
 from colossus import api
+from colossus.data.bpe import train_bpe
+from colossus.data.bytes_tokenizer import BytesTokenizer
+from colossus.data.json_tokenizer import JsonTokenizer
 from colossus.data.lossless import lost_bytes
-from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer, train_bpe
+from colossus.data.tokenizer import load_tokenizer
 from colossus.errors import UserError
 from colossus.evaluation import corpora
 from colossus.evaluation.corpora import choose_texts, evaluate_corpus, run_at

@@ -14,7 +14,10 @@ pytest.importorskip("accelerate", reason="the harness's own model of transformer
 
 from colossus import api
 from colossus.checkpoints.save import Saver
-from colossus.data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer, train_bpe
+from colossus.data.bpe import train_bpe
+from colossus.data.bytes_tokenizer import BytesTokenizer
+from colossus.data.json_tokenizer import JsonTokenizer
+from colossus.data.tokenizer import load_tokenizer
 from colossus.models import build
 from tests.data.kinds import saved
 from tests.data.kinds import texts as texts_of_all_sorts

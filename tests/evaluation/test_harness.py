@@ -17,7 +17,8 @@ pytest.importorskip("lm_eval", reason="needs the extra: pip install 'colossus-tr
 
 from colossus import api
 from colossus.cli import main
-from colossus.data.tokenizer import JsonTokenizer, train_bpe
+from colossus.data.bpe import train_bpe
+from colossus.data.json_tokenizer import JsonTokenizer
 from colossus.errors import UserError
 from colossus.evaluation.harness import HarnessModel, sampling_of
 from colossus.generation import generate

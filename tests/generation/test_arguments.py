@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from colossus import api
-from colossus.data.tokenizer import BytesTokenizer
+from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.errors import UserError
 from colossus.generation import generate, stream
 from colossus.models import build

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from colossus.data.tokenizer import BytesTokenizer
+from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.generation import generate
 from colossus.generation.ready import make_ready
 from colossus.models import Decoder, KVCache, build

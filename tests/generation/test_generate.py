@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from colossus.architecture import Architecture
-from colossus.data.tokenizer import BytesTokenizer, train_bpe
+from colossus.data.bpe import train_bpe
+from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.errors import UserError
 from colossus.generation import generate, stream
 from colossus.generation.generate import window_begin

@@ -3,7 +3,7 @@ import torch
 
 from colossus.architecture import Architecture
 from colossus.checkpoints.save import Saver
-from colossus.data.tokenizer import BytesTokenizer
+from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.errors import MachineError, UserError
 from colossus.generation import generate, load_model
 from colossus.measure.vectors import quickest_vector_product

@@ -1,6 +1,6 @@
 import pytest
 
-from colossus.data.tokenizer import BytesTokenizer
+from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.generation.text import TextBuilder
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from colossus.data.json_tokenizer import JsonTokenizer
 from colossus.data.named_class import AS_IT_STANDS
-from colossus.data.tokenizer import JsonTokenizer, load_tokenizer
+from colossus.data.tokenizer import load_tokenizer
 from colossus.interchange.files import files_of
 from tests.data.kinds import reference, saved, texts
 

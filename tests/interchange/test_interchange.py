@@ -17,7 +17,9 @@ from colossus.architecture import Architecture, parameter_table
 from colossus.checkpoints.find import verify
 from colossus.checkpoints.save import Saver
 from colossus.cli import main
-from colossus.data.tokenizer import BytesTokenizer, load_tokenizer, train_bpe
+from colossus.data.bpe import train_bpe
+from colossus.data.bytes_tokenizer import BytesTokenizer
+from colossus.data.tokenizer import load_tokenizer
 from colossus.errors import MachineError, UserError
 from colossus.generation import load_model
 from colossus.interchange import export_model, import_model

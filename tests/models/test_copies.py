@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from colossus.data.tokenizer import BytesTokenizer
+from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.generation import generate, ready
 from colossus.generation.generate import stream
 from colossus.models import Decoder, build

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from colossus.architecture import IGNORED, Architecture
-from colossus.data.tokenizer import BytesTokenizer
+from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.generation import generate
 from colossus.models import build
 from colossus.models.attend import Scores, attend, attend_by_products

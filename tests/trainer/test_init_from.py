@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from colossus import api
-from colossus.data.tokenizer import BytesTokenizer
+from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.errors import UserError
 from colossus.generation.load import load_model
 from colossus.job import Job, load_job

@@ -14,7 +14,7 @@ from torch import nn
 
 from colossus.architecture import IGNORED
 from colossus.checkpoints.weights import Weights
-from colossus.data.tokenizer import JsonTokenizer
+from colossus.data.json_tokenizer import JsonTokenizer
 from colossus.models import Decoder
 from colossus.models.hf.published import open_published
 
