@@ -98,6 +98,7 @@ def load() -> list[Mutation]:
 def wrong(mutations: Sequence[Mutation]) -> list[str]:
     """What keeps mutations from being tried: one line each."""
     said = []
+    meant: dict[str, str] = {}  # of each file
     names = [mutation.name for mutation in mutations]
     said += [
         f"{name}: two mutations of this name" for name in sorted({n for n in names if names.count(n) > 1})
@@ -110,7 +111,9 @@ def wrong(mutations: Sequence[Mutation]) -> list[str]:
         text = path.read_text(encoding="utf-8")
         try:
             changed = mutation.apply(text)
-            if ast.dump(ast.parse(changed)) == ast.dump(ast.parse(text)):
+            if mutation.path not in meant:
+                meant[mutation.path] = ast.dump(ast.parse(text))
+            if ast.dump(ast.parse(changed)) == meant[mutation.path]:
                 said.append(f"{mutation.name}: changes nothing")
         except (ValueError, SyntaxError) as error:
             said.append(f"{mutation.name}: {error}" if isinstance(error, SyntaxError) else str(error))

@@ -67,7 +67,7 @@ class Pipeline(nn.Module):
         self._group, self._ends = world.meshes.pp, world.meshes.ends
         self._indices = own_stages(job.layout, world.meshes.place.pp)
         self._tied = job.model.tie_embeddings
-        self._schedules: dict[tuple[int, ...], Any] = {}
+        self._schedules: dict[tuple[int, ...], tuple[Any, list[PipelineStage]]] = {}
         self._z_loss, self._num_targets = 0.0, torch.ones(())
         for part in parts:
             part.register_forward_pre_hook(partial(_as_decoder_takes, self), with_kwargs=True)
@@ -99,11 +99,13 @@ class Pipeline(nn.Module):
         if micro_batches[0][2] is not None:
             rows["documents_BT"] = torch.cat([part[2] for part in micro_batches])  # type: ignore[misc]
         self._z_loss, self._num_targets = z_loss, num_targets
-        schedule = self._schedule(len(micro_batches), micro_batches[0][0].shape)
+        schedule, stages_here = self._schedule(len(micro_batches), micro_batches[0][0].shape)
         losses: list[torch.Tensor] = []
         begin = (tokens_BT,) if 0 in self._indices else ()
         end = {"target": targets_BT, "losses": losses} if self.decoders[-1].is_last else {}
         schedule.step(*begin, **end, **rows)
+        for stage in stages_here:  # else its outputs keep the graph behind them, and us, until the next step
+            stage.clear_runtime_states()
         for part in self.decoders:  # the first call of a schedule may try a pass
             part.loads = part.loads[-len(micro_batches) :]
             part.z_terms = part.z_terms[-len(micro_batches) :]
@@ -145,7 +147,7 @@ class Pipeline(nn.Module):
         length = padded.shape[1] // (self._layout.cp * self._layout.tp)
         return shape[0], length, part.arch.hidden_size
 
-    def _schedule(self, num_micro_batches: int, shape: Sequence[int]) -> Any:
+    def _schedule(self, num_micro_batches: int, shape: Sequence[int]) -> tuple[Any, list[PipelineStage]]:
         key = (num_micro_batches, *shape)
         if key not in self._schedules:
             made = [
@@ -154,9 +156,8 @@ class Pipeline(nn.Module):
             ]
             kind = get_schedule_class(CLASSES[self._layout.schedule])
             first: Any = made[0] if issubclass(kind, PipelineScheduleSingle) else made
-            self._schedules[key] = kind(
-                first, num_micro_batches, loss_fn=self._share_of_loss, scale_grads=False
-            )
+            schedule = kind(first, num_micro_batches, loss_fn=self._share_of_loss, scale_grads=False)
+            self._schedules[key] = schedule, made
         return self._schedules[key]
 
     def _stage(self, part: Decoder, index: int, shape: Sequence[int]) -> PipelineStage:

@@ -7,6 +7,7 @@ starts another.
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import pickle
@@ -128,8 +129,14 @@ def _serve(pipe: Connection) -> None:
 
 
 def _forget_meshes() -> None:
-    """DTensor remembers placements by the ranks of a mesh; the groups of the next call have other names."""
-    from torch.distributed.tensor import debug
+    """DTensor remembers placements by the ranks of a mesh; the groups of the next call have other names. And
+    its plans keep each mesh, with its groups: gloo wakes each of them a hundred times a second, and hundreds
+    take a third of the machine."""
+    from torch.distributed.tensor import _redistribute, debug
 
-    for name in ("_clear_sharding_prop_cache", "_clear_fast_path_sharding_prop_cache"):
-        getattr(debug, name, lambda: None)()
+    nothing = lambda: None  # noqa: E731 - where a version of PyTorch has no such memory
+    getattr(debug, "_clear_sharding_prop_cache", nothing)()
+    getattr(debug, "_clear_fast_path_sharding_prop_cache", nothing)()
+    getattr(_redistribute, "clear_redistribute_planner_cache", nothing)()
+    _redistribute._gen_transform_infos.cache_clear()
+    gc.collect()

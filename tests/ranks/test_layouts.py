@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from itertools import combinations
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import DeviceMesh
 
 from colossus.layout import violations
 from tests.ranks import matrix
@@ -100,3 +102,14 @@ def test_half_of_the_layouts_drawn_have_an_axis_above_one() -> None:
     for axis in ("dp_replicate", "dp_shard", "pp", "cp", "tp"):
         assert 0.25 < sum(axis in axes for axes in drawn) / len(drawn) < 0.75, axis
     assert len({pair for axes in drawn for pair in combinations(axes, 2)}) == 15
+
+
+@pytest.mark.parametrize("case", [Case.of(pp=2), Case.of(dp_shard=2, tp=2)], ids=str)
+def test_a_training_that_is_over_leaves_no_group(case: Case, pool: Pool) -> None:
+    """Meshes hold groups, and each group has a thread, which gloo wakes a hundred times a second."""
+    compare(pool, brief(case))
+    assert pool.run(4, num_meshes) == [0] * 4
+
+
+def num_meshes() -> int:
+    return sum(type(thing) is DeviceMesh for thing in gc.get_objects())

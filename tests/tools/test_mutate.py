@@ -16,7 +16,9 @@ from types import ModuleType
 import pytest
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-SOURCE = """LIMIT = 3
+SOURCE = """import time
+
+LIMIT = 3
 
 
 def least(numbers):
@@ -25,7 +27,7 @@ def least(numbers):
 
 def wait():
     while LIMIT > 3:
-        pass
+        time.sleep(1)
     return LIMIT
 
 
@@ -135,7 +137,7 @@ def test_a_mutation_that_does_not_apply_is_named(tree: ModuleType) -> None:
 
 
 def test_its_lines_are_those_that_it_replaces(tree: ModuleType) -> None:
-    assert [list(mutation.lines(SOURCE)) for mutation in tree.load()] == [[5], [9], [15]]
+    assert [list(mutation.lines(SOURCE)) for mutation in tree.load()] == [[7], [11], [17]]
 
 
 @pytest.mark.parametrize("mapped", [True, False], ids=["by-a-map", "without-a-map"])
@@ -145,7 +147,7 @@ def test_what_is_noticed_by_which_test(tree: ModuleType, mapped: bool) -> None:
         assert tree.main(["map"]) == 1  # a test fails anyhow
         (recorded,) = tree.read_map()
         by_test = recorded.lines["colossus/room/thing.py"]
-        assert by_test[f"{file}::test_wait"] == [8, 9, 11]
+        assert by_test[f"{file}::test_wait"] == [10, 11, 13]
         assert by_test[f"{file}::test_least_in_another_process"] == [1, 4, 5, 8, 14]
         assert f"{file}::test_that_fails_anyhow" not in recorded.seconds
         mutation = tree.load()[0]
