@@ -58,13 +58,14 @@ class Request:
     workers: int
 
     @cached_property
-    def _given(self) -> JsonTokenizer | BytesTokenizer | None:
+    def given(self) -> JsonTokenizer | BytesTokenizer | None:
+        """The tokenizer that is named; None where one is to be made."""
         return load_tokenizer(self.tokenizer) if self.tokenizer not in ("bpe", "bytes") else None
 
     @cached_property
     def key(self) -> str:
         """Names the result: the same request gives the same shards."""
-        given = self._given
+        given = self.given
         told = self._told(given) if isinstance(given, JsonTokenizer) else ()
         return self._key(given.fingerprint if given is not None else None, told)
 
@@ -72,9 +73,9 @@ class Request:
     def earlier_key(self) -> str | None:
         """The one of an earlier build, where its shards are others: it put a token in front of every text,
         and encoded pieces each by itself."""
-        if not isinstance(self._given, JsonTokenizer):
+        if not isinstance(self.given, JsonTokenizer):
             return None
-        earlier = self._key(self._given.earlier_fingerprint, ())
+        earlier = self._key(self.given.earlier_fingerprint, ())
         return earlier if earlier != self.key else None
 
     def _key(self, tokenizer_fingerprint: str | None, told: tuple[Any, ...]) -> str:
@@ -82,7 +83,7 @@ class Request:
         if tokenizer_fingerprint is not None:
             tokenizer = (tokenizer_fingerprint,)
         if any(corpus.chats for corpus in self.corpora):
-            tokenizer += (chats_of(self._given or BytesTokenizer()).fingerprint,)
+            tokenizer += (chats_of(self.given or BytesTokenizer()).fingerprint,)
         tokenizer += told
         listing = [(corpus.name, corpus.fingerprint) for corpus in self.corpora]
         weights = self.weights if self.tokenizer == "bpe" and len(self.corpora) > 1 else ()
@@ -236,15 +237,15 @@ def _tokenizer(
     tokenizer: JsonTokenizer | BytesTokenizer
     if request.tokenizer == "bytes":
         tokenizer = BytesTokenizer()
-    elif request.tokenizer == "bpe":
-        tokenizer = train_bpe(tokenizer_sample(divided, request.weights), request.vocab_size)
+    elif request.given is not None:
+        tokenizer = request.given
     else:
-        tokenizer = load_tokenizer(request.tokenizer)
+        tokenizer = train_bpe(tokenizer_sample(divided, request.weights), request.vocab_size)
     chats = chats_of(tokenizer) if any(corpus.chats for corpus in request.corpora) else tokenizer.chats
     if isinstance(tokenizer, JsonTokenizer):
         tokenizer = tokenizer.taught(request.learns_texts, chats)
     else:
-        tokenizer.chats = chats
+        tokenizer = BytesTokenizer(chats)
     temporary = folder.with_name("tokenizer.part")
     clear(temporary)
     tokenizer.save(temporary)

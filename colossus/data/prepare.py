@@ -8,6 +8,7 @@ from colossus.data.build import Progress, Request, build, check_buildable, corpu
 from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.data.open import is_listed_here, open_corpus
 from colossus.data.order import BatchSchedule
+from colossus.data.shards import read_manifest
 from colossus.data.sources import TrainingData
 from colossus.data.tokenizer import load_tokenizer
 from colossus.errors import UserError
@@ -28,9 +29,9 @@ def prepare_data(job: Job, progress: Progress = lambda done, total: None) -> Job
     """
     request = _request(job)
     folder = _folder(job, request)
-    check_vocabulary(job)
+    check_vocabulary(job, _tokens(request))
     build(request, folder, progress)
-    check_vocabulary(job, load_tokenizer(folder / "tokenizer").vocab_size)
+    check_vocabulary(job, _built_tokens(folder))
     return job.derive(**{"data.folder": str(folder)})
 
 
@@ -38,11 +39,11 @@ def check_data(job: Job) -> None:
     """Raises what `prepare_data` would before it reads the texts. Nothing is built, and neither a hub nor the
     user's own code is asked."""
     request = _request(job) if all(map(is_listed_here, job.data.corpus)) else None
-    check_vocabulary(job)
+    check_vocabulary(job, _tokens(request))
     folder = _folder(job, request)
     check_buildable(request, folder)
     if request is not None and is_built(request, folder):
-        check_vocabulary(job, load_tokenizer(folder / "tokenizer").vocab_size)
+        check_vocabulary(job, _built_tokens(folder))
         TrainingData.open(job.derive(**{"data.folder": str(folder)}), BatchSchedule(job.run.batch_schedule))
 
 
@@ -55,6 +56,16 @@ def _request(job: Job) -> Request:
         job.data.validation_fraction,
         available_cores(),
     )
+
+
+def _tokens(request: Request | None) -> int | None:
+    """Of the tokenizer that is named, where the request has opened it."""
+    return request.given.vocab_size if request is not None and request.given is not None else None
+
+
+def _built_tokens(folder: Path) -> int:
+    tokens: int = read_manifest(corpus_folder(folder, 0))["tokenizer"]["vocab_size"]
+    return tokens
 
 
 def _folder(job: Job, request: Request | None) -> Path:

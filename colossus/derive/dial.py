@@ -84,10 +84,10 @@ def base_width_for(job: Job, arch: Architecture, compute: float) -> int:
     """
     if arch.hidden_size <= CHECKED_WIDTH:
         return arch.hidden_size
-    free = dataclasses.replace(job, model=Architecture(vocab_size=arch.vocab_size))
+    free = dataclasses.replace(job, model=Architecture())
 
     def is_past(width: int) -> bool:
-        flops = model_flops_per_token(complete(free, width), job.data.seq_len)
+        flops = model_flops_per_token(complete(free, width, arch.vocab_size), job.data.seq_len)
         return compute / flops < tokens_for(compute)
 
     widths = range(CHECKED_WIDTH, arch.hidden_size, WIDTH_STEP)
@@ -141,10 +141,11 @@ def dial(
     job: its data derived (see `derive_data`). compute_of: model FLOPs of a run of that model. fits: whether
     it may be chosen.
     """
+    tokens = vocabulary(job)
     last: Plan | None = None
     refused: UserError | None = None
     for width in range(WIDTH_STEP, MAX_WIDTH, WIDTH_STEP):
-        arch = complete(job, width)
+        arch = complete(job, width, tokens)
         try:
             check(arch)
         except UserError as error:  # what was asked for does not go with this width
@@ -170,10 +171,10 @@ def _distance(plan: Plan) -> float:
     return abs(math.log(plan.tokens / tokens_for(plan.compute)))
 
 
-def complete(job: Job, width: int) -> Architecture:
+def complete(job: Job, width: int, vocab_size: int) -> Architecture:
     """The model that was asked for, with what is left out of it taken from the default shape of a width."""
     asked = job.model
-    sizes = shape(asked.hidden_size or width, vocabulary(job), longest_sample(job))
+    sizes = shape(asked.hidden_size or width, vocab_size, longest_sample(job))
     head_dim = asked.head_dim or (
         asked.hidden_size // asked.num_heads if asked.hidden_size and asked.num_heads else sizes["head_dim"]
     )

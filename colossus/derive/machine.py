@@ -267,7 +267,8 @@ def neighbours(job: Job, arch: Architecture) -> list[Architecture]:
         return [arch]
     job = job.without(*(f"model.{n}" for n in type(arch).model_fields if not job.asked_for(f"model.{n}")))
     power = math.log2(min(arch.hidden_size, MEASURED_WIDTH))
-    return [complete(job, 2**n) for n in sorted({math.floor(power), math.ceil(power)})]
+    widths = [2**n for n in sorted({math.floor(power), math.ceil(power)})]
+    return [complete(job, width, arch.vocab_size) for width in widths]
 
 
 def nearest(job: Job, arch: Architecture) -> Architecture:

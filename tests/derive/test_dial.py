@@ -12,6 +12,7 @@ from colossus.architecture import Experts, check, num_parameters
 from colossus.derive import derive, derive_data, dial
 from colossus.derive.dial import (
     CHECKED_WIDTH,
+    VOCABULARY,
     WIDTH_STEP,
     base_width_for,
     batch_tokens_for,
@@ -45,7 +46,7 @@ def test_neither_neighbour_is_nearer_to_the_best_number_of_tokens(compute: float
     plan = chosen(compute)
 
     def distance(width: int) -> float:
-        flops = model_flops_per_token(complete(JOB, width), JOB.data.seq_len)
+        flops = model_flops_per_token(complete(JOB, width, VOCABULARY), JOB.data.seq_len)
         return abs(math.log(compute / flops / tokens_for(compute)))
 
     width = plan.arch.hidden_size
@@ -66,7 +67,7 @@ def test_the_compute_of_a_size_is_that_of_which_it_makes_the_best(flops: float) 
 
 
 def test_narrow_models_have_several_heads() -> None:
-    heads = {width: complete(JOB, width).num_heads for width in (32, 64, 96, 128, 256)}
+    heads = {width: complete(JOB, width, VOCABULARY).num_heads for width in (32, 64, 96, 128, 256)}
     assert heads == {32: 1, 64: 2, 96: 3, 128: 2, 256: 4}
 
 
@@ -113,7 +114,7 @@ def test_a_resolved_job_has_the_width_of_its_experts() -> None:
 @given(st.integers(1, 64))
 @settings(max_examples=20, deadline=None)
 def test_every_default_shape_is_legal(step: int) -> None:
-    arch = complete(JOB, WIDTH_STEP * step)
+    arch = complete(JOB, WIDTH_STEP * step, VOCABULARY)
     check(arch)
     assert arch.num_heads * arch.head_dim == arch.hidden_size
 
@@ -127,7 +128,7 @@ def test_a_model_that_does_not_fit_is_not_chosen() -> None:
 def test_a_wider_model_takes_its_rates_from_the_width_that_the_dial_would_choose(compute: float) -> None:
     best = max(CHECKED_WIDTH, chosen(compute).arch.hidden_size)
     asked = derive_data(load_job(None, ["model.hidden_size=8192"]))
-    base = base_width_for(asked, complete(asked, 8192), compute)
+    base = base_width_for(asked, complete(asked, 8192, VOCABULARY), compute)
     assert best <= base <= best + WIDTH_STEP
 
 
