@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from colossus.data.added import NAMED, Vocabulary, content_of
+from colossus.data.added import NAMED, Vocabulary, content_of, joined
 from colossus.data.chat_template import ChatFormat, chat_format
 from colossus.data.named_class import DEFAULTS, SCHEMES, as_llama, class_of, llama_scheme
 from colossus.errors import UserError
@@ -73,10 +73,9 @@ def read_account(path: Path, root: Path) -> Account:
     found = {name: _text(folder / name) for name in (CONFIG, MAP, ADDED)}
     files = {TOKENIZER: text} | {name: data for name, data in found.items() if data is not None}
     config = _object(folder / CONFIG, files.get(CONFIG))
-    settings = dict(config)
-    if "added_tokens_decoder" not in config:  # as in `transformers`: else the older files do not count
-        settings |= _object(folder / MAP, files.get(MAP))
-        settings |= {ADDED: _object(folder / ADDED, files.get(ADDED))}
+    older = "added_tokens_decoder" not in config  # as in `transformers`: else older files do not count
+    settings = joined(config, _object(folder / MAP, files.get(MAP)) if older else {})
+    settings |= {ADDED: _object(folder / ADDED, files.get(ADDED))} if older else {}
     model = _object(folder / "config.json", _text(folder / "config.json"))
     published, kept = _ids_of_model(folder), _kept(folder)
     is_old = kept is None and _is_of_an_earlier_build(folder)
@@ -172,7 +171,10 @@ def _with_defaults(
     name = class_of(config, model)
     own = DEFAULTS.get(name, {}) if is_rebuilt or name != "LlamaTokenizer" else {}
     found = {key: token for key, token in own.items() if token in vocabulary.ids}
-    pad = {"pad_token": vocabulary.padding} if vocabulary.padding is not None else {}
+    takes_padding = (
+        name == "LlamaTokenizer" or name not in DEFAULTS
+    )  # others say what it is, or that there is none
+    pad = {"pad_token": vocabulary.padding} if takes_padding and vocabulary.padding is not None else {}
     return {**found, **pad, **settings}
 
 

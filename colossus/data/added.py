@@ -12,6 +12,7 @@ from colossus.untrusted import parse_json
 
 ADDED = "added_tokens.json"  # among the settings: what the file of that name holds
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_EXTRA, _LISTED = "extra_special_tokens", "additional_special_tokens"  # the second in earlier times
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of a token that was added
 
 
@@ -106,31 +107,42 @@ class Vocabulary:
         older = settings.get(ADDED) or {}
         if not all(type(index) is int for index in older.values()):
             raise UserError(f"data.tokenizer: {folder / ADDED}: expected ids by their tokens")
-        names = {content_of(value) for value in _parts(settings)}
+        names = {content_of(value) for value, _ in _parts(settings)}
         for content in sorted(older, key=older.__getitem__):
             if content not in declared:
                 yield {"content": content} | _flags({"special": content in names})
 
     def _named(self, settings: Mapping[str, Any], declared: Collection[str]) -> Iterator[dict[str, Any]]:
         """The tokens that play a part (`eos_token`) and were not added: whether they are there or not."""
-        for value in _parts(settings):
+        for value, has_name in _parts(settings):
             content = content_of(value)
             if content is not None and content not in declared:
                 said = value if isinstance(value, dict) else {}
-                yield {"content": content} | _flags({**said, "special": True})
+                yield {"content": content} | _flags(said | {"special": has_name or said.get("special", True)})
 
 
-def _parts(settings: Mapping[str, Any]) -> Iterator[Any]:
-    """The values of settings that name tokens, in the order in which `transformers` adds them: those that all
-    models may have, a model's own, and a list of others."""
-    yield from (settings.get(key) for key in NAMED)
-    yield from (value for key, value in settings.items() if key.endswith("_token") and key not in NAMED)
-    extra = settings.get("extra_special_tokens")
+def joined(config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of tokenizer_config.json and special_tokens_map.json together, as `transformers` has them:
+    what stands in the second counts, but for lists of tokens."""
+    settings = dict(config)
+    if _LISTED in settings and not settings.get(_EXTRA):
+        settings[_EXTRA] = settings.pop(_LISTED)
+    extra, more = settings.get(_EXTRA), older.get(_EXTRA)
+    both = {_EXTRA: [*extra, *more]} if isinstance(extra, list) and isinstance(more, list) else {}
+    return settings | dict(older) | both
+
+
+def _parts(settings: Mapping[str, Any]) -> Iterator[tuple[Any, bool]]:
+    """(value, whether it has a name) of the settings that name tokens, in the order in which `transformers`
+    adds them: those that all models may have, a model's own, and a list of others."""
+    yield from ((settings.get(key), True) for key in NAMED)
+    yield from ((v, True) for key, v in settings.items() if key.endswith("_token") and key not in NAMED)
+    extra = settings.get(_EXTRA)
     if isinstance(extra, dict):
-        yield from extra.values()
-    listed = extra if isinstance(extra, list) and extra else settings.get("additional_special_tokens")
+        yield from ((value, True) for value in extra.values())
+    listed = extra if isinstance(extra, list) else settings.get(_LISTED)
     if isinstance(listed, list):
-        yield from listed
+        yield from ((value, False) for value in listed)
 
 
 def content_of(value: Any) -> str | None:

@@ -30,9 +30,12 @@ CONFIGS: list[dict[str, Any]] = [
     },
     {"added_tokens_decoder": {"900": LEFT | {"special": True}}, "pad_token": "<pad>", "unk_token": "<left>"},
 ]
-OLDER: list[tuple[dict[str, Any], dict[str, int]]] = [
-    ({"pad_token": LEFT, "additional_special_tokens": ["<b>", "<a>"]}, {}),
-    ({"pad_token": "<pad>"}, {"<later>": 901, "<pad>": 902, "<first>": 900}),
+OLDER: list[tuple[dict[str, Any], dict[str, Any], dict[str, int]]] = [
+    ({}, {"pad_token": LEFT, "additional_special_tokens": ["<b>", "<a>"]}, {}),
+    ({}, {"pad_token": "<pad>"}, {"<later>": 901, "<pad>": 902, "<first>": 900}),
+    ({"additional_special_tokens": ["<a>"]}, {"additional_special_tokens": ["<not>"]}, {}),
+    ({"extra_special_tokens": ["<b>"]}, {"extra_special_tokens": [LEFT, "<b>", "<a>"]}, {}),
+    ({"pad_token": "<not>"}, {"pad_token": "<pad>", "extra_special_tokens": {"boi": "<boi>"}}, {}),
 ]
 
 
@@ -72,23 +75,41 @@ def test_named_tokens_follow_the_last(kind: str, config: dict[str, Any], tmp_pat
     check_same(folder)
 
 
-@pytest.mark.parametrize(("tokens", "added"), OLDER)
-def test_as_older_files_name_them(tokens: dict[str, Any], added: dict[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("said", "tokens", "added"), OLDER)
+def test_as_older_files_name_them(
+    said: dict[str, Any], tokens: dict[str, Any], added: dict[str, int], tmp_path: Path
+) -> None:
     folder = saved("byte_level", tmp_path / "published")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("added_tokens_decoder", None)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | said))
     write(folder / "special_tokens_map.json", **tokens)
     write(folder / "added_tokens.json", **added)
     check_same(folder)
 
 
-def test_the_token_that_fills_up_batches(tmp_path: Path) -> None:
-    """Of the settings in tokenizer.json, where nothing else names one."""
-    folder = saved("byte_level", tmp_path / "published")
+@pytest.mark.parametrize("name", [None, "GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer"])
+def test_the_token_that_fills_up_batches(name: str | None, tmp_path: Path) -> None:
+    """Of the settings in tokenizer.json, where nothing else names one, and the class has none of its own."""
+    folder = saved("metaspace" if name == "LlamaTokenizer" else "byte_level", tmp_path / "published")
+    if name is not None:
+        write(folder / "tokenizer_config.json", tokenizer_class=name)
     padding = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 3}
     write(folder / "tokenizer.json", padding=padding | {"pad_type_id": 0, "pad_token": "cat"})
-    assert check_same(folder).account.pad_id is not None
+    check_same(folder)
+
+
+def test_a_run_of_before_keeps_its_tokens(tmp_path: Path) -> None:
+    """It was taught, and its shards were made, when tokens that are only named did not count."""
+    folder = saved("byte_level", tmp_path / "published")
+    before = opened(folder).fingerprint
+    write(folder / "tokenizer_config.json", pad_token="<pad>")
+    opened(folder).taught(True, None).save(tmp_path / "run")
+    assert opened(tmp_path / "run").fingerprint == opened(folder).fingerprint != before
+    kept = json.loads((tmp_path / "run" / "account.json").read_text())
+    assert kept.pop("named") == ["<pad>"]
+    (tmp_path / "run" / "account.json").write_text(json.dumps(kept))
+    assert opened(tmp_path / "run").fingerprint == before
 
 
 @pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2TokenizerFast", "LlamaTokenizer", "GemmaTokenizer"])
