@@ -137,7 +137,6 @@ def run_tasks(
     most = window(model, seq_len, model.arch.max_seq_len)
     asked = HarnessModel(model, tokenizer, generate, world=world, max_length=most, before_batch=before_batch)
     for name, task in tasks.loaded["tasks"].items():
-        task._instances = None  # of an earlier run
         if name in tasks.writing:
             try:
                 sampling_of(task.get_config("generation_kwargs") or {})

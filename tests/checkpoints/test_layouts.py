@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -138,6 +139,16 @@ def check_load(run: Path, layout: Layout) -> None:
             for key, tensor in tensors.items():
                 shard = shard_of(key, tensor)
                 assert equal(shard.values, expected(key, shard.offset, tuple(shard.values.shape)))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_value_is_written_once(name: str, tmp_path: Path) -> None:
+    save(tmp_path, LAYOUTS[name])
+    written = 0
+    for file in (tmp_path / "checkpoints" / "step-00000001").glob("*.safetensors"):
+        with safe_open(file, "pt") as pieces:
+            written += sum(pieces.get_tensor(key).nbytes for key in pieces.keys())  # noqa: SIM118
+    assert written == sum(tensor.nbytes for tensor in STATE.values())
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (10, 7), (3, 2), (1, 5)])

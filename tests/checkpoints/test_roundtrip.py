@@ -54,6 +54,17 @@ def test_pieces_are_plain_safetensors(tmp_path: Path) -> None:
     assert all(equal(read[f"{kind}/{name}"], tensor) for (name, kind), tensor in saved.items())
 
 
+@pytest.mark.parametrize("length", range(1, 9))
+def test_values_begin_at_a_multiple_of_eight_bytes(length: int, tmp_path: Path) -> None:
+    """Whatever the names: readers that map a file ask for it."""
+    with Saver(tmp_path) as saver:
+        saver.save(1, {("w" * length, "weight"): torch.ones(3)}, {})
+    path = latest(tmp_path)
+    assert path is not None
+    header = (path / "pieces-00000.safetensors").read_bytes()[:8]
+    assert int.from_bytes(header, "little") % 8 == 0
+
+
 def test_snapshot_is_of_the_moment_of_the_call(tmp_path: Path) -> None:
     weights = {("w", "weight"): torch.ones(300_000)}
     with Saver(tmp_path, keep=9) as saver:

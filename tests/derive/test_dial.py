@@ -19,6 +19,7 @@ from colossus.derive.dial import (
     best_compute_for,
     beta2_for,
     complete,
+    longest_sample,
     lr_for,
     tokens_for,
 )
@@ -52,6 +53,13 @@ def test_neither_neighbour_is_nearer_to_the_best_number_of_tokens(compute: float
     width = plan.arch.hidden_size
     assert plan.tokens * model_flops_per_token(plan.arch, JOB.data.seq_len) == pytest.approx(compute)
     assert distance(width) <= min(distance(w) for w in (width - WIDTH_STEP, width + WIDTH_STEP) if w > 0)
+
+
+def test_the_longest_samples_may_be_of_a_late_phase() -> None:
+    phases = [{"from_step": 10, "seq_len": 96}, {"from_step": 20, "seq_len": 512}, {"from_step": 30}]
+    job = JOB.put({"data.seq_len": 128}, "argument")
+    assert longest_sample(job) == 128
+    assert longest_sample(job.put({"data.phases": phases}, "argument")) == 512
 
 
 def test_the_laws_are_those_of_their_source() -> None:

@@ -50,6 +50,21 @@ def test_one_layer_less_would_not_fit(budget: float, micro_batch: int, pp: int, 
         assert bytes_at(layers) <= budget and (not layers or bytes_at(layers - 1) > budget)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "global_batch", "under_way"),
+    [("1f1b", 16, 4), ("1f1b", 6, 3), ("gpipe", 16, 8), ("gpipe", 6, 3)],
+)
+def test_no_more_micro_batches_are_under_way_than_there_are(
+    schedule: str, global_batch: int, under_way: int
+) -> None:
+    """In a pipeline of four stages, of micro batches of 2."""
+    job = job_of(pp=4, schedule=schedule)
+    job = job.put({"run.global_batch": global_batch}, "argument")
+    _, kept = layer_bytes(job.model, SEQ_LEN, 4, "cpu")
+    _, least = layers_to_recompute(job, SEQ_LEN, 1.0)
+    assert least == pytest.approx(under_way * 2 * SEQ_LEN * 2 * kept)  # of five layers, two in a stage
+
+
 @pytest.mark.parametrize("recomputed", [1, 3, 5])
 def test_what_is_kept_is_what_autograd_keeps(recomputed: int) -> None:
     """Counted on a real pass, of which embeddings and the last norm keep a little more."""

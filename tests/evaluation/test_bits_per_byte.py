@@ -144,6 +144,27 @@ def test_ranks_share_the_work_and_call_the_model_equally_often(model, size):
     assert sum(losses) == pytest.approx(whole.loss, rel=1e-12) and len(set(calls)) == 1
 
 
+def test_every_rank_says_the_loss_of_all(model):
+    class Doubled(OneOf):
+        """Two ranks of equal shares."""
+
+        def sum(self, values):
+            return [2 * value for value in values]
+
+    validation = Validation(Corpus([5, 40, 17, 2, 33]), WINDOW)
+    alone = evaluate(model, validation, world=OneOf(0, 2), batch_tokens=16).loss
+    assert evaluate(model, validation, world=Doubled(0, 2), batch_tokens=16).loss == pytest.approx(2 * alone)
+
+
+def test_a_part_has_its_share_of_every_corpus():
+    """Of 4, 8 and 2 documents the first 7 are 2, 4 and 1."""
+    lengths = [[3] * 4, [5] * 8, [9] * 2]
+    validation = Validation([Corpus(of_one) for of_one in lengths], WINDOW)
+    assert validation.num_positions()[6] == validation.num_positions()[-1] / 2
+    own = [Validation(Corpus(of_one), WINDOW).num_positions()[-1] for of_one in lengths]
+    assert validation.num_positions()[6] == sum(own) / 2
+
+
 def test_the_part_for_a_budget_is_the_largest_that_fits():
     validation = Validation(Corpus([30, 7, 12, 5, 50, 3]), WINDOW)
     positions = validation.num_positions()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from colossus import api
+from colossus.data.bpe import train_bpe
 from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.errors import UserError
 from colossus.generation.load import load_model
@@ -123,6 +124,16 @@ def test_a_contradiction_is_an_error(
     with pytest.raises(UserError, match=said):
         api.resolve(tuned(corpus, tmp_path / "tuned", source, *words))
     assert not (tmp_path / "tuned").exists()
+
+
+def test_another_tokenizer_of_the_same_size_is_an_error(source: Path, corpus: Path, tmp_path: Path) -> None:
+    other = train_bpe(["no step is lost"] * 9, BytesTokenizer().vocab_size)
+    other.save(tmp_path / "other")
+    with pytest.raises(UserError, match="has its own"):
+        api.resolve(tuned(corpus, tmp_path / "tuned", source, f"data.tokenizer={tmp_path / 'other'}"))
+    BytesTokenizer().save(tmp_path / "same")
+    job = api.resolve(tuned(corpus, tmp_path / "tuned", source, f"data.tokenizer={tmp_path / 'same'}"))
+    assert job.data.tokenizer == str(tmp_path / "same")
 
 
 def test_a_shorter_run_has_no_higher_rate(source: Path, corpus: Path, tmp_path: Path) -> None:
