@@ -236,7 +236,7 @@ def _continue(
                 yield row.index, row.text.finish()
                 if not waiting:
                     continue
-                open_rows[place], cache.lengths[place] = waiting.popleft(), 0
+                open_rows[place] = waiting.popleft()
             staying.append(place)
         if len(staying) < len(open_rows):
             open_rows, cache = [open_rows[place] for place in staying], cache.kept(staying)
