@@ -204,6 +204,13 @@ def test_the_compiler_is_the_one_that_torch_would_use(
     assert compiler() is None and "no-such-compiler" in str(compiler_lacks())
 
 
+def test_free_memory_is_at_least_what_nothing_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside that, what the system would give back counts."""
+    monkeypatch.setattr(probes, "CGROUP", tmp_path)
+    unused = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    assert 0.5 * unused < free_memory_bytes() <= memory_bytes()
+
+
 def test_a_container_s_memory_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = memory_bytes()
     monkeypatch.setattr(probes, "CGROUP", tmp_path)
