@@ -119,6 +119,13 @@ def test_a_kept_table_is_used(cache: Path, measured: Machine) -> None:
     assert this_machine().memory_bandwidth_bytes_per_second == 1.0
 
 
+def test_of_a_kept_table_the_compiler_and_the_memory_are_those_of_today(
+    cache: Path, measured: Machine
+) -> None:
+    keep(dataclasses.replace(measured, compiler="gone", memory_bytes=7, quiet=True))
+    assert (this_machine().compiler, this_machine().memory_bytes) == (compiler(), memory_bytes())
+
+
 def test_the_table_is_named_after_the_processor(cache: Path) -> None:
     machine = this_machine()
     (path,) = cache.rglob("*.json")
