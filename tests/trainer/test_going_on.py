@@ -160,7 +160,7 @@ def test_minutes_made_longer(small_job: Make) -> None:
     level = range(2, min(steps, falls_anew))  # no decay is left of the first end
     assert all(factors(job)[s] == 1.0 for s in level)
     assert factors(job)[max(run.loss)] < 0.1
-    assert 6.0 < run.events()[-1]["run_seconds"] < 9.0 + 3.0
+    assert 6.0 < run.events()[-1]["run_seconds"] < 18.0  # of 9, on cores that others share
 
 
 class SetRate(Hook):
