@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -89,8 +90,9 @@ def test_every_field_of_every_step(small_job: Make) -> None:
         assert "skipped" not in e and "z_loss" not in e
     assert start["model_flops_per_token"] == by_hand(job.model, 32)
     slow_data, slow_hook = steps[:6], steps[7:]
-    assert all(e["data_wait_seconds"] > SLOW / 2 > e["between_seconds"] for e in slow_data[1:4])
-    assert all(e["between_seconds"] > SLOW > e["data_wait_seconds"] for e in slow_hook)
+    # The middle one of several: any may be disturbed.
+    assert middle(slow_data[1:4], "data_wait_seconds") > SLOW / 2 > middle(slow_data[1:4], "between_seconds")
+    assert middle(slow_hook, "between_seconds") > SLOW > middle(slow_hook, "data_wait_seconds")
     # The clock of the run is theirs, and goes on over attempts.
     events = run.events()
     ends = [e["run_seconds"] for e in steps if e["step"] in (5, 11)]
@@ -99,6 +101,10 @@ def test_every_field_of_every_step(small_job: Make) -> None:
         assert 6 * SLOW < taken < passed + 0.01 and passed < 2 * taken + 0.5
     assert all(one["run_seconds"] <= other["run_seconds"] for one, other in pairwise(events))
     assert resume["run_seconds"] > 6 * SLOW
+
+
+def middle(steps: list[dict[str, Any]], name: str) -> float:
+    return statistics.median(e[name] for e in steps)
 
 
 # Neither a validation nor a save, at the begin of a decay either, comes between two steps.
@@ -113,9 +119,10 @@ def test_waiting_for_another_rank_has_a_name_and_counts(
 ) -> None:
     job = small_job(f"{where}", "layout.dp_shard=2", *NOTHING_BETWEEN)
     run = spread(pool, job, [Slow(where, rank=1)])
-    for e in run.events("step")[2:-1]:  # the last one asks for no batch
-        assert e["rank_wait_seconds"] > 0.6 * SLOW, e
-        assert e["data_wait_seconds"] + e["between_seconds"] < 0.4 * SLOW
+    steps = run.events("step")[2:-1]  # the last one asks for no batch
+    assert middle(steps, "rank_wait_seconds") > 0.6 * SLOW
+    assert middle(steps, "data_wait_seconds") + middle(steps, "between_seconds") < 0.4 * SLOW
+    for e in steps:
         assert e["tokens_per_second"] < e["tokens"] / (0.9 * SLOW)
         assert e["tokens_per_second"] == pytest.approx(e["tokens"] / sum(e[n] for n in PARTS), rel=1e-3)
 
