@@ -204,9 +204,12 @@ def test_files() -> list[str]:
 
 
 def mirrored(path: str) -> str:
-    """The test file that a source file's own tests stand in, whether there is one or not."""
-    inner = Path(path).relative_to("colossus")
-    return str(Path("tests") / inner.with_name(f"test_{inner.name}"))
+    """The test file that a source file's own tests stand in: in the folder of the same name, else the nearest
+    one above; whether there is one or not."""
+    inner = Path("tests") / Path(path).relative_to("colossus")
+    inner = inner.with_name(f"test_{inner.name}")
+    above = (folder / inner.name for folder in inner.parents[:-2])
+    return str(next((file for file in above if (ROOT / file).is_file()), inner))
 
 
 def chosen_tests(
@@ -241,9 +244,9 @@ def chosen_tests(
 def tests_without_map(mutation: Mutation) -> list[str]:
     """The mirrored test file, and the test folder of the room."""
     own = ROOT / mirrored(mutation.path)
-    folder = own.parent if own.parent != ROOT / "tests" else None
     paths = [own] if own.is_file() else []
-    if folder is not None and folder.is_dir():
+    folder = next(folder for folder in own.parents if folder.is_dir())
+    if folder != ROOT / "tests":
         paths += [path for path in sorted(folder.glob("test_*.py")) if path != own]
     return [str(path.relative_to(ROOT)) for path in paths]
 

@@ -127,6 +127,16 @@ def test_rooms_have_mutations_in_proportion_to_their_lines() -> None:
         assert 0.5 < (count + 1) / (share * lines[room] + 1) < 2, f"{room}: {count} for {lines[room]} lines"
 
 
+def test_a_file_s_own_tests_may_stand_in_a_folder_above() -> None:
+    mutate = tool()
+    for file, own in (
+        ("trainer/hooks/log.py", "trainer/test_log.py"),
+        ("models/hf/families.py", "models/hf/test_families.py"),
+        ("cli/none.py", "cli/test_none.py"),
+    ):
+        assert mutate.mirrored(f"colossus/{file}") == f"tests/{own}"
+
+
 def test_a_mutation_that_does_not_apply_is_named(tree: ModuleType) -> None:
     assert tree.wrong(tree.load()) == []
     (tree.ROOT / "colossus/room/thing.py").write_text(SOURCE.replace("min(numbers)", "sorted(numbers)[0]"))
