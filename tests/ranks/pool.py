@@ -1,20 +1,21 @@
-"""A pool of processes that stays: a fresh one costs seconds and 290 MB in imports alone.
+"""A pool of processes that stays: a fresh one costs a second at its first use.
 
 Each call makes a group of the first so many processes. One that hangs or fails kills the pool; the next call
-starts another.
+starts another. One that has become crowded is replaced: DTensor's plans keep the meshes of earlier calls, and
+gloo wakes a thread for each of their groups a hundred times a second, which took a third of the machine.
 """
 
 from __future__ import annotations
 
 import atexit
-import gc
+import contextlib
 import multiprocessing
 import os
 import pickle
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 
 SECONDS = 240.0  # until all ranks of a call have answered: compiling takes 100 on two slow cores
 KEPT = 8  # processes that stay: more are ended after the call that needed them
+CROWDED = 40  # threads of a process; three for each group that is left
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     [
@@ -41,6 +43,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._members: list[tuple[Any, Connection]] = []
+        self._crowded: set[Connection] = set()
         atexit.register(self.close)
 
     def __enter__(self) -> Pool:
@@ -74,6 +77,7 @@ class Pool:
         except BaseException:
             self.close()
             raise
+        self._end(member for member in self._members if member[1] in self._crowded)
         self.close(keep=KEPT)
         return answers
 
@@ -87,7 +91,8 @@ class Pool:
             for pipe in ready:
                 rank = waiting.pop(pipe)  # type: ignore[call-overload]
                 try:
-                    answers[rank], failure = _receive(pipe)  # type: ignore[arg-type]
+                    answers[rank], failure, num_threads = _receive(pipe)  # type: ignore[arg-type]
+                    self._crowded |= {pipe} if num_threads > CROWDED else set()  # type: ignore[arg-type]
                 except EOFError:
                     failure = "its process has ended"
                 assert failure is None, f"rank {rank} failed:\n{failure}"
@@ -95,11 +100,16 @@ class Pool:
 
     def close(self, keep: int = 0) -> None:
         """Ends the processes but for the first `keep`."""
-        for process, pipe in self._members[keep:]:
+        self._end(self._members[keep:])
+
+    def _end(self, members: Iterable[tuple[Any, Connection]]) -> None:
+        for member in list(members):
+            process, pipe = member
             pipe.close()
             process.kill()
             process.join()
-        del self._members[keep:]
+            self._members.remove(member)
+            self._crowded.discard(pipe)
 
 
 def _send(pipe: Connection, what: Any) -> None:
@@ -125,18 +135,19 @@ def _serve(pipe: Connection) -> None:
         except BaseException:
             answer = (None, traceback.format_exc())
         _forget_meshes()
-        _send(pipe, answer)
+        _send(pipe, (*answer, _num_threads()))
 
 
 def _forget_meshes() -> None:
-    """DTensor remembers placements by the ranks of a mesh; the groups of the next call have other names. And
-    its plans keep each mesh, with its groups: gloo wakes each of them a hundred times a second, and hundreds
-    take a third of the machine."""
-    from torch.distributed.tensor import _redistribute, debug
+    """DTensor remembers placements by the ranks of a mesh; the groups of the next call have other names."""
+    from torch.distributed.tensor import debug
 
-    nothing = lambda: None  # noqa: E731 - where a version of PyTorch has no such memory
-    getattr(debug, "_clear_sharding_prop_cache", nothing)()
-    getattr(debug, "_clear_fast_path_sharding_prop_cache", nothing)()
-    getattr(_redistribute, "clear_redistribute_planner_cache", nothing)()
-    _redistribute._gen_transform_infos.cache_clear()
-    gc.collect()
+    for name in ("_clear_sharding_prop_cache", "_clear_fast_path_sharding_prop_cache"):
+        getattr(debug, name, lambda: None)()
+
+
+def _num_threads() -> int:
+    """Of this process, where the system tells."""
+    with contextlib.suppress(OSError):
+        return len(os.listdir("/proc/self/task"))  # noqa: PTH208
+    return 0
