@@ -233,8 +233,13 @@ def _prepare(
     from colossus.trainer import folder as folders
     from colossus.trainer.branch import make_branch
     from colossus.trainer.decisions import to_follow
+    from colossus.trainer.hooks import CALLED
     from colossus.trainer.saved import logged_decisions
 
+    for hook in hooks:
+        if isinstance(hook, type) or not all(callable(getattr(hook, name, None)) for name in CALLED):
+            what = f"the class {hook.__name__}" if isinstance(hook, type) else f"a {type(hook).__name__}"
+            raise UserError(f"hooks: {what}; each must be an object of a colossus.trainer.hooks.Hook")
     folder = Path(job.run.folder) if job.run.folder else attempts.folder
     if folder is not None and not job.run.folder:
         job = job.put({"run.folder": str(folder)}, "argument")

@@ -32,7 +32,7 @@ from colossus.derive.machine import (
 from colossus.derive.model import default_optimizer, derive_data, derive_model, follow_model
 from colossus.derive.origin import TUNING
 from colossus.derive.planned import derive_layout_by_plan, is_planned, ranks_here
-from colossus.derive.recompute import derive_recompute
+from colossus.derive.recompute import check_recompute, derive_recompute
 from colossus.errors import UserError
 from colossus.hardware.fleets import NODE_SIZE
 from colossus.hardware.machine import Machine
@@ -197,6 +197,7 @@ def _check(job: Job, machine: Machine) -> None:
     check_ranks(job, machine)
     if broken := _violations(job):
         raise UserError("\n".join(_of_what_was_asked(job, broken) or broken))
+    check_recompute(job)
     if job.optimizer.schedule == "cosine" and job.run.minutes is not None:
         raise UserError(
             "optimizer.schedule=cosine: needs to know its end from the start; with run.minutes it is "

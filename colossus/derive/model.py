@@ -48,14 +48,14 @@ def derive_data(job: Job) -> Job:
     job = job.derive(**{"data.weights": [1.0] * len(job.data.corpus)})
     if len(job.data.weights) != len(job.data.corpus):
         raise UserError(
-            f"data.weights={job.data.weights}: {len(job.data.weights)} numbers for "
-            f"{len(job.data.corpus)} corpora; one for each of data.corpus={job.data.corpus}"
+            f"data.weights={job.data.weights}: {len(job.data.weights)}, and {len(job.data.corpus)} in "
+            f"data.corpus={job.data.corpus}; one for each"
         )
     for phase in job.data.phases:
         if phase.weights is not None and len(phase.weights) != len(job.data.corpus):
             raise UserError(
-                f"data.phases from_step={phase.from_step}: {len(phase.weights)} weights for "
-                f"{len(job.data.corpus)} corpora; one for each"
+                f"data.phases from_step={phase.from_step}: weights={phase.weights}: {len(phase.weights)}, "
+                f"and {len(job.data.corpus)} in data.corpus={job.data.corpus}; one for each"
             )
     return job.derive(**{"data.seq_len": _seq_len(job.fleet.device or "cpu", job.model.max_seq_len)})
 

@@ -14,14 +14,22 @@ TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 
 
 def derive_recompute(job: Job, seq_len: int) -> Job:
-    """`layout.recompute` and `recompute_layers` from `layout.activation_gib`, where it is given.
+    """`layout.recompute` and `recompute_layers` from `layout.activation_gib`, where it is given; and
+    `recompute` where it is known how many layers.
 
     Raises:
-        UserError: even with every layer recomputed, activations take more.
+        UserError: even with every layer recomputed, activations take more; or both were given.
     """
-    budget = job.layout.activation_gib
+    budget, given = job.layout.activation_gib, job.asked_for("layout.recompute_layers")
     if budget is None:
-        return job
+        is_open = job.layout.recompute in (None, "none") and not job.asked_for("layout.recompute")
+        of_some = given and job.layout.recompute_layers and is_open and not job.layout.pools
+        return job.put({"layout.recompute": "full"}, "derived") if of_some else job
+    if given:
+        raise UserError(
+            f"layout.recompute_layers={job.layout.recompute_layers}: layout.activation_gib says how many "
+            "layers are recomputed; leave one of them out"
+        )
     if job.asked_for("layout.recompute") and job.layout.recompute != "full":
         raise UserError(
             f"layout.recompute={job.layout.recompute}: layout.activation_gib says how many layers are "
@@ -36,6 +44,17 @@ def derive_recompute(job: Job, seq_len: int) -> Job:
         )
     values = {"layout.recompute": "full" if layers else "none", "layout.recompute_layers": layers}
     return job.put(values, "derived")
+
+
+def check_recompute(job: Job) -> None:
+    """Raises `UserError` where layers are to be recomputed and nothing of them is."""
+    layout = job.layout
+    ways = {layout.recompute, *(pool.recompute or layout.recompute for pool in layout.pools or ())}
+    if layout.recompute_layers and job.asked_for("layout.recompute_layers") and ways <= {"none", None}:
+        raise UserError(
+            f"layout.recompute_layers={layout.recompute_layers}: under layout.recompute=none no layer is "
+            "recomputed; full or selective, or layout.recompute_layers=0"
+        )
 
 
 def layers_to_recompute(job: Job, seq_len: int, budget_bytes: float) -> tuple[int | None, float]:

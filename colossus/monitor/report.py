@@ -122,8 +122,10 @@ def _yardstick(view: RunView) -> str:
 def _tiles(view: RunView, subject: Subject) -> str:
     if not view.steps:
         return '<section class="card">No step was taken yet.</section>'
-    tiles = [(duration(view.run_seconds), "of training"), (count(view.num_steps), "steps")]
-    is_tuned = "init_from" in subject.job.get("model", {})  # its weights have seen more than these tokens
+    on_from = f", on from step {view.first_step:,}" if view.first_step else ""
+    steps = (count(view.num_steps - view.first_step), f"steps{on_from}")
+    tiles = [(duration(view.run_seconds), "of training"), steps]
+    is_tuned = bool(on_from) or "init_from" in subject.job.get("model", {})  # they saw more
     per = ""
     if subject.num_parameters and not is_tuned:
         per = f", {view.num_tokens / subject.num_parameters:.1f} a parameter"

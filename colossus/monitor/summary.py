@@ -73,9 +73,9 @@ def _figures(view: RunView) -> list[str]:
     if not view.steps:
         return ["No step was taken."]
     speed, mfu = view.typical("tokens_per_second"), view.mfu
-    parts = [
-        f"{plural(view.num_steps, 'step')}, {count(view.num_tokens)} tokens in {duration(view.run_seconds)}",
-    ]
+    own = plural(view.num_steps - view.first_step, "step")
+    own += f" on from step {view.first_step:,}" if view.first_step else ""
+    parts = [f"{own}, {count(view.num_tokens)} tokens in {duration(view.run_seconds)}"]
     if (last := view.last("loss")) is not None:
         parts.append(f"loss {last:.3f}")
     parts += [f"{count(speed)} tokens/s"] if speed else []

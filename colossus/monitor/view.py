@@ -137,6 +137,11 @@ class RunView:
         return self.steps[-1]["step"] + 1 if self.steps else 0
 
     @property
+    def first_step(self) -> int:
+        """Steps that the weights had taken before: those of the run that it was branched from."""
+        return self.steps[0]["step"] if self.steps else 0
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that the weights have learned from."""
         return sum(e["tokens"] for e in self.steps)

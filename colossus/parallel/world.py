@@ -20,6 +20,7 @@ from colossus.layout import Layout
 from colossus.parallel.ending import Ending, handlers_given_back
 from colossus.parallel.meeting import after_first, all_come, meet
 from colossus.parallel.mesh import Meshes, Place
+from colossus.words import plural
 
 TIMEOUT = timedelta(minutes=10)
 LETTING_GO_SECONDS = 0.1
@@ -32,7 +33,7 @@ def check_size(layout: Layout) -> None:
         others = layout.num_ranks // (layout.dp_shard or 1)
         or_else = f", or set layout.dp_shard={started // others}" if started % others == 0 else ""
         raise UserError(
-            f"layout: needs {layout.num_ranks} ranks (dp_replicate x dp_shard x pp x cp x tp), but {started} "
+            f"layout: needs {plural(layout.num_ranks, 'rank')} (dp_replicate x dp_shard x pp x cp x tp), but {started} "
             f"were started; start {layout.num_ranks}{or_else}"
         )
 

@@ -150,7 +150,10 @@ class Plan:
         kind = "rank" if self.hardware.accelerator.device == "cpu" else "accelerator"
         words = f"{self.best.ranks:,} {kind}{'' if one else 's'} work{'s' if one else ''}"
         words += f", {self.reserve:,} wait in reserve" if self.reserve else ""
-        words += f", {self.idle:,} are idle: they make no replica more" if self.idle else ""
+        if self.idle:
+            replica = self.best.ranks // (self.best.row["dp_replicate"] * self.best.row["dp_shard"])
+            why = "they make no replica more" if self.idle < replica else "no layout searched is better with them"
+            words += f", {self.idle:,} {'is' if self.idle == 1 else 'are'} idle: {why}"
         if self.reserve < self.spares:
             words += f"; failures ask for {self.spares:,} in reserve"
         elif self.with_all < 0.995 * self.best.seconds:
@@ -357,8 +360,10 @@ def _binding(found: Found, problem: Problem) -> str:
 
 def _differing(other: Choice, best: Choice) -> str:
     """What another layout has that the best has not, in words."""
-    names = [name for name in (*FIELDS, "recompute_layers", "compile") if other.row[name] != best.row[name]]
-    return " ".join(f"{name}={str(other.row[name]).lower()}" for name in names)
+    row = {**other.row, "recompute_layers": other.row["recompute_layers"] or "all"}
+    fields = [*FIELDS, *(["recompute_layers"] if row["recompute"] != "none" else []), "compile"]
+    names = [name for name in fields if other.row[name] != best.row[name]]
+    return " ".join(f"{name}={str(row[name]).lower()}" for name in names)
 
 
 def _runner_up(found: Found) -> str:

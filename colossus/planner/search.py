@@ -18,6 +18,7 @@ from colossus.planner.fitting import Priced, Search, fits, fitting, price
 from colossus.planner.formulas import RECOMPUTE
 from colossus.planner.pools import shared
 from colossus.planner.space import Limits, facts_of, layouts_of
+from colossus.words import plural
 
 REFINED = 16  # layouts whose pipeline is run in time, compiled and not
 FEW = 4  # of them where time ran out
@@ -194,8 +195,8 @@ def _check_fixed(problem: Problem, limits: Limits) -> None:
     ranks = int(np.prod([fixed.get(axis, 1) for axis in AXES]))
     count = problem.pricer.hardware.count
     if ranks > count:
-        words = " x ".join(f"{axis}={fixed[axis]}" for axis in AXES if fixed.get(axis, 1) > 1)
-        raise NothingFits(f"layout: {words} is {ranks:,} ranks; at most fleet.count={count:,}")
+        words = " x ".join(f"layout.{axis}={fixed[axis]}" for axis in AXES if fixed.get(axis, 1) > 1)
+        raise NothingFits(f"{words}: {plural(ranks, 'rank')}; at most fleet.count={count:,}")
 
 
 def _why(problem: Problem, limits: Limits, priced: int) -> str:

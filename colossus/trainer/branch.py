@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from colossus.checkpoints.find import committed
-from colossus.checkpoints.format import DamagedCheckpoint, read_manifest
+from colossus.checkpoints.find import committed, latest
+from colossus.checkpoints.format import DamagedCheckpoint, read_manifest, step_of
 from colossus.derive import derive_data
 from colossus.errors import UserError
 from colossus.job import Job
+from colossus.models.hf.elsewhere import folders_beside
 from colossus.trainer import course
 from colossus.trainer.decisions import BRANCH, Decision, Decisions
-from colossus.trainer.folder import check_code, make
+from colossus.trainer.folder import check_code, is_run, make
 from colossus.trainer.going_on import (
     Standing,
     as_cut,
@@ -113,22 +113,40 @@ def find(said: str) -> tuple[Path, Path]:
 
     Raises:
         UserError: there is no such run, or none of that step; the nearest there is is named.
+        DamagedCheckpoint: it has checkpoints, and none is whole.
     """
     path, step = split(said)
-    if not os.path.isfile(path / "job.toml"):  # noqa: PTH113  # False too for a name that no file can have
-        raise UserError.field("run.branch_from", said, "the folder of a run, or FOLDER@STEP; there is none")
+    if not is_run(path):
+        raise _no_run(said, path)
     found = _checkpoints(path)
     if not found:
+        latest(path, say=lambda message: None)  # raises where there are some, and none is whole
         raise UserError(f"run.branch_from={said}: this run has saved no checkpoint yet")
     if step is None:
         return path, found[0][1]
     if (there := next((p for s, p in found if s == step), None)) is not None:
         return path, there
-    nearest = min((s for s, _ in found), key=lambda s: abs(s - step))
+    closest = min((s for s, _ in found), key=lambda s: abs(s - step))
     raise UserError(
         f"run.branch_from={said}: there is no checkpoint of step {step}; {_steps_in_words(path)}; did you "
-        f"mean {f'{path}@{nearest}'!r}?"
+        f"mean {f'{path}@{closest}'!r}?"
     )
+
+
+def _no_run(said: str, path: Path) -> UserError:
+    """`said` names no run: perhaps a step of one that is no number, one of its checkpoints, or one beside."""
+    run, at, step = said.rpartition("@")
+    allowed, tail = "the folder of a run, or FOLDER@STEP; there is none", ""
+    if at and is_run(Path(run)):
+        return UserError(
+            f"run.branch_from={said}: {step!r} is no step of {run}; {_steps_in_words(Path(run))}"
+        )
+    if (number := step_of(path.name)) is not None and is_run(path.parent.parent):
+        return UserError.field("run.branch_from", said, allowed, [f"{path.parent.parent}@{number}"])
+    if str(path) != said:
+        tail = said.removeprefix(run)
+    beside = [f"{other}{tail}" for other in folders_beside(path) if is_run(Path(other))]
+    return UserError.field("run.branch_from", said, allowed, beside)
 
 
 def check_beginning(follow: Path, said: str) -> Path:

@@ -199,6 +199,8 @@ def check_fixed(
 def spread(kept: Job, changed: Mapping[str, Any]) -> Job:
     """The job with what may change between attempts, and what follows from a layout derived again."""
     open_again = [*FOLLOWS_LAYOUT] if changed.keys() & {f"layout.{a}" for a in (*AXES, "schedule")} else []
+    if "layout.recompute_layers" in changed or changed.get("layout.activation_gib", kept.layout.activation_gib):
+        open_again += ["layout.recompute", "layout.recompute_layers"]
     if any(name.startswith(("layout.", "fleet.")) for name in changed):  # what was predicted was another
         kept = dataclasses.replace(kept, made={n: v for n, v in kept.made.items() if n not in PREDICTED})
         if "auto" in (kept.layout.preset, changed.get("layout.preset")):
@@ -364,6 +366,8 @@ def _check_data(job: Job) -> None:
 
 
 def _instead(folder: Path, changed: Mapping[str, Any]) -> str:
+    if "run.branch_from" in changed:
+        return "; a branch is a run of its own: another run.folder, or none, for it"
     if any(name.startswith(("model.", "optimizer.name", "optimizer.schedule")) for name in changed):
         return "; that takes a new run"
     return f"; that takes a new run, or a branch of this one: run.branch_from={folder}"

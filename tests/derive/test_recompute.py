@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colossus.derive.recompute import derive_recompute, layer_bytes, layers_to_recompute
+from colossus.derive.recompute import check_recompute, derive_recompute, layer_bytes, layers_to_recompute
 from colossus.errors import UserError
 from colossus.job import Job
 from colossus.layout import Layout
@@ -84,3 +84,20 @@ def test_too_little_is_refused_with_what_would_do() -> None:
     job = derive_recompute(job_of(activation_gib=1e-3), SEQ_LEN)
     assert job.layout.recompute == "full" and 0 < job.layout.recompute_layers <= 5
     assert derive_recompute(job_of(activation_gib=1.0), SEQ_LEN).layout.recompute == "none"
+
+
+def asked(**layout: object) -> Job:
+    job = job_of(activation_gib=None).put({f"layout.{n}": v for n, v in layout.items()}, "argument")
+    return derive_recompute(job, SEQ_LEN)
+
+
+def test_layers_to_recompute_are_recomputed() -> None:
+    """How many are never takes effect without how, nor beside a bound from which it follows."""
+    assert asked(recompute_layers=2).layout.recompute == "full"
+    assert asked(recompute_layers=2, recompute="selective").layout.recompute == "selective"
+    assert asked(recompute_layers=0).layout.recompute is None
+    with pytest.raises(UserError, match="recompute_layers=2: layout.activation_gib says how many"):
+        asked(recompute_layers=2, activation_gib=1.0)
+    with pytest.raises(UserError, match=r"recompute_layers=2: under layout.recompute=none no .*; full or sel"):
+        check_recompute(asked(recompute_layers=2, recompute="none"))
+    check_recompute(asked(recompute_layers=0, recompute="none"))

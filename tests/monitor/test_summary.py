@@ -76,6 +76,18 @@ def test_the_report_of_a_tuned_model_counts_no_tokens_a_parameter(tmp_path, mode
     assert f"4 parameters, {'tuned' if model else 'trained'} on c" in page
 
 
+def test_steps_and_tokens_of_a_branch_are_its_own(tmp_path):
+    """Its weights have seen more than these tokens."""
+    log = EventLog(tmp_path)
+    log.write("start", 0, processor="x", num_parameters=4, job={"model": {}, "data": {"corpus": ["c"]}})
+    for step in (16, 17, 18):
+        log.write("step", step, loss=1.0, tokens=8, step_seconds=0.1)
+    log.close()
+    assert "3 steps on from step 16, 24 tokens in " in summary(tmp_path)
+    page = render(RunView.read(tmp_path))
+    assert "steps, on from step 16" in page and "a parameter" not in page
+
+
 @pytest.mark.parametrize(("text", "compared"), [(3 * 256, True), (3 * 256 - 1, False), (3 * 70, False)])
 def test_short_answers_are_held_against_no_compressor(tmp_path, text, compared):
     """Of 70 bytes gzip makes 83: that says nothing of the model."""

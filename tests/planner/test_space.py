@@ -98,7 +98,7 @@ def test_ranks_of_context_are_whatever_divides_a_sequence(cp, seq_len):
         ({"tp": 2}, "layout.tp=2: tp x cp must divide the 4095 tokens of a sequence"),
         ({"pp": 8, "stages_per_rank": 2}, "pp x stages_per_rank = 16 stages, and the model has 4 layers"),
         ({"dp_shard": 64, "dp_replicate": 2}, "dp_replicate=2 x dp_shard=64 is 128 ranks; at most fleet."),
-        ({"dp_shard": 8, "tp": 2}, "dp_shard=8 x tp=2 is 16 ranks; at most fleet.count=8"),
+        ({"dp_shard": 8, "tp": 2}, "layout.dp_shard=8 x layout.tp=2: 16 ranks; at most fleet.count=8"),
     ],
 )  # fmt: skip
 def test_what_can_be_in_no_layout_is_said_in_the_words_of_the_table(fixed, said):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from colossus import api
+from colossus.checkpoints.format import DamagedCheckpoint
 from colossus.errors import UserError
 from colossus.job import Job, load_job, load_run_job
 from colossus.trainer.decisions import CHANGE
@@ -397,6 +398,11 @@ def test_a_branch_of_the_end_is_longer_and_another_one_has_other_data(
             r"@5: there is no checkpoint of step 5; there are 6, 12; did you mean '.*@6'\?",
         ),
         (["run.branch_from={}/nothing"], "the folder of a run, or FOLDER@STEP; there is none"),
+        (["run.branch_from={}@6x"], "'6x' is no step of .*; there are 6, 12"),
+        (["run.branch_from={}r"], "there is none; did you mean '.*'"),
+        (["run.branch_from={}r@6"], "there is none; did you mean '.*@6'"),
+        (["run.branch_from={}/checkpoints/step-00000006"], "there is none; did you mean '.*@6'"),
+        (["run.folder={}", "run.branch_from={}@6"], "a branch is a run of its own: another run.folder, or"),
         (["run.branch_from={}@6", "model.hidden_size=64"], "hidden_size: 32, 64; that takes a new run"),
         (
             ["run.branch_from={}@6", "optimizer.name=adamw"],
@@ -427,7 +433,7 @@ def test_a_branch_of_the_end_is_longer_and_another_one_has_other_data(
             ["run.folder={}", "run.steps=20", "data.skip=[[3,9]]"],
             r"data.skip=\[\[3, 9\]\]: is another for the 6",
         ),
-        (["run.folder={}", "run.steps=20", "data.weights=[1,2]"], "2 weights for 1 corpora"),
+        (["run.folder={}", "run.steps=20", "data.weights=[1,2]"], "2, and 1 in data.corpus"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_written(
@@ -437,6 +443,33 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
     with pytest.raises(UserError, match=said):
         api.resolve(load_job(None, [word.format(finished.run.folder) for word in words]))
     assert tree(Path(finished.run.folder)) == before
+
+
+def test_a_branch_of_a_run_without_a_whole_checkpoint_says_so(finished: Job, tmp_path: Path) -> None:
+    run = tmp_path / "damaged"
+    shutil.copytree(finished.run.folder, run)
+    for manifest in run.glob("checkpoints/*/manifest.json"):
+        manifest.write_text("null")
+    with pytest.raises(DamagedCheckpoint, match="no checkpoint in .* is whole; .*manifest.json changed"):
+        api.resolve(load_job(None, [f"run.branch_from={run}", "run.steps=20"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "recomputed"),
+    [
+        (["layout.recompute_layers=1"], ("full", 1)),
+        (["layout.activation_gib=1e-9"], "with every layer recomputed, .* still take"),
+    ],
+)
+def test_a_run_that_goes_on_takes_the_memory_that_it_is_given(
+    words: list[str], recomputed: tuple[str, int] | str, finished: Job
+) -> None:
+    if isinstance(recomputed, str):
+        with pytest.raises(UserError, match=recomputed):
+            going_on(finished, *words)
+    else:
+        layout = going_on(finished, *words).layout
+        assert (layout.recompute, layout.recompute_layers) == recomputed
 
 
 @pytest.fixture(scope="module")

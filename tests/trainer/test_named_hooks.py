@@ -97,3 +97,11 @@ class _Stop(Hook):
 def test_a_hook_that_cannot_be(name: str, message: str, small_job: Make) -> None:
     with pytest.raises(UserError, match=message):
         api.train(small_job("run", f"run.hooks={name}"))
+
+
+@pytest.mark.parametrize(("hook", "said"), [(print, "a builtin"), (Hook, "the class Hook"), ({}, "a dict")])
+def test_what_is_no_hook_is_refused_before_anything_starts(hook: object, said: str, small_job: Make) -> None:
+    job = small_job("run", "run.steps=1")
+    with pytest.raises(UserError, match=f"hooks: {said}.*; each must be an object of a colossus.trainer"):
+        api.train(job, hooks=[hook])
+    assert not Path(job.run.folder).exists()

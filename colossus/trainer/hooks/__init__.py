@@ -36,3 +36,6 @@ class Hook:
         """When an error ends the run after some step, and weights are whole on every rank: the last moment to
         keep what would be lost. In the order of the hooks; `training.unread` has the last step's figures
         where nobody has read them. No collective may be begun here: ranks may have left one half done."""
+
+
+CALLED = tuple(name for name in vars(Hook) if not name.startswith("_"))  # the methods of a hook
