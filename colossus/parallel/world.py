@@ -33,8 +33,8 @@ def check_size(layout: Layout) -> None:
         others = layout.num_ranks // (layout.dp_shard or 1)
         or_else = f", or set layout.dp_shard={started // others}" if started % others == 0 else ""
         raise UserError(
-            f"layout: needs {plural(layout.num_ranks, 'rank')} (dp_replicate x dp_shard x pp x cp x tp), but {started} "
-            f"were started; start {layout.num_ranks}{or_else}"
+            f"layout: needs {plural(layout.num_ranks, 'rank')} (dp_replicate x dp_shard x pp x cp x tp), but "
+            f"{started} were started; start {layout.num_ranks}{or_else}"
         )
 
 

@@ -152,7 +152,11 @@ class Plan:
         words += f", {self.reserve:,} wait in reserve" if self.reserve else ""
         if self.idle:
             replica = self.best.ranks // (self.best.row["dp_replicate"] * self.best.row["dp_shard"])
-            why = "they make no replica more" if self.idle < replica else "no layout searched is better with them"
+            why = (
+                "they make no replica more"
+                if self.idle < replica
+                else "no layout searched is better with them"
+            )
             words += f", {self.idle:,} {'is' if self.idle == 1 else 'are'} idle: {why}"
         if self.reserve < self.spares:
             words += f"; failures ask for {self.spares:,} in reserve"

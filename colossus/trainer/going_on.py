@@ -199,7 +199,9 @@ def check_fixed(
 def spread(kept: Job, changed: Mapping[str, Any]) -> Job:
     """The job with what may change between attempts, and what follows from a layout derived again."""
     open_again = [*FOLLOWS_LAYOUT] if changed.keys() & {f"layout.{a}" for a in (*AXES, "schedule")} else []
-    if "layout.recompute_layers" in changed or changed.get("layout.activation_gib", kept.layout.activation_gib):
+    if "layout.recompute_layers" in changed or changed.get(
+        "layout.activation_gib", kept.layout.activation_gib
+    ):
         open_again += ["layout.recompute", "layout.recompute_layers"]
     if any(name.startswith(("layout.", "fleet.")) for name in changed):  # what was predicted was another
         kept = dataclasses.replace(kept, made={n: v for n, v in kept.made.items() if n not in PREDICTED})

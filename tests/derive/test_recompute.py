@@ -96,8 +96,10 @@ def test_layers_to_recompute_are_recomputed() -> None:
     assert asked(recompute_layers=2).layout.recompute == "full"
     assert asked(recompute_layers=2, recompute="selective").layout.recompute == "selective"
     assert asked(recompute_layers=0).layout.recompute is None
-    with pytest.raises(UserError, match="recompute_layers=2: layout.activation_gib says how many"):
+    with pytest.raises(UserError, match=r"recompute_layers=2: layout.activation_gib says how many"):
         asked(recompute_layers=2, activation_gib=1.0)
-    with pytest.raises(UserError, match=r"recompute_layers=2: under layout.recompute=none no .*; full or sel"):
+    with pytest.raises(
+        UserError, match=r"recompute_layers=2: under layout.recompute=none no .*; full or sel"
+    ):
         check_recompute(asked(recompute_layers=2, recompute="none"))
     check_recompute(asked(recompute_layers=0, recompute="none"))

@@ -44,7 +44,7 @@ def test_alone_there_is_no_process_group() -> None:
     ("layout", "started", "message"),
     [
         ({"dp_shard": 2}, None, "needs 2 ranks .* but 1 were started; start 2, or set layout.dp_shard=1"),
-        ({}, "4", "needs 1 rank  .* but 4 were started; start 1, or set layout.dp_shard=4"),
+        ({}, "4", "needs 1 rank .* but 4 were started; start 1, or set layout.dp_shard=4"),
         ({"dp_replicate": 2, "dp_shard": 3}, "3", "needs 6 ranks .* but 3 were started; start 6$"),
         ({"tp": 2, "dp_shard": 3}, "4", "needs 6 ranks .*; start 6, or set layout.dp_shard=2$"),
     ],

@@ -97,7 +97,7 @@ def test_ranks_of_context_are_whatever_divides_a_sequence(cp, seq_len):
         ({"cp": 4}, "layout.cp=4: the 4095 tokens of a sequence are cut into 2 x cp equal parts; 1"),
         ({"tp": 2}, "layout.tp=2: tp x cp must divide the 4095 tokens of a sequence"),
         ({"pp": 8, "stages_per_rank": 2}, "pp x stages_per_rank = 16 stages, and the model has 4 layers"),
-        ({"dp_shard": 64, "dp_replicate": 2}, "dp_replicate=2 x dp_shard=64 is 128 ranks; at most fleet."),
+        ({"dp_shard": 64, "dp_replicate": 2}, "layout.dp_shard=64: 128 ranks; at most fleet."),
         ({"dp_shard": 8, "tp": 2}, "layout.dp_shard=8 x layout.tp=2: 16 ranks; at most fleet.count=8"),
     ],
 )  # fmt: skip

@@ -450,7 +450,7 @@ def test_a_branch_of_a_run_without_a_whole_checkpoint_says_so(finished: Job, tmp
     shutil.copytree(finished.run.folder, run)
     for manifest in run.glob("checkpoints/*/manifest.json"):
         manifest.write_text("null")
-    with pytest.raises(DamagedCheckpoint, match="no checkpoint in .* is whole; .*manifest.json changed"):
+    with pytest.raises(DamagedCheckpoint, match=r"no checkpoint in .* is whole; .*manifest.json changed"):
         api.resolve(load_job(None, [f"run.branch_from={run}", "run.steps=20"]))
 
 
