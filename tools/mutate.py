@@ -354,6 +354,8 @@ class Trial:
                 break
             found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.MULTILINE)
             by = found[1] if found else ""
+            if not by and code > 0:  # a crash says nothing either, but counts
+                raise RuntimeError(f"{mutation.name}: pytest itself failed ({code}):\n{said[-2000:]}")
             if by.partition("::")[0] in self._files or not self._fails_anyhow(by, mutation, text):
                 return "noticed", by
         return "survived", ""
