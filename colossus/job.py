@@ -306,6 +306,8 @@ def _origins(table: Any) -> dict[str, Origin]:
 
 def _check_section(name: str) -> None:
     if name not in SECTIONS:
+        if fields_so := [field for field in fields() if field.endswith(f".{name}")]:
+            raise UserError(f"{name}: a field needs its section; {' or '.join(map(repr, fields_so))}")
         raise UserError.field("section", name, f"no such section; one of {', '.join(SECTIONS)}", SECTIONS)
 
 

@@ -324,3 +324,10 @@ def test_one_value_of_a_table_leaves_the_others(tmp_path: Path) -> None:
     experts = load_job(path, ["model.experts.scale=2"]).model.experts
     assert experts is not None
     assert (experts.num_experts, experts.per_token, experts.scale) == (12, 3, 2.0)
+
+
+def test_a_field_without_its_section_is_told_where_it_belongs(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text("steps = 3\n")
+    for path, words in ((tmp_path / "job.toml", []), (None, ["steps=3"])):
+        with pytest.raises(UserError, match=r"^steps: a field needs its section; .*'run\.steps'"):
+            load_job(path, words)

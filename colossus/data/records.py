@@ -63,8 +63,17 @@ def text_in(row: dict[str, Any], text_field: str, where: object) -> str:
         return ""
     if not isinstance(row.get(text_field), str):
         texts = [name for name, value in row.items() if isinstance(value, str)]
+        found = f"it has {list(row)}"
+        if text_field in row:
+            found = f"there is {_kind(row[text_field])}; texts are under {texts or 'no other name'}"
         raise UserError.field(
-            "data.text_field", text_field, f"no text under this name at {where}; it has {list(row)}", texts
+            "data.text_field", text_field, f"no text under this name at {where}; {found}", texts
         )
     text: str = row[text_field]
     return text
+
+
+def _kind(value: object) -> str:
+    """What a value of JSON is, in words."""
+    known = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return known.get(type(value), f"a {type(value).__name__}")

@@ -142,7 +142,8 @@ def _no_run(said: str, path: Path) -> UserError:
             f"run.branch_from={said}: {step!r} is no step of {run}; {_steps_in_words(Path(run))}"
         )
     if (number := step_of(path.name)) is not None and is_run(path.parent.parent):
-        return UserError.field("run.branch_from", said, allowed, [f"{path.parent.parent}@{number}"])
+        meant = f"{path.parent.parent}@{number}"
+        return UserError(f"run.branch_from={said}: a checkpoint; FOLDER@STEP; did you mean {meant!r}?")
     if str(path) != said:
         tail = said.removeprefix(run)
     beside = [f"{other}{tail}" for other in folders_beside(path) if is_run(Path(other))]

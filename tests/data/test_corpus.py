@@ -263,7 +263,10 @@ def test_a_file_of_several_compressed_ones_is_read_whole(tmp_path: Path, ending:
     ("line", "message"),
     [
         ('{"body": "x"}', r"data\.text_field=text: no text under this name at .*byte 16; it has \['body'\]"),
-        ('{"text": 3}', r"data\.text_field=text: no text under this name"),
+        (
+            '{"text": 3, "a": ""}',
+            r"no text under this name at .*; there is a number; texts are under \['a'\]",
+        ),
         ('["text"]', r"data\.text_field=text: no text under this name"),
         ('{"text": ', r"rows\.jsonl, byte 16: not a JSON line"),
     ],

@@ -401,7 +401,7 @@ def test_a_branch_of_the_end_is_longer_and_another_one_has_other_data(
         (["run.branch_from={}@6x"], "'6x' is no step of .*; there are 6, 12"),
         (["run.branch_from={}r"], "there is none; did you mean '.*'"),
         (["run.branch_from={}r@6"], "there is none; did you mean '.*@6'"),
-        (["run.branch_from={}/checkpoints/step-00000006"], "there is none; did you mean '.*@6'"),
+        (["run.branch_from={}/checkpoints/step-00000006"], "a checkpoint; FOLDER@STEP; did you mean '.*@6'"),
         (["run.folder={}", "run.branch_from={}@6"], "a branch is a run of its own: another run.folder, or"),
         (["run.branch_from={}@6", "model.hidden_size=64"], "hidden_size: 32, 64; that takes a new run"),
         (
