@@ -175,17 +175,19 @@ def complete(job: Job, width: int, vocab_size: int) -> Architecture:
     """The model that was asked for, with what is left out of it taken from the default shape of a width."""
     asked = job.model
     sizes = shape(asked.hidden_size or width, vocab_size, longest_sample(job))
-    head_dim = asked.head_dim or (
+    latent = asked.latent  # which says how wide heads are, shares none, and has norms of its own
+    own = asked.head_dim if latent is None else asked.head_dim or latent.nope_dim + latent.rope_dim
+    head_dim = own or (
         asked.hidden_size // asked.num_heads if asked.hidden_size and asked.num_heads else sizes["head_dim"]
     )
     heads = asked.num_heads or max(1, (asked.hidden_size or width) // head_dim)
-    kv_heads = heads // 2 if heads % 2 == 0 else heads
+    kv_heads = heads // 2 if heads % 2 == 0 and latent is None else heads
     sizes |= {"head_dim": head_dim, "num_heads": heads, "num_kv_heads": kv_heads}
     sizes |= {
         "rope_theta": 10_000.0,
         "norm_eps": 1e-5,
         "tie_embeddings": True,
-        "qk_norm": True,
+        "qk_norm": latent is None,
         "initializer_range": 0.02,
     }
     given = asked.model_dump(exclude_none=True, exclude_unset=True)

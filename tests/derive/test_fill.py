@@ -208,3 +208,12 @@ def test_a_pipeline_has_work_for_its_stages(layout: list[str], micro_batch: int)
 def test_a_short_run_is_not_validated_after_every_step(length: str, every: int) -> None:
     job = derived("model.hidden_size=32", "run.global_batch=4", "data.seq_len=64", f"run.{length}")
     assert job.run.validate_every == every
+
+
+@pytest.mark.parametrize("heads", [[], ["model.num_heads=6"]])
+def test_what_is_left_out_beside_latent_attention_goes_with_it(heads: list[str]) -> None:
+    sizes = ["kv_rank=32", "nope_dim=16", "rope_dim=8", "v_dim=16"]
+    model = derived("model.hidden_size=96", *heads, *(f"model.latent.{size}" for size in sizes)).model
+    expected = 6 if heads else 96 // 24
+    assert (model.head_dim, model.num_heads, model.num_kv_heads) == (24, expected, expected)
+    assert model.qk_norm is False
