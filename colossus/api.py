@@ -108,7 +108,7 @@ def resolve(job: Job, *, exact: bool = False, dry: bool = False, trust_code: boo
     if goes_on:
         job = continued(Path(job.run.folder), job)
     elif job.run.branch_from is not None and not exact:
-        job = branch(job, trust_code=trust_code or dry).job
+        job = branch(job, trust_code=trust_code or dry, verified=True).job
     elif job.made and job.made.get("processor") != machine.processor and not exact:
         job = job.asked()
     job = derive(job, machine)

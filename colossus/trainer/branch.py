@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from colossus.checkpoints.find import committed, latest
-from colossus.checkpoints.format import DamagedCheckpoint, read_manifest, step_of
+from colossus.checkpoints.find import committed, latest, latest_verified, verify
+from colossus.checkpoints.format import (
+    DamagedCheckpoint,
+    Manifest,
+    checkpoints_folder,
+    is_committed,
+    read_manifest,
+    step_of,
+)
 from colossus.derive import derive_data
 from colossus.errors import UserError
 from colossus.job import Job
@@ -43,17 +50,18 @@ class Branch:
     tokenizer: Path
 
 
-def branch(asked: Job, *, trust_code: bool = True) -> Branch:
+def branch(asked: Job, *, trust_code: bool = True, verified: bool = False) -> Branch:
     """The branch that `asked.run.branch_from` names. Nothing is written.
 
     It follows the other run's job as that was at the checkpoint; what is asked for besides holds from there.
 
     trust_code: whether code may run that the other run's job names and `asked` does not.
+    verified: every byte of the checkpoint is read; else its lengths alone are looked at.
 
     Raises:
-        UserError: there is no such run or checkpoint, or what was asked for cannot be.
+        UserError: there is no such run or checkpoint, it is damaged, or what was asked for cannot be.
     """
-    source, checkpoint = find(asked.run.branch_from or "")
+    source, checkpoint = find(asked.run.branch_from or "", verify if verified else read_manifest)
     if not trust_code:
         check_code(source, asked)
     manifest = read_manifest(checkpoint)
@@ -108,29 +116,61 @@ def make_branch(
     make(folder, job, tokenizer, decisions, checkpoint)
 
 
-def find(said: str) -> tuple[Path, Path]:
+def find(said: str, check: Callable[[Path], Manifest] = read_manifest) -> tuple[Path, Path]:
     """(run, checkpoint) of `PATH@STEP`, or of `PATH`: its newest.
 
+    check: raises DamagedCheckpoint where a checkpoint is none to begin from.
+
     Raises:
-        UserError: there is no such run, or none of that step; the nearest there is is named.
+        UserError: there is no such run, none of that step, or it is damaged; the nearest there is is named.
         DamagedCheckpoint: it has checkpoints, and none is whole.
     """
     path, step = split(said)
     if not is_run(path):
         raise _no_run(said, path)
-    found = _checkpoints(path)
-    if not found:
-        latest(path, say=lambda message: None)  # raises where there are some, and none is whole
+    claims = _claims(path)
+    if not claims:
         raise UserError(f"run.branch_from={said}: this run has saved no checkpoint yet")
-    if step is None:
-        return path, found[0][1]
-    if (there := next((p for s, p in found if s == step), None)) is not None:
-        return path, there
-    closest = min((s for s, _ in found), key=lambda s: abs(s - step))
+    wanted = claims[0][0] if step is None else step
+    damage: DamagedCheckpoint | None = None
+    for there in (place for at, place in claims if at == wanted):
+        try:
+            check(there)
+            return path, there
+        except DamagedCheckpoint as error:
+            if not is_committed(there):  # deleted meanwhile
+                return find(said, check)
+            damage = damage or error
+    latest(path, say=lambda message: None)  # raises where none is whole
+    if damage is not None:
+        which = "its newest checkpoint" if step is None else "the checkpoint"
+        raise UserError(
+            f"run.branch_from={said}: {which}, of step {wanted}, is damaged ({damage}); "
+            f"{_nearest_whole(path, step)}"
+        )
+    closest = min((s for s, _ in _checkpoints(path)), key=lambda s: abs(s - wanted))
     raise UserError(
         f"run.branch_from={said}: there is no checkpoint of step {step}; {_steps_in_words(path)}; did you "
         f"mean {f'{path}@{closest}'!r}?"
     )
+
+
+def _nearest_whole(run: Path, step: int | None) -> str:
+    """In words the whole checkpoint that is nearest to a step, or the newest one.
+
+    Raises:
+        DamagedCheckpoint: none is whole.
+    """
+    there = [] if step is None else sorted(_checkpoints(run), key=lambda found: abs(found[0] - step))
+    for at, path in there:
+        try:
+            verify(path)
+        except DamagedCheckpoint:
+            continue
+        return f"the nearest whole one: run.branch_from={run}@{at}"
+    newest = latest_verified(run, say=lambda message: None)  # raises where none is whole
+    assert newest is not None
+    return f"the newest whole one: run.branch_from={run}@{step_of(newest.name)}"
 
 
 def _no_run(said: str, path: Path) -> UserError:
@@ -154,15 +194,32 @@ def check_beginning(follow: Path, said: str) -> Path:
     """The checkpoint that a branch began from: its own copy, or where it kept none, of the run it came from.
 
     Raises:
-        UserError: neither has it any more.
+        UserError: neither has it any more, or not whole.
     """
     source, step = split(said)
-    found = (path for run in (follow, source) for at, path in _checkpoints(run) if at == step)
-    if (checkpoint := next(found, None)) is None:
-        raise UserError(
-            f"--exact: {follow} began from {said}, and neither has its checkpoint of step {step} any more"
-        )
-    return checkpoint
+    damage: DamagedCheckpoint | None = None
+    for run in (follow, source):
+        for path in (path for at, path in _claims(run) if at == step):
+            try:
+                verify(path)
+                return path
+            except DamagedCheckpoint as error:
+                damage = damage or error
+    has = "neither has its checkpoint" if damage is None else "neither has a whole checkpoint"
+    why = "" if damage is None else f" ({damage})"
+    raise UserError(f"--exact: {follow} began from {said}, and {has} of step {step} any more{why}")
+
+
+def _claims(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of all that claim to be checkpoints, damaged ones too, the newest first."""
+    found = committed(run, say=lambda message: None)
+    folder = checkpoints_folder(run)
+    there = [p for p in folder.iterdir() if not p.is_symlink() and is_committed(p)] if folder.is_dir() else []
+    steps = {path: step for path in [*found, *there] if (step := step_of(path.name)) is not None}
+    newest = steps[found[0]] if found else -1
+    unmarked = [path for path in steps if path not in found]  # when they were saved, nothing tells any more
+    first = [path for path in unmarked if steps[path] > newest]
+    return [(steps[path], path) for path in dict.fromkeys([*first, *found, *unmarked])]
 
 
 def _checkpoints(run: Path) -> list[tuple[int, Path]]:

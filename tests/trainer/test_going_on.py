@@ -18,6 +18,7 @@ from colossus import api
 from colossus.checkpoints.format import DamagedCheckpoint
 from colossus.errors import UserError
 from colossus.job import Job, load_job, load_run_job
+from colossus.trainer.branch import check_beginning
 from colossus.trainer.decisions import CHANGE
 from colossus.trainer.hooks import Hook
 from colossus.trainer.run import Run
@@ -452,6 +453,26 @@ def test_a_branch_of_a_run_without_a_whole_checkpoint_says_so(finished: Job, tmp
         manifest.write_text("null")
     with pytest.raises(DamagedCheckpoint, match=r"no checkpoint in .* is whole; .*manifest.json changed"):
         api.resolve(load_job(None, [f"run.branch_from={run}", "run.steps=20"]))
+
+
+@pytest.mark.parametrize("file", ["pieces-00000.safetensors", "manifest.json", "COMMITTED"])
+def test_a_damaged_checkpoint_is_no_beginning_and_a_whole_one_is_named(
+    file: str, finished: Job, tmp_path: Path
+) -> None:
+    run, new = tmp_path / "damaged", tmp_path / "new"
+    shutil.copytree(finished.run.folder, run)
+    place = run / "checkpoints" / "step-00000012" / file
+    data = bytearray(place.read_bytes())
+    data[-20] ^= 1
+    place.write_bytes(data)
+    for said, which in ((run, "its newest checkpoint"), (f"{run}@12", "the checkpoint")):
+        with pytest.raises(UserError, match=rf"{which}, of step 12, is damaged \(.*{file}.*{run}@6$"):
+            api.train(load_job(None, [f"run.branch_from={said}", "run.steps=20", f"run.folder={new}"]))
+    assert not new.exists()
+    whole = Path(finished.run.folder) / "checkpoints" / place.parent.name
+    assert check_beginning(run, f"{finished.run.folder}@12") == whole
+    with pytest.raises(UserError, match=rf"neither has a whole checkpoint of step 12 any more \(.*{file}"):
+        check_beginning(run, f"{run}@12")
 
 
 @pytest.mark.parametrize(
