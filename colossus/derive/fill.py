@@ -32,7 +32,7 @@ from colossus.derive.machine import (
 from colossus.derive.model import default_optimizer, derive_data, derive_model, follow_model
 from colossus.derive.origin import TUNING
 from colossus.derive.planned import derive_layout_by_plan, is_planned, ranks_here
-from colossus.derive.recompute import check_recompute, derive_recompute
+from colossus.derive.recompute import check_recompute, derive_recompute, is_open
 from colossus.errors import UserError
 from colossus.hardware.fleets import NODE_SIZE
 from colossus.hardware.machine import Machine
@@ -51,7 +51,7 @@ def derive(job: Job, machine: Machine) -> Job:
     Raises:
         UserError: what was asked for cannot be together, or does not fit the machine.
     """
-    if not set(job.missing()) - MADE_LATER:
+    if not set(job.missing()) - MADE_LATER and not is_open(job):
         check_device(job, machine)
         _check(job, machine)
         return job

@@ -13,6 +13,12 @@ from colossus.perf.stages import stages
 TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 
 
+def is_open(job: Job) -> bool:
+    """Whether a budget of activations has not decided yet how many layers are recomputed."""
+    undecided = job.layout.recompute_layers is None or job.asked_for("layout.recompute_layers")
+    return job.layout.activation_gib is not None and undecided
+
+
 def derive_recompute(job: Job, seq_len: int) -> Job:
     """`layout.recompute` and `recompute_layers` from `layout.activation_gib`, where it is given; and
     `recompute` where it is known how many layers.
@@ -22,8 +28,8 @@ def derive_recompute(job: Job, seq_len: int) -> Job:
     """
     budget, given = job.layout.activation_gib, job.asked_for("layout.recompute_layers")
     if budget is None:
-        is_open = job.layout.recompute in (None, "none") and not job.asked_for("layout.recompute")
-        of_some = given and job.layout.recompute_layers and is_open and not job.layout.pools
+        is_left = job.layout.recompute in (None, "none") and not job.asked_for("layout.recompute")
+        of_some = given and job.layout.recompute_layers and is_left and not job.layout.pools
         return job.put({"layout.recompute": "full"}, "derived") if of_some else job
     if given:
         raise UserError(

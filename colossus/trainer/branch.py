@@ -67,7 +67,7 @@ def branch(asked: Job, *, trust_code: bool = True, verified: bool = False) -> Br
     manifest = read_manifest(checkpoint)
     saved = Decisions.merge(saved_decisions(checkpoint, manifest))
     now = Standing.of(source)
-    standing = Standing(_job_then(now, saved), saved, checkpoint, manifest.step)
+    standing = Standing(_job_then(now, saved), saved, checkpoint, manifest.step).under(asked)
     changed = asked_anew(standing.job, asked)
     changed.pop("run.branch_from", None)
     may = tuple(n for n in changed if not n.startswith(FIXED))

@@ -89,6 +89,19 @@ class Standing:
         job = course.latest(kept, decisions)
         return cls(job, decisions, newest, step, damage)
 
+    def under(self, asked: Job) -> Standing:
+        """This, with what `asked` says again of what was derived: from now on it is the user's, and nothing
+        derives it anew."""
+        again = [
+            name
+            for name in asked.origins
+            if asked.asked_for(name)
+            and not self.job.asked_for(name)
+            and asked.get(name) == self.job.get(name)
+        ]
+        origins = self.job.origins | dict.fromkeys(again, "argument")
+        return dataclasses.replace(self, job=dataclasses.replace(self.job, origins=origins))
+
     @property
     def horizon(self) -> Horizon:
         return Horizon(self.job, BatchSchedule(self.job.run.batch_schedule), self.decisions)
@@ -106,7 +119,7 @@ def plan(folder: Path, asked: Job, refused: str) -> Continuation:
     Raises:
         UserError: in the words of `refused`, what cannot change; or what was asked for cannot be.
     """
-    standing = Standing.of(folder)
+    standing = Standing.of(folder).under(asked)
     beside_its_job = bool(asked.made)  # `colossus train FOLDER WORDS`
     begun = None if beside_its_job else course.parts(standing.job, standing.decisions)[0].job
     changed = asked_anew(standing.job, asked, begun)

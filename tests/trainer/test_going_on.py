@@ -480,6 +480,8 @@ def test_a_damaged_checkpoint_is_no_beginning_and_a_whole_one_is_named(
     [
         (["layout.recompute_layers=1"], ("full", 1)),
         (["layout.activation_gib=1e-9"], "with every layer recomputed, .* still take"),
+        (["layout.recompute_layers=1", "layout.recompute=none"], "under layout.recompute=none no layer is"),
+        (["layout.activation_gib=1e-9", "layout.recompute=none"], "layout.recompute=none: layout.activation"),
     ],
 )
 def test_a_run_that_goes_on_takes_the_memory_that_it_is_given(
@@ -491,6 +493,19 @@ def test_a_run_that_goes_on_takes_the_memory_that_it_is_given(
     else:
         layout = going_on(finished, *words).layout
         assert (layout.recompute, layout.recompute_layers) == recomputed
+
+
+def test_what_is_said_again_is_not_derived_anew(finished: Job) -> None:
+    """Each of these was derived when the run began; the word beside it would have it derived again."""
+    job = going_on(
+        finished, "layout.recompute_layers=1", "layout.recompute=selective", "layout.micro_batch=4"
+    )
+    assert (job.layout.recompute, job.layout.micro_batch) == ("selective", 4)
+    words = ["run.steps=20", "optimizer.lr=0.001"]
+    rates = [going_on(finished, *words, *more).optimizer for more in ([], ["optimizer.matrix_lr=0.003"])]
+    assert [(rate.lr, rate.matrix_lr) for rate in rates] == [(0.001, 0.001), (0.001, 0.003)]
+    with pytest.raises(UserError, match=r"layout.micro_batch=4: .*more than a rank's share"):
+        going_on(finished, "run.steps=20", "run.global_batch=3", "layout.micro_batch=4")
 
 
 @pytest.fixture(scope="module")
