@@ -341,7 +341,7 @@ def _put_inside(layers: dict[Origin, dict[str, Any]], dotted: str, text: str) ->
         raise _no_such_leaf(outer, leaf, kind)
     strongest = (layers[origin].get(outer) for origin in ("argument", "file", "preset"))
     table = next((table for table in strongest if isinstance(table, dict)), {})
-    layers["argument"][outer] = table | {leaf: _parsed(text, kind.model_fields[leaf].annotation)}
+    layers["argument"][outer] = table | {leaf: _parsed(dotted, text, kind.model_fields[leaf].annotation)}
 
 
 def _table_of(annotation: Any) -> type[Section] | None:
@@ -361,19 +361,57 @@ def _no_such_leaf(outer: str, leaf: str, kind: type[Section]) -> UserError:
 def _value(dotted: str, text: str) -> Any:
     """The value that `text` says for a field."""
     section, _, name = _known(dotted).partition(".")
-    return _parsed(text, SECTIONS[section].model_fields[name].annotation)
+    return _parsed(dotted, text, SECTIONS[section].model_fields[name].annotation)
 
 
-def _parsed(text: str, kind: Any) -> Any:
-    """A TOML value where `text` is one that fits the kind, else the text itself; of texts in a list, too."""
+def _parsed(dotted: str, text: str, kind: Any) -> Any:
+    """A TOML value where `text` is one that fits the kind, else the text itself; of texts in a list, too.
+
+    Raises:
+        UserError: a list or table whose brackets do not match, or which is no TOML.
+    """
     try:
         (value,) = tomllib.loads(f"value = {text}", parse_float=_finite).values()
-    except ValueError:  # no TOML, or more than one value
+    except ValueError as error:  # no TOML, or more than one value
+        may_be_list = text.startswith("[") if kind == list[Name] else _has_parts(kind)
+        if may_be_list and (wrong := _brackets(text)):
+            raise UserError(f"{dotted}={text}: {wrong}") from None
+        if may_be_list and kind != list[Name] and text.startswith(("[", "{")):
+            raise UserError(f"{dotted}={text}: not TOML ({str(error).partition(' (at ')[0]})") from None
         if kind == list[Name] and text.startswith("[") and text.endswith("]"):
             return [item.strip() for item in text[1:-1].split(",")]
         return text
     takes_text = kind in (str, list[Name])
     return text if takes_text and not _is_text(value) else value
+
+
+def _has_parts(kind: Any) -> bool:
+    """Whether a value of this kind is a list or a table."""
+    is_one = get_origin(kind) in (list, tuple) or _table_of(kind) is not None
+    return is_one or any(map(_has_parts, get_args(kind)))
+
+
+def _brackets(text: str) -> str:
+    """What is wrong with the brackets and quotes of a list or table; nothing where they match."""
+    closing, awaited, quote = {"[": "]", "{": "}"}, "", ""
+    for place, letter in enumerate(text, 1):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'" and not text[max(0, place - 2)].isalnum():  # else an apostrophe
+            quote = letter
+        elif letter in closing:
+            awaited = closing[letter] + awaited
+        elif letter in closing.values():
+            if not awaited:
+                return (
+                    f"{letter!r} at place {place} closes nothing; one too many, or its opening one is missing"
+                )
+            if letter != awaited[0]:
+                return f"{letter!r} at place {place}, where {awaited[0]!r} is expected"
+            awaited = awaited[1:]
+    if quote:
+        return f"{quote} is opened and never closed"
+    return f"{awaited!r} is missing at the end" if awaited else ""
 
 
 def _finite(text: str) -> float | str:

@@ -228,6 +228,33 @@ def test_one_message_for_a_field_and_one_line_for_each() -> None:
     assert str(error.value) == "run.batch_schedule.0=1: must be a list"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("run.batch_schedule=[[0,4],[3,5]", "']' is missing at the end"),
+        ("data.skip=[[0,4", "']]' is missing at the end"),
+        ("data.phases=[{from_step=2,weights=[1,2]", "'}]' is missing at the end"),
+        ("layout.pools=[{replicas=1]", "']' at place 13, where '}' is expected"),
+        ("fleet.pools={accelerator='h100-sxm'}]", "']' at place 25 closes nothing; one too many, or"),
+        ("run.batch_schedule=[0,4],[3,5]]", "']' at place 12 closes nothing; one too many, or"),
+        ("data.weights=[1,2", "']' is missing at the end"),
+        ("data.corpus=[a,b", "']' is missing at the end"),
+        ('run.hooks=["a:B]', '" is opened and never closed'),
+        ("model.experts={num_experts=8", "'}' is missing at the end"),
+        ('data.phases=[{"from_step":2}]', "not TOML (Expected '=' after a key in a key/value pair)"),
+    ],
+)
+def test_of_a_list_or_table_that_is_none_the_bracket_at_fault_is_named(words: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_job(None, [words])
+    assert str(error.value).startswith(f"{words}: {said}")
+
+
+def test_names_may_have_brackets() -> None:
+    for name in ("[2024] texts", "a[1", "[it's]"):
+        assert load_job(None, [f"data.corpus={name}"]).data.corpus in ([name], [name.strip("[]")])
+
+
 @pytest.mark.parametrize("words", ["model=llama3.2-1b", "model.preset=llama3.2-1b"])
 def test_a_preset_brings_its_values_however_it_is_named(words: str, tmp_path: Path) -> None:
     path = tmp_path / "job.toml"
