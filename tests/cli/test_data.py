@@ -99,7 +99,7 @@ def test_build_sees_a_flipped_bit(corpus: Path, tmp_path: Path, capsys: pytest.C
         (["data.corpsu=x"], "did you mean 'data.corpus'"),
         (["data.tokenizer=/no/tokenizer.json"], "data.tokenizer=/no/tokenizer.json: cannot be read"),
         (["data.validation_fraction=1.5"], "data.validation_fraction=1.5"),
-        (["data.weights=[1,2]"], "one for each of data.corpus"),
+        (["data.weights=[1,2]"], "data.weights=[1.0, 2.0]: 2, and 1 in data.corpus=['python']; one for each"),
     ],
 )
 def test_build_of_what_cannot_be(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

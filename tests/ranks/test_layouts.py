@@ -20,7 +20,7 @@ from tests.ranks.pool import Pool
 HERE = {
     "alone": matrix.ALONE,
     "pairs": matrix.PAIRS,
-    "schedules": matrix.PIPELINES,
+    "schedules": matrix.PIPELINES[::2],
     "among others": matrix.PIPELINES_AMONG_OTHERS[5::3],
     "many": matrix.MANY[2:5],
     "five axes": [matrix.FIVE_AXES],

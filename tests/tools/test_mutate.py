@@ -93,7 +93,7 @@ def tree(tmp_path: Path) -> ModuleType:
     made = tool()
     made.ROOT, made.DATA = tmp_path / "tree", tmp_path / "tree" / "tools" / "mutations"
     made.KEPT, made.PAGE = made.ROOT / ".mutations", made.ROOT / "page.md"
-    made.LIMIT_SECONDS = made.WITHOUT_MAP_SECONDS = 12.0
+    made.LIMIT_SECONDS = made.WITHOUT_MAP_SECONDS = 8.0
     files = {
         "colossus/__init__.py": "",
         "colossus/room/thing.py": SOURCE,
