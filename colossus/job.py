@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from colossus.errors import UserError, nearest
 from colossus.layout import Layout
 from colossus.section import Name, Section
 from colossus.sections import Checkpoint, Data, Fleet, Optimizer, Precision, RunSection
-from colossus.untrusted import MIB, num_bytes
+from colossus.untrusted import MIB, num_bytes, read_text
 
 Origin = Literal["argument", "file", "preset", "planned", "derived"]
 STRONGEST: tuple[Origin, ...] = get_args(Origin)  # first
@@ -61,7 +62,7 @@ MESSAGES = {  # of pydantic's kinds of errors, those that would speak of Python 
     "too_short": "must have at least {min_length}",
     "tuple_type": "must be a list",
 }
-MAX_RUN_JOB_BYTES = 16 * MIB
+MAX_JOB_BYTES = 16 * MIB
 LENGTHS = ("run.minutes", "run.steps", "run.tokens")
 
 
@@ -212,7 +213,7 @@ def load_run_job(folder: Path, overrides: Iterable[str] = ()) -> Job:
         size = num_bytes(path)
     except OSError as error:
         raise UserError(f"job file {path}: cannot be read ({error.strerror})") from None
-    if size > MAX_RUN_JOB_BYTES:
+    if size > MAX_JOB_BYTES:
         raise UserError(f"job file {path}: cannot be read (longer than any job: {size} bytes)")
     return load_job(path, overrides)
 
@@ -276,11 +277,14 @@ def _preset(section: str, name: str) -> dict[str, Any]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path, MAX_JOB_BYTES, Path(os.path.realpath(path)).parent)  # named, as a link perhaps
+        return tomllib.loads(text)
     except FileNotFoundError:
         siblings = [str(p) for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         raise UserError.field("job file", str(path), "no such file", siblings) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"job file {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"job file {path}: cannot be read ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"job file {path}: not TOML ({error})") from None

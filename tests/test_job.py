@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,13 @@ def test_of_a_list_or_table_that_is_none_the_bracket_at_fault_is_named(words: st
     with pytest.raises(UserError) as error:
         load_job(None, [words])
     assert str(error.value).startswith(f"{words}: {said}")
+
+
+def test_a_job_file_that_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match=rf"job file {path}: cannot be read \(no regular file\)"):
+            load_job(path)
 
 
 def test_names_may_have_brackets() -> None:

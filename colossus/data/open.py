@@ -36,14 +36,22 @@ def open_corpus(name: str, text_field: str = "text") -> Corpus:
 
 
 def check_corpus(name: str, *, dry: bool = False) -> None:
-    """Raises the UserError of `open_corpus` where a path is not there or the user's own cannot be imported.
+    """Raises the UserError of `open_corpus` where a path is not there or is neither file nor
+    folder, or where the user's own cannot be imported.
 
     Reads nothing, so it can be asked before anything that takes long. dry: nothing is imported either.
     """
     if name.startswith("hf:"):
         check_extra(name)
         return
-    if name == "python" or _is_there(path := _path(name)):
+    if name == "python":
+        return
+    if _is_there(path := _path(name)):
+        if not (path.is_file() or path.is_dir()):  # a pipe, a device: reading it might never end
+            raise UserError(
+                f"data.corpus={name}: no regular file; python, the path of a file or folder, hf:NAME or "
+                "package.module:Name"
+            )
         return
     if ":" not in name or "/" in name:
         raise _no_such_path(name, path)

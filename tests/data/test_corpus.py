@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -179,6 +180,13 @@ def test_checked_before_anything_is_read(tmp_path: Path) -> None:
         with pytest.raises(UserError) as opened:
             open_corpus(name)
         assert str(checked.value) == str(opened.value)
+
+
+def test_what_is_no_regular_file_is_said_to_be_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match=rf"data\.corpus={path}: no regular file; python, the path"):
+            check_corpus(str(path))
 
 
 def test_an_empty_corpus(tmp_path: Path) -> None:
