@@ -144,6 +144,18 @@ class Plan:
         """Accelerators that neither work nor are needed in reserve."""
         return self.hardware.count - self.best.ranks - self.reserve
 
+    @property
+    def _have_room(self) -> bool:
+        """Whether those that are idle would make another replica, which is of one kind of accelerators."""
+        row = self.best.row
+        if not self.best.pools:
+            return self.idle >= self.best.ranks // (row["dp_replicate"] * row["dp_shard"])
+        size = self.best.ranks // row["dp_replicate"]  # that each pool has as many whole ones of
+        replicas = {pool.accelerator: pool.replicas for pool in self.best.pools}
+        left = [pool.count - size * replicas[pool.accelerator.name] for pool in self.hardware.pools]
+        odd = sum(count % size for count in left)  # who wait in reserve first
+        return sum(count // size for count in left) * size >= max(0, self.reserve - odd) + size
+
     def use(self) -> str:
         """Who works and who does not, in words."""
         one = self.best.ranks == 1
@@ -151,12 +163,11 @@ class Plan:
         words = f"{self.best.ranks:,} {kind}{'' if one else 's'} work{'s' if one else ''}"
         words += f", {self.reserve:,} wait in reserve" if self.reserve else ""
         if self.idle:
-            replica = self.best.ranks // (self.best.row["dp_replicate"] * self.best.row["dp_shard"])
-            why = (
-                "they make no replica more"
-                if self.idle < replica
-                else "no layout searched is better with them"
-            )
+            why = "they make no replica more"
+            if len(self.hardware.pools) > 1:
+                why = "of no kind are there enough for a replica more"
+            if self._have_room:
+                why = "no layout searched is better with them"
             words += f", {self.idle:,} {'is' if self.idle == 1 else 'are'} idle: {why}"
         if self.reserve < self.spares:
             words += f"; failures ask for {self.spares:,} in reserve"

@@ -281,6 +281,23 @@ def test_unequal_pools_share_every_batch_of_the_run():
 
 
 @pytest.mark.parametrize(
+    ("counts", "replicas", "why"),
+    [
+        ((5, 3), None, "6 accelerators work, 2 are idle: of no kind are there enough for a replica more"),
+        ((6, 4), 4, "8 accelerators work, 2 are idle: no layout searched is better with them"),
+    ],
+)
+def test_of_unequal_pools_it_is_true_why_some_are_idle(counts, replicas, why):
+    """A replica of two, of one kind: of 5 and 3 one of each kind is left, of 6 and 4 there are two of one."""
+    pools = f"[{{accelerator='h100-sxm', count={counts[0]}}}, {{accelerator='h200-sxm', count={counts[1]}}}]"
+    fixed = [] if replicas is None else [f"layout.dp_replicate={replicas}"]
+    job = load_job(None, ["model=llama3.2-1b", f"fleet.pools={pools}", "run.steps=90", "run.global_batch=128",
+                          "layout.tp=2", "layout.cp=1", "layout.pp=1", "layout.dp_shard=1",
+                          "layout.micro_batch=1", "layout.recompute=full", *fixed])  # fmt: skip
+    assert colossus.plan(job).use() == why
+
+
+@pytest.mark.parametrize(
     "words",
     [
         ["model=llama3.1-8b", "fleet.accelerator=h100-sxm", "fleet.count=7"],
