@@ -33,7 +33,7 @@ MEASURED_WIDTH = 1024  # rates hardly grow beyond it
 
 
 def derive_machine(job: Job, machine: Machine, ranks: int | None = None) -> Job:
-    """Device and ranks. ranks: so many; else as many as there are GPUs, or one.
+    """Device and ranks. ranks: so many; else as many as `fleet.count` says, as there are GPUs, or one.
 
     Raises:
         UserError: the machine lacks what was asked for.
@@ -42,7 +42,7 @@ def derive_machine(job: Job, machine: Machine, ranks: int | None = None) -> Job:
     job = job.derive(**{"fleet.name": "this-machine", "fleet.device": machine.device})
     axes = {f"layout.{axis}": 1 for axis in ("dp_replicate", "tp", "pp", "cp", "ep", "etp")}
     job = job.derive(**axes)
-    devices = ranks or (max(1, len(machine.gpus)) if job.fleet.device == "cuda" else 1)
+    devices = ranks or _counted(job) or (max(1, len(machine.gpus)) if job.fleet.device == "cuda" else 1)
     taken = job.layout.dp_replicate * job.layout.tp * job.layout.pp * job.layout.cp
     job = job.derive(**{"layout.dp_shard": max(1, devices // taken)})
     several = job.layout.schedule is not None and job.layout.schedule not in layout.ONE_STAGE
@@ -56,6 +56,13 @@ def derive_machine(job: Job, machine: Machine, ranks: int | None = None) -> Job:
             "layout.pools": [],
         }
     )
+
+
+def _counted(job: Job) -> int | None:
+    """Of this machine's GPUs, or ranks of its processor, those that the job takes. A count of accelerators
+    that it names is of the fleet that it was planned for."""
+    names_others = job.fleet.accelerator is not None or job.fleet.pools is not None
+    return None if names_others else job.fleet.count
 
 
 def check_device(job: Job, machine: Machine) -> None:
@@ -74,8 +81,15 @@ def check_device(job: Job, machine: Machine) -> None:
 
 
 def check_ranks(job: Job, machine: Machine) -> None:
-    """Raises `UserError` where this machine cannot hold its ranks of the job: each needs a GPU of its own, or
+    """Raises `UserError` where the job has more ranks than its fleet counts, or where this machine cannot
+    hold its ranks: each needs a GPU of its own, or
     on a processor memory for the libraries alone. Ranks that a launcher has started have that already."""
+    counted, axis = _counted(job), max(layout.AXES, key=lambda name: job.get(f"layout.{name}"))
+    value = job.get(f"layout.{axis}")
+    if counted is not None and job.layout.num_ranks > counted and "RANK" not in os.environ:
+        raise UserError(
+            f"layout.{axis}={value}: {plural(job.layout.num_ranks, 'rank')}; at most fleet.count={counted}"
+        )
     here = ranks_here(job.layout.num_ranks)
     if job.fleet.device == "cuda":
         most = len(machine.gpus)
@@ -87,8 +101,8 @@ def check_ranks(job: Job, machine: Machine) -> None:
         why = f"whose memory holds {count(most)} of at least {size(RANK_BYTES)} each"
     if here <= most:
         return
-    axis = max(layout.AXES, key=lambda name: job.get(f"layout.{name}"))
-    value = job.get(f"layout.{axis}")
+    if counted is not None and not any(job.asked_for(f"layout.{name}") for name in layout.AXES):
+        raise UserError(f"fleet.count={counted}: {count(here)} ranks on this machine, {why}; at most {most}")
     fits = max(1, most * value // here)
     raise UserError(f"layout.{axis}={value}: {count(here)} ranks on this machine, {why}; at most {fits}")
 
@@ -112,7 +126,7 @@ def derive_settings(job: Job, machine: Machine) -> Job:
 def type_here(job: Job, machine: Machine) -> str:
     """In which a job whose model is known would be trained here. Of a model that is too large for this
     machine no step can be timed: the type of the quickest products."""
-    job = derive_machine(job, machine, job.fleet.count)
+    job = derive_machine(job, machine)
     if job.fleet.device == "cuda":
         return candidates(job, machine)[0].type
     if job.precision.type is None and state_bytes(job, job.model) > memory_bytes(job, machine):

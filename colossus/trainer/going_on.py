@@ -220,8 +220,8 @@ def spread(kept: Job, changed: Mapping[str, Any]) -> Job:
         kept = dataclasses.replace(kept, made={n: v for n, v in kept.made.items() if n not in PREDICTED})
         if "auto" in (kept.layout.preset, changed.get("layout.preset")):
             open_again = [*FOLLOWS_LAYOUT]  # what is open is planned again, around what was asked for
-    if "fleet.device" in changed:
-        open_again = ["layout.micro_batch", "layout.dp_shard"]
+    if changed.keys() & {"fleet.device", "fleet.count"}:
+        open_again += ["layout.micro_batch", "layout.dp_shard"]
     kept = kept.without(*(name for name in open_again if not kept.asked_for(name)))
     return kept.put(changed, "argument")
 

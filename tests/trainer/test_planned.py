@@ -64,3 +64,5 @@ def test_a_run_that_was_not_planned_may_be_from_now_on(small_job: Make, tmp_path
     planned = api.resolve(api.load_job(tmp_path / "run", ["layout=auto", "fleet.count=2"]))
     assert planned.layout.num_ranks == 2 and planned.origins["layout.dp_shard"] == "planned"
     assert PREDICTED[0] in planned.made and planned.made.items() > job.made.items()
+    counted = api.resolve(api.load_job(tmp_path / "run", ["fleet.count=2"]))
+    assert counted.layout.dp_shard == 2 and counted.origins["layout.dp_shard"] == "derived"
