@@ -133,6 +133,19 @@ def test_the_table_is_named_after_the_processor(cache: Path) -> None:
     assert not list(cache.rglob("*.part"))
 
 
+def test_a_table_holds_for_as_many_cores(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = probes.table_path()
+    monkeypatch.setattr(probes, "available_cores", lambda: 64)
+    assert probes.table_path() != here and "64-cores" in probes.table_path().name
+
+
+def test_rates_are_of_one_byte_and_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of 64 MiB moves twice as much, 100 calls are timed together; here a probe takes a second."""
+    monkeypatch.setattr(probes, "_fastest", lambda act, seconds: 1.0)
+    assert probes._memory_bandwidth() == 2 * 64 * 2**20
+    assert probes._dispatch_seconds() == 0.01
+
+
 @pytest.mark.parametrize("damage", ["", "{", '{"processor": "x"}', "[]"])
 def test_a_damaged_table_is_measured_again(
     cache: Path, measured: Machine, damage: str, monkeypatch: pytest.MonkeyPatch
