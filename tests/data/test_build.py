@@ -45,23 +45,28 @@ def test_killed_at_any_instant(tmp_path: Path, tokenizer: str, workers: int) -> 
     )  # of encoding: imports come before, and take most of a build this small
     whole = contents(tmp_path / "whole")
     draw = random.Random(f"{tokenizer} {workers}")
-    unfinished = 0
     for life in range(2):
-        out = tmp_path / f"life-{life}"
-        for _ in range(2):
+        out, unfinished = tmp_path / f"life-{life}", 0
+        for _ in range(12):
             builder = start_build(text, out, tokenizer, workers)
             wait_for_corpus(out)
             time.sleep(draw.random() * usual * 0.6)
             builder.kill()
             builder.wait()
-            manifest = corpus_folder(out, 0) / "manifest.json"
-            if not manifest.exists():
-                unfinished += 1
-                with pytest.raises(UserError, match="no token shards here"):
-                    open_split(out, 0, "train")
+            if (
+                corpus_folder(out, 0) / "manifest.json"
+            ).exists():  # too late, on a machine that is quicker now
+                shutil.rmtree(out)
+                usual *= 0.5
+                continue
+            with pytest.raises(UserError, match="no token shards here"):
+                open_split(out, 0, "train")
+            unfinished += 1
+            if unfinished == 2:
+                break
+        assert unfinished, "every kill came too late to show anything"
         assert start_build(text, out, tokenizer, workers).wait() == 0
         assert contents(out) == whole
-    assert unfinished >= 2, "every kill came too late to show anything"
 
 
 @pytest.mark.usefixtures("small_shards")
