@@ -53,9 +53,7 @@ def test_killed_at_any_instant(tmp_path: Path, tokenizer: str, workers: int) -> 
             time.sleep(draw.random() * usual * 0.6)
             builder.kill()
             builder.wait()
-            if (
-                corpus_folder(out, 0) / "manifest.json"
-            ).exists():  # too late, on a machine that is quicker now
+            if (corpus_folder(out, 0) / "manifest.json").exists():  # too late: it is quicker now
                 shutil.rmtree(out)
                 usual *= 0.5
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,13 @@ def test_a_part_of_a_mixture_has_experts() -> None:
     assert part.num_layers == 1 and part.has_experts(0)
     part = _part(tiny("deepseek-v3"))
     assert [part.has_experts(layer) for layer in range(part.num_layers)] == [False, False, True, True]
+
+
+def test_seconds_are_of_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over three samples of eight tokens, which takes two seconds here."""
+    models = training._Models(tiny("llama3.2-1b"), 8, "adamw", "cpu")
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=iter([5.0, 7.0]).__next__))
+    assert models.pass_seconds("fp32", 3, 8) == 2.0 / 24
 
 
 def test_a_mixture_of_experts_is_timed_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

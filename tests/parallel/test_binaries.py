@@ -39,10 +39,11 @@ def in_another_process(folder: Path) -> list[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF headers")
 def test_half_written_files_go_and_whole_ones_stay(binary: Path) -> None:
     content = binary.read_bytes()
-    for name, kept in (("empty.so", 0), ("header.o", 64), ("half.so", len(content) // 2), ("all.so", None)):
-        (binary.parent / name).write_bytes(content[:kept])
+    kept = {"empty.so": 0, "header.o": 64, "half.so": len(content) // 2, "last.so": len(content) - 1}
+    for name, size in (kept | {"all.so": len(content)}).items():
+        (binary.parent / name).write_bytes(content[:size])
     (binary.parent / "zeros.so").write_bytes(bytes(len(content)))
-    removed = ["empty.so", "half.so", "header.o", "zeros.so"]
+    removed = ["empty.so", "half.so", "header.o", "last.so", "zeros.so"]
     assert in_another_process(binary.parents[1]) == removed
     assert sorted(p.name for p in binary.parent.iterdir()) == ["all.so", "whole.main.so"]
     assert is_whole(binary)
