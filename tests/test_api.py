@@ -12,6 +12,7 @@ import torch
 import colossus
 from colossus import api
 from colossus.errors import UserError
+from colossus.job import Job
 from colossus.trainer.hooks import Hook
 from colossus.trainer.step import StepResult
 from colossus.trainer.training import Training
@@ -73,7 +74,7 @@ def test_a_job_by_a_file_and_by_the_folder_of_a_run(tmp_path: Path) -> None:
     run.mkdir()
     job = colossus.load_job(None, ["run.steps=3", "run.folder=elsewhere"]).derive(**{"run.seed": 7})
     assert colossus.load_job(None, ["run.steps=3"]) == colossus.load_job(overrides=["run.steps=3"])
-    from colossus.job import Job, save_job
+    from colossus.job import save_job
 
     save_job(Job(**{**vars(job), "made": {"processor": "x"}}), run / "job.toml")
     goes_on = colossus.load_job(run)
@@ -86,6 +87,14 @@ def test_a_job_by_a_file_and_by_the_folder_of_a_run(tmp_path: Path) -> None:
     assert elsewhere.run.folder == "there" and elsewhere.run.seed == 7  # nothing derived depends on it
     with pytest.raises(UserError, match="not the folder of a run"):
         colossus.load_job(tmp_path)
+
+
+def test_what_another_machine_derived_is_derived_again() -> None:
+    job = api.resolve(colossus.load_job(None, [*SMALL, "data.corpus=python"]).without("run.threads"))
+    moved = job.put({"run.threads": 61}, "derived")
+    assert api.resolve(moved).run.threads == 61  # of this machine it is kept
+    elsewhere = Job(**{**vars(moved), "made": {**moved.made, "processor": "another"}})
+    assert api.resolve(elsewhere).run.threads == job.run.threads
 
 
 class Count(Hook):
@@ -130,5 +139,7 @@ def test_from_text_to_text_twice(tmp_path: Path) -> None:
         assert logits_BTV.shape[-1] == tokenizer.vocab_size
         texts.append(colossus.generate(model, tokenizer, ["def ", "x"], max_tokens=8, temperature=0.0))
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 2 and all(texts[0])
-    resumed = colossus.train(colossus.load_job(one.folder))
-    assert resumed.folder == one.folder and resumed.loss == one.loss
+    untouched, again = (one.folder / "events.jsonl").read_bytes(), Count()
+    resumed = colossus.train(colossus.load_job(one.folder), hooks=[again])
+    assert resumed.folder == one.folder and resumed.loss == one.loss and not again.losses
+    assert (one.folder / "events.jsonl").read_bytes() == untouched  # nothing was begun
