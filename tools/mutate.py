@@ -246,7 +246,7 @@ def tests_without_map(mutation: Mutation) -> list[str]:
     own = ROOT / mirrored(mutation.path)
     paths = [own] if own.is_file() else []
     folder = next(folder for folder in own.parents if folder.is_dir())
-    if folder != ROOT / "tests":
+    if folder != ROOT / "tests" or not paths:
         paths += [path for path in sorted(folder.glob("test_*.py")) if path != own]
     return [str(path.relative_to(ROOT)) for path in paths]
 
