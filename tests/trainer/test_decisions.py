@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,15 +38,18 @@ def test_what_holds_at_a_step() -> None:
     assert [d.name for d in decisions.to_come(3)] == ["b", "a", "a"]
 
 
-def test_a_decision_is_on_disk_before_it_holds(tmp_path: Path) -> None:
+def test_a_decision_is_on_disk_before_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = EventLog(tmp_path)
     decisions = Decisions()
+    sizes: list[int] = []  # of what is synced
+    monkeypatch.setattr(os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
 
     def choose() -> int:
         assert not (tmp_path / "events.jsonl").read_text()
         return 7
 
     assert decisions.decide("x", 4, choose, ALONE, log) == 7
+    assert sizes == [(tmp_path / "events.jsonl").stat().st_size]
     assert [(e["kind"], e["step"], e["name"], e["value"]) for e in lines(tmp_path)] == [
         ("decision", 4, "x", 7)
     ]
