@@ -81,9 +81,9 @@ def check_device(job: Job, machine: Machine) -> None:
 
 
 def check_ranks(job: Job, machine: Machine) -> None:
-    """Raises `UserError` where the job has more ranks than its fleet counts, or where this machine cannot hold
-    its ranks: each needs a GPU of its own, or on a processor memory for the libraries alone. Ranks that a
-    launcher has started have that already."""
+    """Raises `UserError` where the job has more ranks than its fleet counts, or where this machine cannot
+    hold its ranks: each needs a GPU of its own, or on a processor memory for the libraries alone. Ranks that
+    a launcher has started have that already."""
     counted, axis = _counted(job), max(layout.AXES, key=lambda name: job.get(f"layout.{name}"))
     value = job.get(f"layout.{axis}")
     if counted is not None and job.layout.num_ranks > counted and "RANK" not in os.environ:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from colossus.architecture import Architecture
+from colossus.checkpoints.format import sync_folder
 from colossus.data.account import CONFIG, MAP, TOKENIZER
 from colossus.data.bytes_tokenizer import BytesTokenizer
 from colossus.data.chat_template import TOOLS_FILE
@@ -125,7 +126,8 @@ def as_json(tree: dict[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def made_whole(path: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name `path` when the block ends; nothing is left of it else.
+    """A folder to write into, which takes the name `path` when the block ends, and keeps it after a power
+    cut; nothing is left of it else.
 
     Raises:
         UserError: `path` exists and is not an empty folder. MachineError: the storage failed.
@@ -138,7 +140,9 @@ def made_whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
+        sync_folder(partial)
         partial.rename(path)
+        sync_folder(path.parent)
     except OSError as error:
         raise MachineError(f"cannot write {path}: {error.strerror}; nothing is left of it") from error
     finally:

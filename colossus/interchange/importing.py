@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from colossus.architecture import parameter_table
-from colossus.checkpoints.format import Key, sync_folder, write_synced
+from colossus.checkpoints.format import Key, write_synced
 from colossus.checkpoints.stream import save_streamed
 from colossus.data.account import KEPT, as_kept
 from colossus.data.json_tokenizer import JsonTokenizer
@@ -49,7 +49,6 @@ def import_model(path: str | Path, out: str | Path | None = None, say: Say = war
             "published_config": opened.config,
         }
         save_streamed(folder, 0, _keyed(opened), meta)
-        sync_folder(folder)
     return out
 
 

@@ -123,6 +123,16 @@ def test_a_choice_is_the_begin_of_any_larger_one(
     assert sorted(whole) == sorted(TEXTS)
 
 
+def test_a_part_is_the_same_whatever_the_order_of_the_file(tmp_path: Path) -> None:
+    """A sample of the texts, not the begin of a file."""
+    chosen = []
+    for name, texts in (("as it is", TEXTS), ("turned", TEXTS[::-1])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        chosen.append(choose_texts(str(path), TOKENIZER, documents=2).ids.tolist())
+    assert chosen[0] == chosen[1]
+
+
 def test_much_text_is_read_in_part_from_all_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for n in range(8):
         (tmp_path / f"{n}.txt").write_text(f"{n} " * 400)

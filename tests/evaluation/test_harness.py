@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from colossus.data.bpe import train_bpe
 from colossus.data.json_tokenizer import JsonTokenizer
 from colossus.errors import UserError
 from colossus.evaluation.harness import HarnessModel, sampling_of
+from colossus.evaluation.tasks import load_tasks
 from colossus.generation import generate
 from colossus.models import Decoder, build
 from tests.evaluation.local_tasks import NAMES, ROWS, write_tasks
@@ -100,6 +102,13 @@ def test_the_likeliest_continuation_is_told(model: Decoder, tokenizer: JsonToken
         best = int(model(torch.tensor([context]))[0, -1].argmax())
     requests = [(("", ""), context, [best]), (("", ""), context, [best - 1]), (("", ""), context, [])]
     assert [greedy for _, greedy in asked._loglikelihood_tokens(requests)] == [True, False, True]
+    with torch.no_grad():
+        then = int(model(torch.tensor([[*context, best]]))[0, -1].argmax())
+    requests = [(("", ""), context, [best, then]), (("", ""), context, [best, then - 1])]
+    assert [greedy for _, greedy in asked._loglikelihood_tokens(requests)] == [
+        True,
+        False,
+    ]
     with pytest.raises(UserError, match="a continuation of 25 tokens; the model's window holds 24"):
         asked._loglikelihood_tokens([(("", ""), context, [1] * 25)])
 
@@ -278,6 +287,18 @@ def test_a_continuation_that_is_one_token_with_its_context(model: Decoder, token
     tokens = [tokenizer.bos_id, *tokenizer.encode(context), *tokenizer.encode(continuation)]
     assert score == pytest.approx(by_hand(model, tokens, 1)[0], rel=1e-12)
     assert score < 0
+
+
+def test_examples_that_precede_a_question_are_as_many_as_asked_for(folder: Path, tmp_path: Path) -> None:
+    """Where the task leaves it open; one that says 0 itself gets none, as in the harness."""
+    for name, keeps in (("open", False), ("own", True)):
+        shutil.copytree(folder, tmp_path / name)
+        for path in () if keeps else (tmp_path / name).glob("*.yaml"):
+            path.write_text(path.read_text().replace("num_fewshot: 0\n", ""))
+        for shots in (None, 2):
+            loaded = load_tasks(["local_choice"], include_path=tmp_path / name, shots=shots).loaded
+            expected = 0 if keeps else shots or 0
+            assert loaded["tasks"]["local_choice"].get_config("num_fewshot") == expected
 
 
 def test_mistakes(model: Decoder, tokenizer: JsonTokenizer, folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,25 @@ def ours(folder: Path, seed: int = 0, **fields: Any) -> Path:
     BytesTokenizer().save(folder / "tokenizer")
     (folder / "job.toml").touch()
     return folder
+
+
+def test_what_is_written_keeps_its_name_after_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder itself is synced, and last of all the one that has its name by then."""
+    folder, synced = published(tmp_path / "published", "llama"), list[tuple[int, bool]]()
+    sync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        sync(descriptor)
+        synced.append((os.fstat(descriptor).st_ino, out.exists()))
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    for name, write in (("run", import_model), ("again", export_model)):
+        out = tmp_path / name
+        write(folder, out, say=lambda line: None)
+        assert synced[-1] == (tmp_path.stat().st_ino, True)
+        assert (out.stat().st_ino, False) in synced
 
 
 @pytest.mark.parametrize("name", FAMILIES)
