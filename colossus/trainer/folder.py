@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -178,7 +179,8 @@ def keep_job(folder: Path, job: Job) -> None:
             be written.
     """
     with _storage_errors(folder), locked(folder):
-        going_on.record(folder, going_on.plan(folder, job, f"run.folder={folder}: holds another job"))
+        refused = f"run.folder={folder}: holds another job"
+        going_on.record(folder, going_on.plan(folder, job, refused, logging.getLogger(__name__).warning))
         _write_job(folder, job)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from colossus.checkpoints.copy import copy_checkpoint
-from colossus.checkpoints.find import committed, latest
+from colossus.checkpoints.find import committed, latest, verify
 from colossus.checkpoints.format import DamagedCheckpoint, read_manifest
 from colossus.data.order import BatchSchedule, skipped_before
 from colossus.derive import derive_data
@@ -113,8 +113,12 @@ class Standing:
         return falls_at is not None and falls_at < self.step
 
 
-def plan(folder: Path, asked: Job, refused: str) -> Continuation:
+def plan(
+    folder: Path, asked: Job, refused: str, say: Callable[[str], None] = lambda message: None
+) -> Continuation:
     """How the run in `folder` goes on as `asked`. Nothing is written.
+
+    say: told of each damaged checkpoint that it cannot go back to.
 
     Raises:
         UserError: in the words of `refused`, what cannot change; or what was asked for cannot be.
@@ -128,7 +132,7 @@ def plan(folder: Path, asked: Job, refused: str) -> Continuation:
     wished = {n: v for n, v in changed.items() if n in course.COURSE}
     step, back_to, rewarm = standing.step, None, False
     if is_longer(standing, wished) and standing.has_fallen:
-        back_to = _before_the_fall(folder, standing)
+        back_to = _before_the_fall(folder, standing, say)
         rewarm = back_to is None
         step = read_manifest(back_to).step if back_to is not None else step
     changed_job = put_from(step, job, wished, asked)
@@ -325,8 +329,8 @@ def is_longer(standing: Standing, wished: Mapping[str, Any]) -> bool:
     return (wished[name] if name == "run.steps" else steps_for(wished[name], kept, schedule)) > total
 
 
-def _before_the_fall(folder: Path, standing: Standing) -> Path | None:
-    """The newest checkpoint from before the rate began to fall, whose rate was level."""
+def _before_the_fall(folder: Path, standing: Standing, say: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint from before the rate began to fall, whose rate was level."""
     falls_at = standing.horizon.falls_at(standing.step)
     if falls_at is None or standing.job.optimizer.schedule == "cosine":
         return None
@@ -335,10 +339,11 @@ def _before_the_fall(folder: Path, standing: Standing) -> Path | None:
         try:
             step = (manifest := read_manifest(path)).step
             saved = saved_decisions(path, manifest)
-        except DamagedCheckpoint:
-            continue
-        if origin < step <= falls_at and is_on_course(saved, step, standing.decisions):
-            return path
+            if origin < step <= falls_at and is_on_course(saved, step, standing.decisions):
+                verify(path)
+                return path
+        except DamagedCheckpoint as error:
+            say(f"cannot go back to {path}: {error}")
     return None
 
 

@@ -99,6 +99,22 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert run_of(job).loss == run_of(whole).loss
 
 
+def test_the_checkpoint_that_a_longer_run_goes_back_to_is_damaged(
+    small_job: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the rate began to fall, at step 6, a bit is flipped: the steps from 4 on are taken again."""
+    keeps = "checkpoint.keep=9"
+    job, whole = small_job("run", keeps), small_job("whole", keeps, "run.steps=20")
+    for each in (job, whole):
+        api.train(each)
+    damage(Path(job.run.folder) / "checkpoints" / "step-00000006" / "pieces-00000.safetensors", "flipped")
+    api.train(api.resolve(api.load_job(job.run.folder, ["run.steps=20"])))
+    assert_bitwise_equal(job, whole)
+    assert [e["step"] for e in run_of(job).events("resume")] == [4]
+    (said,) = [r.getMessage() for r in caplog.records if "cannot go back" in r.getMessage()]
+    assert "step-00000006" in said and "\n" not in said
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_part_that_one_rank_alone_reads_is_damaged(rank: int, small_job: Make) -> None:
     """All ranks fall back together, and take the steps that they would have taken."""
