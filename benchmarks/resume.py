@@ -49,7 +49,7 @@ SETTINGS = [
 ]
 BY_STEPS = ["run.steps=16", "run.validate_every=4", "checkpoint.steps=4"]
 BY_MINUTES = ["run.validate_every=50", "checkpoint.steps=10"]
-MINUTES = {False: 0.06, True: 0.7}  # compiled or not: each attempt compiles, which counts
+MINUTES = {False: 0.15, True: 0.8}  # compiled or not: each attempt compiles, which counts
 LAYOUTS = {
     "1 rank": ["layout.dp_shard=1"],
     "2 ranks": ["layout.dp_shard=2"],

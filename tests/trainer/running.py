@@ -96,7 +96,8 @@ class Kill(Hook):
     def _now(self, training: Training) -> None:
         if training.world.rank == self.rank:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)  # until that is noticed
+        if self.where == "before" or training.job.layout.pp == 1:  # else that one waits for what this one sends
+            time.sleep(60)  # until that is noticed
 
 
 def _kill_at_sync(count: int) -> None:
