@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from colossus.api import (
+        dry_run,
         evaluate,
         evaluate_tasks,
         export_model,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "dry_run",
     "evaluate",
     "evaluate_tasks",
     "export_model",

@@ -13,9 +13,11 @@ from colossus import named
 from colossus.errors import UserError, only_shown
 from colossus.events import Listener
 from colossus.job import Job
+from colossus.layout import AXES
 
 if TYPE_CHECKING:
     from colossus.data.tokenizer import Tokenizer
+    from colossus.dryrun.ranks import DryRun
     from colossus.evaluation.corpora import CorpusResult
     from colossus.evaluation.tasks import LoadedTasks, TaskResult
     from colossus.generation.arguments import Prompt
@@ -277,6 +279,33 @@ def plan(job: Job, *, aim: str = "time") -> Plan:
 
     machine = _measured() if job.fleet.accelerator is None and job.fleet.pools is None else None
     return make_plan(with_model(job, machine), machine, aim)
+
+
+def dry_run(job: Job, rank: int | None = None, *, say: Callable[[str], None] = lambda line: None) -> DryRun:
+    """Runs one step of the training program as every kind of rank of a job's world, on tensors without
+    numbers: what each holds, computes and says to others, and whether it fits.
+
+    rank: this one alone. say: is told what is being traced. What is open of the layout is the planner's
+    choice; where nothing fits by its formulas, the simplest that takes the whole fleet.
+
+    Raises:
+        UserError: the job names no model or no fleet, its layout is not legal, or there is no such rank;
+            NothingFits (one of them): no layout was asked for, and none fits.
+    """
+    from colossus.dryrun.ranks import dry_run as run
+    from colossus.hardware.fleets import hardware_of
+    from colossus.planner.plan import laid_out, make_plan
+    from colossus.planner.search import NothingFits
+
+    machine = _measured() if job.fleet.accelerator is None and job.fleet.pools is None else None
+    job = with_model(job, machine)
+    try:
+        job = planned(job, make_plan(job, machine))
+    except NothingFits:
+        if not any(job.asked_for(f"layout.{axis}") for axis in AXES):
+            raise
+        job = laid_out(job, machine)
+    return run(job, hardware_of(job.fleet, machine, ranks=job.layout.num_ranks), rank, say=say)
 
 
 def with_model(job: Job, machine: Machine | None) -> Job:

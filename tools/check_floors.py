@@ -20,6 +20,7 @@ FLOORS = {
     "api": 6,
     "monitor": 6,
     "launcher": 6,
+    "dryrun": 5,
     "trainer": 4,
     "derive": 3,
     "interchange": 3,

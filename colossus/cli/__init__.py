@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from colossus.cli import data, doctor, evaluate, generate, interchange, models, plan, train
+from colossus.cli import data, doctor, dryrun, evaluate, generate, interchange, models, plan, train
 from colossus.cli.output import nobody_reads_on
 from colossus.errors import MachineError, UserError
 from colossus.launcher.started import is_first_rank
@@ -103,6 +103,7 @@ def app() -> typer.Typer:
     )
     verbs.command("train")(train.train)
     verbs.command("plan", short_help="Find the best layout for a model on a fleet.")(plan.plan)
+    verbs.command("dryrun", short_help="Run the training program as any rank of any world.")(dryrun.dryrun)
     verbs.command("generate")(generate.generate)
     verbs.command("eval", short_help="Measure a model: bits per byte, or standard tasks.")(evaluate.evaluate)
     verbs.command("import")(interchange.import_model)

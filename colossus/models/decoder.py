@@ -30,6 +30,7 @@ class Decoder(nn.Module):
     compute_dtype: type of activations and matrix products. The weights keep their own (see `precision`).
     compiled: layers are, and on a GPU the loss is too.
     fused_attention: on a processor, also where plain products are usually quicker (see `models.attend`).
+    hardware: "cpu" or "cuda", whose choices it makes; None: those of the device that its tensors are on.
     loads: of the layers of experts, one a forward pass in training, until `Balance` takes them. z_terms: the
         z-loss of such passes, of the part that has the output, until `program.take_z_loss` takes them.
     copies: of its matrices, on which it generates (see `models.copies`); None: it has none.
@@ -43,6 +44,7 @@ class Decoder(nn.Module):
         self.is_first, self.is_last = part.start == 0, part.stop == arch.num_layers
         self.compute_dtype, self.compiled = torch.float32, False
         self.fused_attention = False
+        self.hardware: str | None = None
         looked_up = self.is_first or (self.is_last and arch.tie_embeddings)
         self.embedding = Embedding(arch.vocab_size, arch.hidden_size) if looked_up else None
         learned = self.is_first and arch.position == "learned"
@@ -113,7 +115,7 @@ class Decoder(nn.Module):
             x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
             terms = self.z_terms if token_share is not None and z_loss else None
             return cross_entropy(
-                x_ND, output.weight, targets_N, z_loss, cap, share, keep, self.compiled, terms
+                x_ND, output.weight, targets_N, z_loss, cap, share, keep, self.compiled, terms, self.hardware
             )
         logits_BTV = product(x_BTD[:, -1:] if only_last else x_BTD, output.weight, None, output.packed)
         if self.whole is not None:

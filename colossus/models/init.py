@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from colossus.architecture import Architecture, Parameter, parameter_table
 from colossus.models.box import box, local
@@ -71,8 +72,8 @@ def fill_normal(
     local: torch.Tensor, shape: Sequence[int], offsets: Sequence[int], std: float, keys: tuple[int, int]
 ) -> None:
     """Fills the block `local` of a tensor of `shape`, which begins at `offsets`, with normal values. On the
-    meta device there are none."""
-    if local.numel() == 0 or local.is_meta:
+    meta device, and of a dry run's tensors, there are none."""
+    if local.numel() == 0 or local.is_meta or isinstance(local, FakeTensor):
         return
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     rows = torch.zeros((1,), dtype=torch.int64, device=local.device)

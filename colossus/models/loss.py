@@ -31,6 +31,7 @@ def cross_entropy(
     keep_gradients: bool = False,
     compiled: bool = False,
     z_terms: list[torch.Tensor] | None = None,
+    hardware: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed cross entropy (nats) of the logits x W^T, and the number of targets that are not ignored.
 
@@ -44,12 +45,14 @@ def cross_entropy(
     share: `weight_VD` is this rank's part; x's gradient is of that part, to be summed over ranks.
     keep_gradients: for a backward pass that asks for the two gradients one after the other.
     compiled: on a GPU, what is made of a chunk's logits is one compiled kernel or two, not a dozen.
+    hardware: "cpu" or "cuda", whose chunks it takes; None: those of the device that x is on.
     """
     with_gradient = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
     compiled = compiled and share is None and x_ND.device.type == "cuda"
     loss, z_term = _ChunkedCrossEntropy.apply(
-        x_ND, weight_VD, targets_N, z_loss, soft_cap, share, keep_gradients, compiled, with_gradient
-    )
+        x_ND, weight_VD, targets_N, z_loss, soft_cap, share, keep_gradients, compiled, with_gradient,
+        hardware or x_ND.device.type,
+    )  # fmt: skip
     if z_terms is not None:
         z_terms.append(z_term)
     return loss, (targets_N != IGNORED).sum()
@@ -70,6 +73,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         keep_gradients: bool,
         compiled: bool,
         with_gradient: bool,
+        hardware: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         exact = torch.promote_types(x_ND.dtype, torch.float32)
         product_VD = weight_VD.to(x_ND.dtype)
@@ -77,7 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_x_ND = torch.empty_like(x_ND) if with_gradient else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if with_gradient else None
         num = x_ND.shape[0]
-        size = chunk_tokens(num, weight_VD.shape[0], x_ND.device.type)
+        size = chunk_tokens(num, weight_VD.shape[0], hardware)
         for start in range(0, num, size):
             rows = slice(start, start + size)
             x_CD = x_ND[rows]
@@ -109,10 +113,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         assert ctx.gradients is not None, "this loss was propagated back already"
         grad_x_ND, grad_weight_VD = ctx.gradients
         if ctx.keep:
-            return grad_x_ND * grad_loss, (grad_weight_VD * grad_loss).to(ctx.weight_type), *7 * (None,)
+            return grad_x_ND * grad_loss, (grad_weight_VD * grad_loss).to(ctx.weight_type), *8 * (None,)
         ctx.gradients = None
         # In place: at a vocabulary of 128k and width 4,096 a second copy would be 2 GiB.
-        return grad_x_ND.mul_(grad_loss), grad_weight_VD.mul_(grad_loss).to(ctx.weight_type), *7 * (None,)
+        return grad_x_ND.mul_(grad_loss), grad_weight_VD.mul_(grad_loss).to(ctx.weight_type), *8 * (None,)
 
 
 def _loss_and_gradient(

@@ -24,6 +24,11 @@ from colossus.precision import apply_precision, torch_type
 def build(job: Job, world: World) -> Decoder | Pipeline:
     """This rank's part of the model that `job` describes: nothing is allocated twice, or for other ranks.
     What a layout leaves open is the simplest."""
+    return materialise(transformed(job, world), job, world.device)
+
+
+def transformed(job: Job, world: World) -> Decoder | Pipeline:
+    """This rank's part as it will be computed, on the meta device."""
     job = dataclasses.replace(job, layout=job.layout.filled())
     with torch.device("meta"):
         parts = cut(job, world)
@@ -33,9 +38,16 @@ def build(job: Job, world: World) -> Decoder | Pipeline:
     return parts[0] if job.layout.pp == 1 else Pipeline(parts, job, world)
 
 
-def apply(model: Decoder, job: Job, world: World) -> Decoder:
-    """Precision, tensor, expert and context parallelism, recomputation, compilation, sharding; then memory
-    and initial values for the local shard alone (DESIGN section 6)."""
+def materialise(model: Decoder | Pipeline, job: Job, device: torch.device) -> Decoder | Pipeline:
+    """Gives it memory and initial values, of the local shard alone."""
+    model.to_empty(device=device)
+    initialise(model, job.model, job.run.seed)
+    return model
+
+
+def apply(model: Decoder, job: Job, world: World) -> None:
+    """Precision, tensor, expert and context parallelism, recomputation, compilation, sharding (DESIGN
+    section 6)."""
     layout, meshes = job.layout.of_replica(world.place.dp_replicate), world.meshes
     apply_precision(model, job.precision.type)
     if meshes is not None:
@@ -53,9 +65,6 @@ def apply(model: Decoder, job: Job, world: World) -> Decoder:
         compile_layers(model)
     if meshes is not None:
         shard(model, world, torch_type(job.precision.type))
-    model.to_empty(device=world.device)
-    initialise(model, job.model, job.run.seed)
-    return model
 
 
 def compile_layers(model: Decoder) -> None:

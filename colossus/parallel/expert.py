@@ -69,6 +69,14 @@ def _sum_at_tokens(group: Group, module: nn.Module, args: Any, y_ND: torch.Tenso
     return scatter_sum(y_ND, group, 0)
 
 
+def row_counts(sums_2R: torch.Tensor, num_rows: int) -> tuple[list[int], list[int]]:
+    """How many of this rank's `num_rows` go to each rank, and how many come from it. The host must know: the
+    one wait of a layer of experts. (A dry run, whose tensors hold no numbers, has an answer of its own.)"""
+    sent, received = sums_2R.tolist()
+    assert sum(sent) == num_rows, f"{sum(sent)} of {num_rows} rows are sent"
+    return sent, received
+
+
 class RowExchange:
     """Of one forward pass: see `models.experts.Exchange`."""
 
@@ -84,7 +92,7 @@ class RowExchange:
         sums = torch.stack((counts_X.view(ranks, -1).sum(1), counts_RX.sum(1)))
         self.sent: list[int]
         self.received: list[int]
-        self.sent, self.received = sums.tolist()  # the host must know: the one wait of a layer of experts
+        self.sent, self.received = row_counts(sums, len(rows_MD))
         rows = exchange(rows_MD, self.group, self.received, self.sent)
         num_here = counts_RX.shape[1]
         experts = torch.arange(num_here, device=rows.device).repeat(ranks)

@@ -86,34 +86,35 @@ class Meshes:
             place,
             dense,
             expert,
-            pp=groups.of(pipe),
-            cp=groups.of(replica[place.pp, place.dp_shard, :, place.tp].tolist()),
+            pp=groups.of(pipe, "pp"),
+            cp=groups.of(replica[place.pp, place.dp_shard, :, place.tp].tolist(), "cp"),
             tp=dense.get_group("tp"),
-            sequence=groups.of(replica[place.pp, place.dp_shard].flatten().tolist()),
+            sequence=groups.of(replica[place.pp, place.dp_shard].flatten().tolist(), "sequence"),
             sums=groups.for_sums(world),
             # At last: groups are named by how many a rank has, and only some ranks have this one.
-            ends=groups.of([pipe[0], pipe[-1]]) if is_end else None,
+            ends=groups.of([pipe[0], pipe[-1]], "ends") if is_end else None,
         )
 
 
 class _Groups:
-    """Groups by their ranks, each made once; those of the whole world are the default one."""
+    """Groups by their ranks, each made once; those of the whole world are the default one. What a group is
+    called (its axis; where two have the same ranks, the first) is what flight recorders and ledgers show."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._made: dict[tuple[int, ...], Group] = {}
 
-    def of(self, ranks: list[int]) -> Group:
+    def of(self, ranks: list[int], name: str) -> Group:
         key = tuple(ranks)
         if key not in self._made:
             if len(key) == dist.get_world_size():
                 self._made[key] = dist.group.WORLD  # type: ignore[assignment]
             else:
-                self._made[key] = _meet(ranks)
+                self._made[key] = _meet(ranks, name)
         return self._made[key]
 
     def mesh(self, device: str, ranks: torch.Tensor, names: tuple[str, ...]) -> DeviceMesh:
-        groups = [self.of(axis) for axis in self._axes(ranks)]
+        groups = [self.of(axis, name) for axis, name in zip(self._axes(ranks), names, strict=True)]
         return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=names)
 
     def for_sums(self, world: torch.Tensor) -> tuple[Group, ...]:
@@ -125,7 +126,7 @@ class _Groups:
             else:
                 sizes.insert(0, size)
         axes = sorted(self._axes(world.reshape(sizes)), key=len, reverse=True)
-        return tuple(_meet(axis) for axis in axes if len(axis) > 1)
+        return tuple(_meet(axis, "figures") for axis in axes if len(axis) > 1)
 
     def _axes(self, ranks: torch.Tensor) -> list[list[int]]:
         """The ranks that differ from this one in one axis alone, for each axis."""
@@ -136,9 +137,9 @@ class _Groups:
         return [ranks[tuple(index)].tolist() for index in indices]
 
 
-def _meet(ranks: list[int]) -> Group:
+def _meet(ranks: list[int], name: str) -> Group:
     """Waits for the ranks of this group alone. All make their groups in the same order of axes."""
-    return dist.new_group(ranks, use_local_synchronization=True)
+    return dist.new_group(ranks, use_local_synchronization=True, group_desc=name)
 
 
 @contextlib.contextmanager

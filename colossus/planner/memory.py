@@ -31,6 +31,7 @@ SLACK = 0.06  # of what is reserved, that no tensor fills: SimuMax measures 0.94
 # Private memory that a processor's run takes, over what lives at once: three jobs of 1 to 12 million weights
 # took 1.49, 1.60 and 1.70 times as much. Freed pieces of a heap seldom fit what comes next.
 HEAP = 1.6
+TALKING = ("tp", "cp", "pp", "dp_shard", "dp_replicate", "ep")  # axes whose groups have buffers
 LIVE_LAYERS = 2.0  # layers whose gathered weights are there at once, where they are let go of
 
 
@@ -45,6 +46,14 @@ class Memory:
 
     def fits(self, accelerator: Accelerator) -> NDArray[np.bool_]:
         return np.asarray(self.reserved <= accelerator.memory)
+
+
+def reserved_bytes(allocated: float, num_groups: int, device: str) -> float:
+    """What a rank takes of its accelerator's memory for tensors of so many bytes. num_groups: that it talks
+    in."""
+    if device != "cuda":
+        return allocated * HEAP
+    return (allocated + BUFFERS * num_groups + CONTEXT) / (1 - SLACK)
 
 
 def memory(problem: Problem, layouts: Layouts) -> Memory:
@@ -69,10 +78,7 @@ def memory(problem: Problem, layouts: Layouts) -> Memory:
             found[name][index] = ranks[name][most, at]
         rank_of[index] = most
     if device == "cuda":
-        groups = sum(
-            (layouts.number(a) > 1).astype(float)
-            for a in ("tp", "cp", "pp", "dp_shard", "dp_replicate", "ep")
-        )
+        groups = sum((layouts.number(axis) > 1).astype(float) for axis in TALKING)
         found["buffers of messages"] = BUFFERS * np.asarray(groups)
         found["context"] = np.full(n, CONTEXT)
     allocated = np.sum(np.stack(list(found.values())), axis=0)

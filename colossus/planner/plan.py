@@ -284,6 +284,25 @@ def _spares(hardware: Hardware) -> int:
     return waiting * hardware.server if waiting < servers // 10 and servers >= 64 else 0
 
 
+def laid_out(job: Job, machine: Machine | None = None) -> Job:
+    """A job whose layout is the simplest around what was asked for: all that is left of the fleet shards. For
+    one that no layout fits, by the formulas."""
+    hardware = hardware_of(job.fleet, machine, ranks=_ranks(job))
+    layout = job.layout
+    if layout.dp_shard is None:
+        others = layout.filled().num_ranks
+        layout = layout.model_copy(update={"dp_shard": max(1, hardware.count // others)})
+    layout = layout.filled()
+    values = {f"layout.{name}": getattr(layout, name) for name in type(layout).model_fields}
+    values = {name: value for name, value in values.items() if value is not None}
+    seq_len = max(length for _, _, length in job.shapes())
+    batch = _batch(job, seq_len, hardware, [])
+    whole = layout.dp * layout.micro_batch
+    values |= {"run.global_batch": max(whole, batch - batch % whole), "data.seq_len": seq_len}
+    values |= {"optimizer.name": "adamw", "precision.type": "bf16"}
+    return job.derive("planned", **values)
+
+
 def _batch(job: Job, seq_len: int, hardware: Hardware, assumptions: list[str]) -> int:
     """Sequences of a step: what the job says, else the critical batch of the run's length."""
     run = job.run

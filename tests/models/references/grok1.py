@@ -280,12 +280,12 @@ class _Pickler(pickle._Pickler):  # the one in Python: its save_global can be re
     def save_global(self, obj: object, name: str | None = None) -> None:
         published = PUBLISHED_NAMES.get(obj) if isinstance(obj, type) else None
         if published is None:
-            super().save_global(obj, name)
+            super().save_global(obj, name)  # type: ignore[misc]
             return
         for word in published:
-            self.save(word)
-        self.write(pickle.STACK_GLOBAL)
-        self.memoize(obj)
+            self.save(word)  # type: ignore[attr-defined]
+        self.write(pickle.STACK_GLOBAL)  # type: ignore[attr-defined]
+        self.memoize(obj)  # type: ignore[attr-defined]
 
 
 def dump(held: PickledArray | QuantizedWeight8bit, file: BinaryIO) -> None:

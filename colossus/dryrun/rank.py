@@ -1,0 +1,166 @@
+"""The real program as a rank of any world: the same build, step and optimizer, on tensors without numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+from colossus import optim
+from colossus.data.loader import Batch
+from colossus.dryrun.fake import fake_world
+from colossus.dryrun.replay import Seen, replay_layers
+from colossus.dryrun.tracer import Message, Moment, Tracer
+from colossus.job import Job
+from colossus.layout import ZERO_BUBBLE
+from colossus.measure.counter import flop_counter
+from colossus.parallel.apply import materialise, transformed
+from colossus.parallel.mesh import Place
+from colossus.parallel.program import decoders
+from colossus.precision import torch_type
+from colossus.trainer import step as step_module
+from colossus.trainer.state import TrainState
+
+# Rates and the like, where a job leaves them open: they change no shape.
+ANY = {"name": "adamw", "lr": 1e-3, "matrix_lr": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95,
+       "eps": 1e-8, "momentum": 0.95, "grad_clip": 1.0, "z_loss": 0.0}  # fmt: skip
+
+Said = tuple[str, str, int]  # axis, operation, ranks
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One step of one rank. Bytes are those of its tensors.
+
+    peak: the most that lived at once. at_rest: what lives between steps, by use. flops: executed products, by
+    phase. host_reads: how often the host waited for a number. num_operators: that PyTorch was asked for.
+    messages: in their order; where fewer micro batches were traced than there are, of these, and `totals` of
+    all.
+    """
+
+    rank: int
+    place: Place
+    num_micro_batches: int
+    peak: Moment
+    at_rest: dict[str, int]
+    flops: dict[str, int]
+    messages: list[Message]
+    host_reads: int
+    num_operators: int
+    seconds: float
+    totals: dict[Said, tuple[int, int]] | None = None
+
+    def said(self) -> dict[Said, tuple[int, int]]:
+        """How often, and how many bytes, by (axis, operation, ranks); in the order of their first time."""
+        if self.totals is not None:
+            return self.totals
+        found: dict[Said, tuple[int, int]] = {}
+        for message in self.messages:
+            key = (message.group, message.operation, message.size)
+            times, num_bytes = found.get(key, (0, 0))
+            found[key] = times + 1, num_bytes + message.num_bytes
+        return found
+
+
+def trace(job: Job, rank: int, num_rows: int, seq_len: int, *, replay: bool = True, steps: int = 1) -> Traced:
+    """Takes `steps` as rank `rank` of the job's world; the last one counts. The first is like all others.
+
+    num_rows: sequences of a step that this rank sees. replay: layers stand for those that are alike.
+    """
+    began = time.perf_counter()
+    job = _as_traced(job)
+    tracer = Tracer(flop_counter().flop_registry)
+    known: dict[Any, Seen] = {}
+    with fake_world(job, rank) as world, ExitStack() as stack:
+        model = transformed(job, world)
+        stack.enter_context(_told(tracer))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(tracer)
+        with tracer.of("weights"):
+            materialise(model, job, world.device)
+        with tracer.of("optimizer"):
+            optimizer = optim.build(model, job.model, job.optimizer, torch_type(job.precision.type))
+        mesh = None if world.meshes is None else world.meshes.dense
+        state = TrainState(job.model, model, optimizer, mesh=mesh)
+        for decoder in decoders(model):
+            decoder.hardware = job.fleet.device or "cpu"
+            decoder.fused_attention = job.fleet.device == "cuda"
+            if replay and job.layout.schedule not in ZERO_BUBBLE:  # they take a layer's backward pass in two
+                replay_layers(decoder, tracer, known)
+        for _ in range(steps):
+            with tracer.of("batch"):
+                tokens_BT = torch.zeros(num_rows, seq_len, dtype=torch.int64)
+                everywhere = num_rows * seq_len * job.layout.dp
+                batch = Batch(state.step, 0, tokens_BT, tokens_BT.clone(), None, everywhere, everywhere)
+            tracer.forget()
+            step_module.train_step(state, batch, everywhere, 1.0, job, world)
+            tracer.call(model.parameters(), "weights")  # FSDP makes some anew
+        micro_batch = job.layout.of_replica(world.place.dp_replicate).micro_batch
+        return Traced(
+            rank=rank,
+            place=world.place,
+            num_micro_batches=-(-num_rows // micro_batch),
+            peak=tracer.peak,
+            at_rest=dict(+tracer.by_use),
+            flops=dict(tracer.flops),
+            messages=tracer.messages,
+            host_reads=sum(tracer.host_reads.values()),
+            num_operators=tracer.num_operators,
+            seconds=time.perf_counter() - began,
+        )
+
+
+def _as_traced(job: Job) -> Job:
+    """With what is open filled in. A compiler does nothing here: layers are traced as they are written."""
+    layout = job.layout.filled().model_copy(update={"compile": False, "async_tp": False})
+    open_ = {name: value for name, value in ANY.items() if getattr(job.optimizer, name) is None}
+    arch = job.model
+    if arch.initializer_range is None:
+        arch = arch.model_copy(update={"initializer_range": 0.02})
+    precision = job.precision.model_copy(update={"type": job.precision.type or "bf16"})
+    return replace(
+        job,
+        model=arch,
+        layout=layout,
+        precision=precision,
+        optimizer=job.optimizer.model_copy(update=open_),
+        run=job.run.model_copy(update={"seed": job.run.seed or 0}),
+    )
+
+
+@contextmanager
+def _told(tracer: Tracer) -> Iterator[None]:
+    """Has the program say to the tracer which phase it is in, and FSDP what it allocates for. PyTorch's own
+    bookkeeping, which tries operators on whole tensors, is no part of the program."""
+    with ExitStack() as stack:
+
+        def within(owner: Any, name: str, context: Callable[[], AbstractContextManager[None]]) -> None:
+            method = getattr(owner, name)
+
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                with context():
+                    return method(*args, **kwargs)
+
+            stack.enter_context(patch.object(owner, name, wrapped))
+
+        within(step_module, "forward_backward", partial(tracer.during, "forward"))
+        within(step_module, "clip_gradients", partial(tracer.during, "clip"))
+        within(optim.Optimizer, "step", partial(tracer.during, "update"))
+        within(_fsdp_collectives.DefaultAllocMixin, "allocate", partial(tracer.of, "messages"))
+        for name in ("init_all_gather_outputs", "alloc_all_gather_outputs"):
+            within(_fsdp_param.FSDPParam, name, partial(tracer.of, "gathered weights"))
+        for name in ("to_accumulated_grad_if_needed", "accumulate_unsharded_grad_if_needed"):
+            within(_fsdp_param.FSDPParam, name, partial(tracer.of, "gradients"))
+        for name in ("_propagate_tensor_meta_non_cached", "propagate_op_sharding_non_cached"):
+            if hasattr(ShardingPropagator, name):
+                within(ShardingPropagator, name, tracer.paused)
+        yield

@@ -1,0 +1,296 @@
+"""Which ranks of a world do different things, what each of these needs, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from colossus.dryrun.rank import Traced
+from colossus.dryrun.tracer import Moment
+from colossus.dryrun.worker import traces
+from colossus.errors import UserError
+from colossus.hardware.catalogue import Accelerator
+from colossus.hardware.fleets import Hardware
+from colossus.job import Job
+from colossus.layout import check
+from colossus.parallel.mesh import Place
+from colossus.planner.memory import TALKING, reserved_bytes
+
+AFFINE = ("1f1b", "interleaved_1f1b")  # schedules in which each further micro batch adds the same
+FEW = 5  # times the stages: micro batches up to which a step is traced whole
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Ranks that do the same: `count` of them, of which `rank` stands for all.
+
+    Those that differ by their shard alone (a dimension that ranks do not share equally) count as alike: it
+    is the one with the largest. num_rows: sequences of a step that each sees.
+    """
+
+    rank: int
+    count: int
+    replica: int
+    stage: int
+    num_rows: int
+    accelerator: Accelerator
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a kind of ranks needs. reserved: with what lies around its tensors, by estimate."""
+
+    kind: Kind
+    traced: Traced
+    reserved: float
+
+    @property
+    def fits(self) -> bool:
+        return self.reserved <= self.kind.accelerator.memory
+
+    @property
+    def margin(self) -> float:
+        """Bytes that are left; below 0 where it does not fit."""
+        return self.kind.accelerator.memory - self.reserved
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What the program would need as each kind of rank, of a job whose layout is given.
+
+    mend: what would make it fit, as words of a job, and the ranks with it; None: it fits, or nothing that was
+    tried does. notes: what the figures leave out.
+    """
+
+    job: Job
+    hardware: Hardware
+    ranks: tuple[Judged, ...]
+    notes: tuple[str, ...]
+    mend: tuple[str, DryRun] | None = None
+
+    @property
+    def fits(self) -> bool:
+        return all(judged.fits for judged in self.ranks)
+
+    @property
+    def worst(self) -> Judged:
+        """The one that has least room."""
+        return min(self.ranks, key=lambda judged: judged.margin)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        layout = self.job.layout
+        found: dict[str, Any] = {
+            "fits": self.fits,
+            "layout": layout.model_dump(exclude_none=True),
+            "ranks": [],
+            "notes": list(self.notes),
+        }
+        for judged in self.ranks:
+            traced = judged.traced
+            found["ranks"].append(
+                {
+                    "rank": judged.kind.rank,
+                    "place": vars(traced.place),
+                    "alike": judged.kind.count,
+                    "accelerator": judged.kind.accelerator.name,
+                    "micro_batches": traced.num_micro_batches,
+                    "peak_bytes": traced.peak.num_bytes,
+                    "peak_phase": traced.peak.phase,
+                    "peak_by_use": traced.peak.by_use,
+                    "at_rest_bytes": sum(traced.at_rest.values()),
+                    "at_rest_by_use": traced.at_rest,
+                    "reserved_bytes": judged.reserved,
+                    "memory_bytes": judged.kind.accelerator.memory,
+                    "flops": traced.flops,
+                    "messages": [
+                        {"axis": axis, "operation": operation, "ranks": size, "times": times, "bytes": said}
+                        for (axis, operation, size), (times, said) in traced.said().items()
+                    ],
+                    "host_reads": traced.host_reads,
+                }
+            )
+        if self.mend is not None:
+            found["mend"] = {"words": self.mend[0], **self.mend[1].to_dict()}
+        return found
+
+
+def dry_run(
+    job: Job,
+    hardware: Hardware,
+    rank: int | None = None,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    mend: bool = True,
+) -> DryRun:
+    """Runs one step of a job as every kind of rank of its world, or as `rank` alone.
+
+    job: with its model, layout, type, batch and length known. say: is told what is being traced. mend:
+    whether to look for what would make it fit.
+
+    Raises:
+        UserError: the layout is not legal, the fleet has too few accelerators, or there is no such rank.
+    """
+    layout = job.layout.filled()
+    layout = layout.model_copy(update={"pools": list(layout.pools)})
+    job = replace(job, layout=layout)
+    seq_len = max(length for _, _, length in job.shapes())
+    batch = max(sequences for _, sequences, _ in job.shapes(job.run.global_batch or 0))
+    check(layout, job.model, global_batch=batch, seq_len=seq_len, node_size=hardware.node_size)
+    if layout.num_ranks > hardware.count:
+        raise UserError(f"layout: {layout.num_ranks:,} ranks; {hardware.name} has {hardware.count:,}")
+    if rank is not None and not 0 <= rank < layout.num_ranks:
+        raise UserError(
+            f"--rank {rank}: the layout has {layout.num_ranks:,} ranks; 0 to {layout.num_ranks - 1}"
+        )
+    kinds = list(kinds_of(job, hardware, batch, rank))
+    wanted = [(kind, rows) for kind in kinds for rows in rows_of(job, kind)]
+    steps = traces(
+        [(job, kind.rank, rows, seq_len) for kind, rows in wanted],
+        lambda index: say(f"rank {wanted[index][0].rank:,} ({index + 1} of {len(wanted)} steps)"),
+    )
+    found = []
+    for kind in kinds:
+        of_kind = [traced for (other, _), traced in zip(wanted, steps, strict=True) if other is kind]
+        found.append(_judged(job, kind, of_kind))
+    made = DryRun(job, hardware, tuple(found), tuple(_notes(job)))
+    if made.fits or not mend:
+        return made
+    return replace(made, mend=_mended(made, rank, say))
+
+
+def kinds_of(job: Job, hardware: Hardware, batch: int, rank: int | None = None) -> Iterator[Kind]:
+    """The kinds of ranks of a world: a stage of a replica of each pool; or that of `rank` alone, as it is."""
+    layout = job.layout
+    each = layout.num_ranks // layout.dp_replicate
+    pools = layout.pools or []
+    sizes = [pool.replicas for pool in pools] or [layout.dp_replicate]
+    begins = [sum(sizes[:index]) for index in range(len(sizes))]
+    shares = [pool.share or -(-batch // layout.dp_replicate) for pool in pools] or [
+        -(-batch // layout.dp_replicate)
+    ]
+    by_count = sorted(hardware.pools, key=lambda pool: -pool.count)
+    for index, (begin, size, share) in enumerate(zip(begins, sizes, shares, strict=True)):
+        accelerator = by_count[min(index, len(by_count) - 1)].accelerator
+        for stage in range(layout.pp):
+            first = begin * each + stage * (each // layout.pp)
+            alike = size * each // layout.pp
+            if rank is not None:
+                place = Place.of(layout, rank)
+                if place.pp != stage or not begin <= place.dp_replicate < begin + size:
+                    continue
+                first = rank
+            yield Kind(first, alike, begin, stage, -(-share // layout.dp_shard), accelerator)
+
+
+def rows_of(job: Job, kind: Kind) -> list[int]:
+    """The steps that tell of a kind's, by their sequences: its own; of many micro batches two shorter ones,
+    since each more adds the same."""
+    layout = job.layout.of_replica(kind.replica)
+    micro_batch, stages = layout.micro_batch, layout.pp
+    many = -(-kind.num_rows // micro_batch)
+    if many <= FEW * stages or (layout.schedule not in AFFINE and stages > 1):
+        return [kind.num_rows]
+    # As many beyond whole rounds of the pipeline as there are: interleaved schedules ask for that.
+    return [(rounds * stages + many % stages) * micro_batch for rounds in (FEW - 2, FEW - 1)]
+
+
+def _judged(job: Job, kind: Kind, steps: Sequence[Traced]) -> Judged:
+    traced, *longer = steps
+    if longer:
+        micro_batch = job.layout.of_replica(kind.replica).micro_batch
+        traced = extended(traced, longer[0], -(-kind.num_rows // micro_batch))
+    groups = sum(getattr(job.layout, axis) > 1 for axis in TALKING)
+    return Judged(kind, traced, reserved_bytes(traced.peak.num_bytes, groups, kind.accelerator.device))
+
+
+def extended(short: Traced, longer: Traced, many: int) -> Traced:
+    """What `many` micro batches come to, of two steps of fewer: every count is affine in their number."""
+    steps = (many - longer.num_micro_batches) / (longer.num_micro_batches - short.num_micro_batches)
+
+    def far(was: int, now: int) -> int:
+        return round(now + steps * (now - was))
+
+    def all_far(was: dict[str, int], now: dict[str, int]) -> dict[str, int]:
+        return {key: far(was.get(key, 0), size) for key, size in now.items()}
+
+    before = short.said()
+    totals = {
+        key: (far(before[key][0], times), far(before[key][1], num_bytes))
+        for key, (times, num_bytes) in longer.said().items()
+    }
+    return replace(
+        longer,
+        num_micro_batches=many,
+        peak=Moment(
+            longer.peak.phase,
+            far(short.peak.num_bytes, longer.peak.num_bytes),
+            all_far(short.peak.by_use, longer.peak.by_use),
+        ),
+        at_rest=all_far(short.at_rest, longer.at_rest),
+        flops=all_far(short.flops, longer.flops),
+        totals=totals,
+        host_reads=far(short.host_reads, longer.host_reads),
+        num_operators=short.num_operators + longer.num_operators,
+        seconds=short.seconds + longer.seconds,
+    )
+
+
+def _notes(job: Job) -> Iterator[str]:
+    if job.layout.compile:
+        yield "layers are traced as they are written: what a compiler fuses need not live, so this is a bound"
+    if job.model.experts is not None and job.layout.ep > 1:
+        yield "every rank of ep gives every other as many rows: routers are taken to be balanced"
+    if job.fleet.device == "cuda":
+        yield "around the tensors: CUDA's context, NCCL's buffers and gaps between blocks, by estimate"
+
+
+def _mended(found: DryRun, rank: int | None, say: Callable[[str], None]) -> tuple[str, DryRun] | None:
+    """The first of the small changes, the cheapest first, with which every kind of rank fits."""
+    job = found.job
+    worst = found.worst.kind.stage / max(1, job.layout.pp - 1) if job.layout.pp > 1 else 0.0
+    for words, values in _changes(job):
+        changed = job.put({f"layout.{name}": value for name, value in values.items()}, "argument")
+        say(f"with {words}")
+        try:
+            stage = round(worst * (changed.layout.pp - 1))
+            beside = Place(0, stage, 0, 0, 0)
+            tried = dry_run(changed, found.hardware, _rank_at(changed, beside), mend=False)
+            if tried.fits and (
+                rank is not None or (tried := dry_run(changed, found.hardware, mend=False)).fits
+            ):
+                return words, tried
+        except UserError:  # not legal, or too many ranks
+            continue
+    return None
+
+
+def _rank_at(job: Job, place: Place) -> int:
+    return place.pp * (job.layout.num_ranks // job.layout.dp_replicate // job.layout.pp)
+
+
+def _changes(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What could be changed, the cheapest in time first; not all of it is legal."""
+    layout = job.layout
+    order = ("none", "selective", "full")
+    leaner = [name for name in order if order.index(name) > order.index(layout.recompute)]
+    tries: list[dict[str, Any]] = [{"reshard": True}] if not layout.reshard else []
+    tries += [{"recompute": name} for name in leaner]
+    if layout.micro_batch > 1:
+        tries += [{"micro_batch": layout.micro_batch // 2}]
+        tries += [{"micro_batch": 1, "recompute": name} for name in leaner]
+    tightest = {"recompute": "full", "micro_batch": 1, "reshard": True}
+    if layout.dp_replicate > 1 and layout.dp_replicate % 2 == 0 and not layout.pools:
+        half = {"dp_replicate": layout.dp_replicate // 2, "dp_shard": layout.dp_shard * 2}
+        tries += [half, half | tightest]
+    if layout.dp_shard % 2 == 0:
+        for axis in ("tp", "pp", "cp"):
+            tries += [{axis: getattr(layout, axis) * 2, "dp_shard": layout.dp_shard // 2} | tightest]
+    for values in tries:
+        new = {name: value for name, value in values.items() if getattr(layout, name) != value}
+        yield " ".join(f"layout.{name}={_word(value)}" for name, value in new.items()), new
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

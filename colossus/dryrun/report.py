@@ -1,0 +1,114 @@
+"""A dry run in words."""
+
+from __future__ import annotations
+
+from colossus.dryrun.ranks import DryRun, Judged
+from colossus.planner.plan import size_words
+from colossus.words import count, memory, plural
+
+WORLD = "default_pg"  # as PyTorch calls the group of all ranks, which stands for an axis that has them all
+SHOWN = 0.005  # of the most that lives: uses that take less are left out
+NAMES = {
+    "forward": "activations and what layers compute with",
+    "backward": "gradients under way, and layers computed again",
+    "messages": "buffers of messages",
+    "batch": "the batch",
+    "clip": "clipping",
+    "update": "the update",
+    "step": "else",
+}
+
+
+def text(found: DryRun) -> str:
+    """The whole report for a terminal."""
+    sections = [_head(found), _verdict(found), _table(found), _memory(found.worst), _said(found.worst)]
+    sections += [_computed(found.worst), list(found.notes)]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def name_of(found: DryRun) -> str:
+    """The layout in words."""
+    layout = found.job.layout
+    names = ("dp_replicate", "dp_shard", "pp", "cp", "tp", "ep", "etp")
+    axes = [f"{name}={getattr(layout, name)}" for name in names if getattr(layout, name) > 1]
+    if layout.pp > 1:
+        chunks = f" x{layout.stages_per_rank}" if layout.stages_per_rank > 1 else ""
+        axes.append(f"{layout.schedule}{chunks}")
+    return " ".join([*axes, f"micro_batch={layout.micro_batch}", f"recompute={layout.recompute}"])
+
+
+def _head(found: DryRun) -> list[str]:
+    job, worst = found.job, found.worst
+    name = job.model.preset or "model"
+    ranks = plural(job.layout.num_ranks, "rank")
+    length = max(seq_len for _, _, seq_len in job.shapes())
+    return [
+        f"{name} ({size_words(job.model)}) on {found.hardware.name}: {ranks}",
+        name_of(found),
+        f"{plural(worst.traced.num_micro_batches, 'micro-batch')} a step, of "
+        f"{job.layout.of_replica(worst.kind.replica).micro_batch} x {length:,} tokens",
+    ]
+
+
+def _verdict(found: DryRun) -> list[str]:
+    worst = found.worst
+    most = f"{memory(worst.reserved)} of {memory(worst.kind.accelerator.memory)}"
+    where = _place(worst)
+    if found.fits:
+        return [f"fits: {most} on {where}, {memory(worst.margin)} to spare"]
+    largest = sorted(worst.traced.peak.by_use.items(), key=lambda item: -item[1])[:2]
+    words = " and ".join(f"{memory(size)} {NAMES.get(use, use)}" for use, size in largest)
+    lines = [f"does not fit: {most} on {where}; most of it {words}"]
+    if found.mend is None:
+        return [*lines, "none of the small changes that were tried makes it fit"]
+    change, after = found.mend
+    most = f"{memory(after.worst.reserved)} of {memory(after.worst.kind.accelerator.memory)}"
+    return [*lines, f"fits with {change} ({most})"]
+
+
+def _place(judged: Judged) -> str:
+    stage = f" (stage {judged.kind.stage} of the pipeline)" if judged.kind.stage else ""
+    return f"rank {judged.kind.rank:,}{stage}"
+
+
+def _table(found: DryRun) -> list[str]:
+    lines = [
+        f"{'rank':>9} {'stage':>5} {'alike':>8}  {'tensors':>9}  {'reserved':>9}  {'between':>9}  most in"
+    ]
+    for judged in found.ranks:
+        traced = judged.traced
+        lines.append(
+            f"{judged.kind.rank:>9,} {judged.kind.stage:>5} {judged.kind.count:>8,}  "
+            f"{memory(traced.peak.num_bytes):>9}  {memory(judged.reserved):>9}  "
+            f"{memory(sum(traced.at_rest.values())):>9}  {traced.peak.phase}"
+        )
+    return lines
+
+
+def _memory(judged: Judged) -> list[str]:
+    peak = judged.traced.peak
+    lines = [f"what lives on {_place(judged)} when that is most, {memory(peak.num_bytes)}:"]
+    for use, size in sorted(peak.by_use.items(), key=lambda item: -item[1]):
+        if size > SHOWN * peak.num_bytes:
+            lines.append(f"{memory(size):>11}  {NAMES.get(use, use)}")
+    return lines
+
+
+def _said(judged: Judged) -> list[str]:
+    said = judged.traced.said()
+    if not said:
+        return []
+    lines = ["what it says to others in a step:"]
+    for (axis, operation, size), (times, num_bytes) in said.items():
+        words, axis = operation.strip("_").replace("_", " "), "all ranks" if axis == WORLD else axis
+        lines.append(f"{memory(num_bytes):>11}  {axis} ({size:,}): {words}, {plural(times, 'time')}")
+    return lines
+
+
+def _computed(judged: Judged) -> list[str]:
+    flops = judged.traced.flops
+    by_phase = ", ".join(f"{phase} {count(number)}" for phase, number in flops.items())
+    waits = plural(judged.traced.host_reads, "time")
+    return [
+        f"products of {count(sum(flops.values()))} FLOP ({by_phase}); the host waits for a number {waits}"
+    ]

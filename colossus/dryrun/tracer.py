@@ -1,0 +1,295 @@
+"""Watches every operation of a program that runs on tensors without numbers: what lives, what is computed,
+what is said to other ranks."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Use = str  # what memory is for
+WAIT = torch.ops._c10d_functional.wait_tensor.default
+READ = torch.ops.aten._local_scalar_dense.default
+SPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+OF_INPUT = ("_allgather_base_", "_reduce_scatter_base_", "alltoall_base_")  # (output, input, ...)
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one rank says to others of `group`: `num_bytes` are of the full tensor, as in `perf.ledger`."""
+
+    phase: str
+    operation: str
+    group: str
+    size: int
+    num_bytes: int
+    peer: int | None = None
+
+
+@dataclass
+class Moment:
+    """The most that lived at once: when, and for what."""
+
+    phase: str = ""
+    num_bytes: int = 0
+    by_use: dict[Use, int] = field(default_factory=dict)
+
+
+@dataclass
+class Section:
+    """What was done from one point of the program to another, memory against that at its begin: high is the
+    most, and high_by_use what it was for; after is what was left at the end."""
+
+    high: int = 0
+    high_by_use: Counter[Use] = field(default_factory=Counter)
+    after: Counter[Use] = field(default_factory=Counter)
+    flops: Counter[str] = field(default_factory=Counter)
+    messages: list[Message] = field(default_factory=list)
+    host_reads: Counter[str] = field(default_factory=Counter)
+
+
+class Tracer(TorchDispatchMode):
+    """flops_of: by operator, what PyTorch's counter has (see `measure.counter`)."""
+
+    def __init__(self, flops_of: dict[Any, Callable[..., int]]) -> None:
+        super().__init__()
+        self.outside, self.use = "build", ""
+        self.now, self.by_use, self.peak = 0, Counter[Use](), Moment()
+        self.flops, self.messages, self.host_reads = Counter[str](), list[Message](), Counter[str]()
+        self.num_operators = 0
+        self._flops_of = flops_of
+        self._live: dict[int, tuple[int, Use]] = {}
+        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._paused, self._looks = 0, True
+        self._section: tuple[Section, int, Counter[Use]] | None = None
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
+        if func is WAIT:  # under fake tensors it would be a second tensor
+            return args[0]
+        if func is READ:
+            self.host_reads[self.phase] += 1
+            return _some_number(args[0].dtype)
+        out = func(*args, **kwargs)
+        self.num_operators += 1
+        if func.namespace in SPACES:
+            self._say(func, args, out)
+        else:
+            formula = self._flops_of.get(func._overloadpacket)
+            if formula is not None:
+                self.flops[self.phase] += formula(*args, **kwargs, out_val=out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage(), self.use or self.phase)
+        return out
+
+    @property
+    def phase(self) -> str:
+        """Of a step: forward, backward, clip, update."""
+        return self.outside if torch._C._current_graph_task_id() == -1 else "backward"
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        before, self.outside = self.outside, phase
+        try:
+            yield
+        finally:
+            self.outside = before
+
+    @contextmanager
+    def of(self, use: Use) -> Iterator[None]:
+        """What is allocated within is for this."""
+        before, self.use = self.use, use
+        try:
+            yield
+        finally:
+            self.use = before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is computed within is no part of the program."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def call(self, tensors: Iterable[torch.Tensor | None], use: Use) -> None:
+        """From now on these are for this."""
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+            key = storage._cdata
+            if key not in self._live:
+                self._see(storage, use)
+                continue
+            num_bytes, before = self._live[key]
+            self._live[key] = num_bytes, use
+            self.by_use[before] -= num_bytes
+            self.by_use[use] += num_bytes
+
+    @contextmanager
+    def section(self) -> Iterator[Section]:
+        """What is done within."""
+        assert self._section is None, "sections lie beside each other"
+        section, by_use = Section(), Counter(self.by_use)
+        flops, reads, said = Counter(self.flops), Counter(self.host_reads), len(self.messages)
+        self._section = section, self.now, by_use
+        try:
+            yield section
+        finally:
+            self._section = None
+        section.after = _minus(self.by_use, by_use)
+        section.flops, section.host_reads = _minus(self.flops, flops), _minus(self.host_reads, reads)
+        section.messages = self.messages[said:]
+
+    def again(self, section: Section) -> None:
+        """The same is done once more; what it leaves is made by who calls this, within `unseen`."""
+        self._reach(self.now + section.high, section.high_by_use)
+        self.flops.update(section.flops)
+        self.host_reads.update(section.host_reads)
+        self.messages.extend(section.messages)
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """What lives within, of which some is let go of at its end, is not looked at for the most."""
+        self._looks = False
+        try:
+            yield
+        finally:
+            self._looks = True
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done within is no part of the program; it must leave nothing."""
+        peak, flops, reads = self.peak, Counter(self.flops), Counter(self.host_reads)
+        said, operators = len(self.messages), self.num_operators
+        try:
+            yield
+        finally:
+            self.peak, self.flops, self.host_reads = peak, flops, reads
+            self.num_operators = operators
+            del self.messages[said:]
+
+    @staticmethod
+    def key(tensor: torch.Tensor) -> int:
+        """Of the memory of a tensor, as long as that lives."""
+        return tensor.untyped_storage()._cdata
+
+    def lives(self, key: int) -> bool:
+        return key in self._live
+
+    def use_of(self, tensor: torch.Tensor) -> dict[Use, int]:
+        """What the memory of a tensor is for, and its bytes."""
+        num_bytes, use = self._live[tensor.untyped_storage()._cdata]
+        return {use: num_bytes}
+
+    def forget(self) -> None:
+        """What was done so far; what lives stays. From now on the most is looked for anew."""
+        self.outside = "step"
+        self.peak = Moment(self.phase, self.now, dict(+self.by_use))
+        self.flops, self.messages, self.host_reads, self.num_operators = Counter(), [], Counter(), 0
+
+    def __enter__(self) -> Tracer:
+        self._resize = torch.UntypedStorage.resize_  # what FSDP lets go of gathered weights by
+        tracer, resize = self, self._resize
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            tracer._resized(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
+
+    def _see(self, storage: torch.UntypedStorage, use: Use) -> None:
+        key = storage._cdata
+        if key in self._live:
+            return
+
+        def gone(_: Any) -> None:
+            num_bytes, now_for = self._live.pop(key)
+            del self._references[key]
+            self._add(-num_bytes, now_for)
+
+        self._live[key] = storage.nbytes(), use
+        self._references[key] = weakref.ref(storage, gone)
+        self._add(storage.nbytes(), use)
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._live:
+            if storage.nbytes():
+                self._see(storage, self.use or self.phase)
+            return
+        before, use = self._live[key]
+        self._live[key] = storage.nbytes(), use
+        self._add(storage.nbytes() - before, use)
+
+    def _add(self, num_bytes: int, use: Use) -> None:
+        self.now += num_bytes
+        self.by_use[use] += num_bytes
+        self._reach(self.now, None)
+
+    def _reach(self, now: int, more: Counter[Use] | None) -> None:
+        """So much lives, or will for a moment: `more` than what is known of."""
+        if self._section is not None:
+            section, start, by_use = self._section
+            if now - start > section.high:
+                assert more is None
+                section.high, section.high_by_use = now - start, _minus(self.by_use, by_use)
+        if now > self.peak.num_bytes and self._looks:
+            by_use_then = Counter(self.by_use)
+            for use, num_bytes in (more or {}).items():
+                by_use_then[use] += num_bytes
+            self.peak = Moment(self.phase, now, dict(+by_use_then))
+
+    def _say(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
+        if func not in collective_ops:
+            return
+        group = CollectiveOp.get_process_group(func, args)
+        name = func._opname
+        ins = [t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+        outs = [t.numel() * t.element_size() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        functional = func.namespace != "c10d"
+        num_bytes = (
+            max(sum(ins), sum(outs)) if functional else max(ins, default=0) if name in OF_INPUT else sum(ins)
+        )
+        peer = args[2] if name in ("send", "recv_") else None
+        self.messages.append(Message(self.phase, name, group.group_desc, group.size(), num_bytes, peer))
+
+
+def _minus(left: Counter[str], right: Counter[str]) -> Counter[str]:
+    """The difference, of which parts may be below zero."""
+    found = Counter(left)
+    found.subtract(right)
+    return found
+
+
+def _some_number(dtype: torch.dtype) -> float | int | bool:
+    return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1

@@ -1,0 +1,104 @@
+"""The program whose dry run is tested, on real tensors: in real ranks, and in one that talks to nobody."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from colossus.data.loader import Batch
+from colossus.dryrun.fake import fake_world
+from colossus.dryrun.rank import Traced, trace
+from colossus.dryrun.tracer import WAIT, Message, Tracer
+from colossus.job import Job
+from colossus.measure.counter import flop_counter
+from colossus.models.box import local
+from colossus.parallel.world import World
+from colossus.trainer.state import TrainState
+from colossus.trainer.step import train_step
+
+
+@dataclass
+class Done:
+    """One step of a real rank, its second."""
+
+    messages: list[Message]
+    flops: int
+    weights: int
+    optimizer: int
+
+
+class Listener(Tracer):
+    """Hears what a program on real tensors says, and counts what it computes."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if any(kind is not torch.Tensor and kind is not torch.nn.Parameter for kind in types):
+            return NotImplemented
+        out = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional") and func is not WAIT:
+            self._say(func, args, out)
+        formula = self._flops_of.get(func._overloadpacket)
+        if formula is not None:
+            self.flops["all"] += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def really(job: Job) -> Done:
+    """As this rank of real ones."""
+    with World.join(job.layout, "cpu", experts=job.model.experts is not None) as world:
+        state, batch = TrainState.build(job, world), _batch(job)
+        train_step(state, batch, batch.num_tokens_global, 1.0, job, world)
+        with Listener(flop_counter().flop_registry) as heard:
+            train_step(state, batch, batch.num_tokens_global, 1.0, job, world)
+        held = state.optimizer.state()
+        counters = 8 + 4 * sum(kind == "exp_avg" for _, kind in held)  # of updates: all, and AdamW's
+        return Done(
+            heard.messages,
+            heard.flops["all"],
+            sum(local(t).nbytes for t in [*state.model.parameters(), *state.model.buffers()]),
+            counters + sum(local(t).nbytes for t in held.values()),
+        )
+
+
+def dry(job: Job, rank: int, **more: Any) -> Traced:
+    batch = _batch(job)
+    return trace(job, rank, len(batch.tokens_BT), seq_len=job.data.seq_len, **more)
+
+
+def allocated(job: Job, rank: int) -> tuple[int, int]:
+    """(the most that its second step has at once, what lives after it), by PyTorch's allocator."""
+    gc.collect()  # what an earlier call in this process has left would be let go of in between
+    with fake_world(job, rank) as world, ExitStack() as stack:
+        seen = stack.enter_context(profile(activities=[ProfilerActivity.CPU], profile_memory=True))
+        state = TrainState.build(job, world)
+        for _ in range(2):
+            batch = _batch(job)
+            with torch.profiler.record_function("step"):
+                train_step(state, batch, batch.num_tokens_global, 1.0, job, world)
+        del batch
+        stack.close()
+    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    begin = max(event.start_ns() for event in events if event.name() == "step")
+    now = most = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now) if event.start_ns() >= begin else most
+    return most, now
+
+
+def _batch(job: Job) -> Batch:
+    rows = job.run.global_batch // job.layout.dp
+    tokens_BT = torch.zeros(rows, job.data.seq_len, dtype=torch.int64)
+    everywhere = tokens_BT.numel() * job.layout.dp
+    return Batch(0, 0, tokens_BT, tokens_BT.clone(), None, everywhere, everywhere)
