@@ -134,7 +134,8 @@ def dry_run(
     """
     layout = job.layout.filled()
     layout = layout.model_copy(update={"pools": list(layout.pools)})
-    job = replace(job, layout=layout)
+    # What it chooses by the device it chooses by that of the fleet, whatever this machine is.
+    job = replace(job, layout=layout).put({"fleet.device": hardware.accelerator.device}, "derived")
     seq_len = max(length for _, _, length in job.shapes())
     batch = max(sequences for _, sequences, _ in job.shapes(job.run.global_batch or 0))
     check(layout, job.model, global_batch=batch, seq_len=seq_len, node_size=hardware.node_size)

@@ -108,6 +108,15 @@ def test_what_does_not_fit_fits_with_the_smallest_change() -> None:
     json.dumps(said)
 
 
+def test_the_program_is_that_of_the_fleets_device() -> None:
+    """Not of this machine's: a GPU's kernel of attention keeps no scores, products on a processor do."""
+    job = dataclasses.replace(Case.of(seq_len=512, type="bf16").job(), fleet=H100)
+    assert job.fleet.device is None
+    (on_gpu,) = dry_run(job, hardware_of(H100)).ranks
+    (here,) = traces([(job, 0, 8, 512)])
+    assert on_gpu.traced.peak.num_bytes < 0.5 * here.peak.num_bytes
+
+
 def test_mistakes() -> None:
     job, hardware = of(Case.of(dp_shard=2, tp=2)), hardware_of(H100)
     with pytest.raises(UserError, match=r"--rank 4: the layout has 4 ranks; 0 to 3"):

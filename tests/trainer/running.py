@@ -96,7 +96,8 @@ class Kill(Hook):
     def _now(self, training: Training) -> None:
         if training.world.rank == self.rank:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.where == "before" or training.job.layout.pp == 1:  # else that one waits for what this one sends
+        # In a pipeline the one to be killed may wait for what this one sends.
+        if self.where == "before" or training.job.layout.pp == 1:
             time.sleep(60)  # until that is noticed
 
 
