@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from queue import SimpleQueue
 from typing import IO, Any
 
@@ -49,10 +50,10 @@ def traces(
         return answer
 
     with ExitStack() as stack:
+        threads = stack.enter_context(ThreadPoolExecutor(max(1, most)))
         for _ in range(max(1, most)):
             idle.put(worker := _start())
-            stack.callback(worker.kill)
-        threads = stack.enter_context(ThreadPoolExecutor(max(1, most)))
+            stack.callback(_end, worker)  # before the threads, which wait for them
         asked = [threads.submit(one, index, arguments) for index, arguments in enumerate(wanted)]
         return [future.result() for future in asked]
 
@@ -62,8 +63,15 @@ def _start() -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "colossus.dryrun.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        start_new_session=True,  # a Ctrl-C is for whoever asked
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
+
+
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)  # and what it has forked
+    worker.wait()
 
 
 def _send(pipe: IO[bytes], value: Any) -> None:
