@@ -65,7 +65,7 @@ class Fake:
     def job(self) -> Job:
         layout = self.layout
         return Job(
-            model=load_job(None, [f"model={self.model}"]).model,
+            model=load_job(None, [f"model={self.model}", "model.initializer_range=0.02"]).model,
             data=Data(seq_len=8192),
             layout=layout,
             precision=Precision(type="bf16"),

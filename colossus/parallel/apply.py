@@ -40,6 +40,9 @@ def transformed(job: Job, world: World) -> Decoder | Pipeline:
 
 def materialise(model: Decoder | Pipeline, job: Job, device: torch.device) -> Decoder | Pipeline:
     """Gives it memory and initial values, of the local shard alone."""
+    # Else its weights would be NaN, and nothing would say so.
+    known = job.model.initializer_range is not None or device.type == "meta"
+    assert known, "model.initializer_range is not derived yet"
     model.to_empty(device=device)
     initialise(model, job.model, job.run.seed)
     return model

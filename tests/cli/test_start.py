@@ -17,7 +17,7 @@ from colossus.job import SECTIONS, preset_names
 from tests.cli.commands import ROOT, colossus, without_torch
 
 HEAVY = ("torch", "numpy", "pyarrow", "tokenizers", "tiktoken", "transformers", "rich")
-VERBS = ("train", "plan", "generate", "eval", "import", "export", "data", "doctor", "models")
+VERBS = ("train", "plan", "dryrun", "generate", "eval", "import", "export", "data", "doctor", "models")
 
 
 def best_seconds(*command: str, runs: int = 5) -> float:
