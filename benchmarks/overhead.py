@@ -59,6 +59,7 @@ def job_of(quick: bool, kind: str, compiled: bool, layout: dict[str, Any]) -> Jo
         tie_embeddings=True,
         qk_norm=False,
         base_width=width,
+        initializer_range=0.02,
     )
     optimizer = Optimizer(
         name="adamw", lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, grad_clip=1.0, z_loss=0.0
