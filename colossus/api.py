@@ -275,6 +275,7 @@ def plan(job: Job, *, aim: str = "time") -> Plan:
         UserError: the job names no model or no fleet, or contradicts itself; NothingFits (one of them): no
             legal layout fits the fleet's memory.
     """
+    from colossus.derive.to_plan import with_model
     from colossus.planner.plan import make_plan
 
     machine = _measured() if job.fleet.accelerator is None and job.fleet.pools is None else None
@@ -292,51 +293,23 @@ def dry_run(job: Job, rank: int | None = None, *, say: Callable[[str], None] = l
         UserError: the job names no model or no fleet, its layout is not legal, or there is no such rank;
             NothingFits (one of them): no layout was asked for, and none fits.
     """
+    from colossus.derive.to_plan import planned, with_model
     from colossus.dryrun.ranks import dry_run as run
     from colossus.hardware.fleets import hardware_of
     from colossus.planner.plan import laid_out, make_plan
     from colossus.planner.search import NothingFits
 
     machine = _measured() if job.fleet.accelerator is None and job.fleet.pools is None else None
-    job = with_model(job, machine)
+    job, notes = with_model(job, machine), []
     try:
         job = planned(job, make_plan(job, machine))
     except NothingFits:
         if not any(job.asked_for(f"layout.{axis}") for axis in AXES):
             raise
         job = laid_out(job, machine)
-    return run(job, hardware_of(job.fleet, machine, ranks=job.layout.num_ranks), rank, say=say)
-
-
-def with_model(job: Job, machine: Machine | None) -> Job:
-    """The job with the model that `train` would fill in; on this machine, where the fleet names no other,
-    with its batch, length, optimizer and type too."""
-    from colossus.derive.dial import sequences_for
-    from colossus.derive.model import default_optimizer, model_by_length
-    from colossus.planner.plan import USUAL_MFU
-
-    if machine is None:
-        return model_by_length(job)[0]
-    from colossus.derive.machine import type_here
-
-    if job.model.hidden_size is not None or job.model.init_from is not None:
-        rate = USUAL_MFU * machine.peak_flops_per_second(machine.device)
-        known, dialled = model_by_length(job, machine.device, rate)
-    else:
-        from colossus.derive.fill import model_here
-
-        known, dialled = model_here(job, machine)
-    if job.run.batch_schedule is None:
-        known = known.derive(**{"run.global_batch": sequences_for(dialled.compute, known.data.seq_len)})
-    known = known.derive(**{"optimizer.name": default_optimizer(job)})
-    known = known.derive(**{"precision.type": type_here(known, machine)})
-    sections = ("model", "data", "run", "optimizer", "precision")
-    names = {name for name in known.origins if name.partition(".")[0] in sections}
-    return dataclasses.replace(
-        job,
-        **{section: getattr(known, section) for section in sections},
-        origins=job.origins | {name: known.origins[name] for name in names},
-    )
+        notes.append("no layout fits by the planner's formulas; what was open of this one is the simplest")
+    hardware = hardware_of(job.fleet, machine, ranks=job.layout.num_ranks)
+    return run(job, hardware, rank, say=say, notes=notes)
 
 
 def _measured() -> Machine | None:
@@ -363,20 +336,6 @@ def calibrate(say: Callable[[str], None] = lambda line: None) -> str:
     machine = this_machine()
     made = calibrate(machine, say)
     return f"{in_words(made)}\nkept in {keep(made, machine)}"
-
-
-def planned(job: Job, plan: Plan) -> Job:
-    """The job with what a plan found or assumed where it was open: model, layout, optimizer, type, batch and
-    length."""
-    values: dict[str, Any] = {f"layout.{name}": value for name, value in plan.layout().items()}
-    model = plan.arch.model_dump(exclude_none=True, exclude={"base_width"})  # which follows from the length
-    values |= {f"model.{name}": value for name, value in model.items()}
-    _, times, seq_len = plan.problem.shapes[0]
-    values |= {"run.global_batch": int(times * plan.global_batch), "data.seq_len": seq_len}
-    values |= {"optimizer.name": plan.problem.optimizer, "precision.type": plan.precision}
-    if job.run.minutes is None and job.run.steps is None and job.run.tokens is None:
-        values["run.tokens"] = int(plan.tokens)
-    return job.derive("planned", **values)
 
 
 def load_model(path: str | Path, type: str = "fp32", device: str = "cpu") -> tuple[Decoder, Tokenizer | None]:

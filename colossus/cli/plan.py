@@ -51,6 +51,7 @@ def plan(
         raise UserError(f"--html and --job: both write {html}; name two files")
 
     from colossus import api
+    from colossus.derive.to_plan import planned
     from colossus.job import to_toml
     from colossus.planner import report
     from colossus.planner.search import NothingFits
@@ -78,6 +79,6 @@ def plan(
         write(html, report.page(made, said, days_by_count(made), days_if(made)))
         print(f"\nwrote {html}", file=sys.stderr if as_json else None)
     if job_file is not None:
-        write(job_file, to_toml(api.planned(job, made)))
+        write(job_file, to_toml(planned(job, made)))
         print(f"\nwrote {job_file}", file=sys.stderr if as_json else None)
     return 0

@@ -123,11 +123,12 @@ def dry_run(
     *,
     say: Callable[[str], None] = lambda line: None,
     mend: bool = True,
+    notes: Sequence[str] = (),
 ) -> DryRun:
     """Runs one step of a job as every kind of rank of its world, or as `rank` alone.
 
     job: with its model, layout, type, batch and length known. say: is told what is being traced. mend:
-    whether to look for what would make it fit.
+    whether to look for what would make it fit. notes: what is known already of how the job came about.
 
     Raises:
         UserError: the layout is not legal, the fleet has too few accelerators, or there is no such rank.
@@ -155,7 +156,7 @@ def dry_run(
     for kind in kinds:
         of_kind = [traced for (other, _), traced in zip(wanted, steps, strict=True) if other is kind]
         found.append(_judged(job, kind, of_kind))
-    made = DryRun(job, hardware, tuple(found), tuple(_notes(job)))
+    made = DryRun(job, hardware, tuple(found), (*notes, *_notes(job)))
     if made.fits or not mend:
         return made
     return replace(made, mend=_mended(made, rank, say))
@@ -243,6 +244,8 @@ def _notes(job: Job) -> Iterator[str]:
         yield "layers are traced as they are written: what a compiler fuses need not live, so this is a bound"
     if job.model.experts is not None and job.layout.ep > 1:
         yield "every rank of ep gives every other as many rows: routers are taken to be balanced"
+    if job.layout.pools and job.layout.pools[0].share is None:
+        yield "layout.pools: taken to have equal shares; a run gives each what its speed deserves"
     if job.fleet.device == "cuda":
         yield "around the tensors: CUDA's context, NCCL's buffers and gaps between blocks, by estimate"
 

@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import IO, Any
 
 from colossus.dryrun.rank import Traced, trace
+from colossus.errors import MachineError
 from colossus.measure.machine import free_memory_bytes
 
 WORKER_BYTES = 700 * 2**20  # at most: PyTorch, and what is known of a world of 200,000 ranks
@@ -84,7 +85,7 @@ def _receive(pipe: IO[bytes]) -> Any:
     """What was sent. Between our own processes alone, over a pipe that nobody else has."""
     size = pipe.read(8)
     if len(size) < 8:
-        return RuntimeError("a dry run's process has ended; what it said stands above")
+        return MachineError("dryrun: a process has ended; what it said stands above")
     return pickle.loads(pipe.read(int.from_bytes(size, "little")))
 
 
@@ -98,12 +99,15 @@ def main() -> None:
         if child:
             _, status = os.waitpid(child, 0)
             if status:
-                _send(answers, RuntimeError(f"a dry run's process ended with status {status}"))
+                ended = os.waitstatus_to_exitcode(status)
+                _send(answers, MachineError(f"dryrun: a process ended with {ended}; is there memory for it?"))
             continue
+        status = 1
         try:
             _send(answers, _answer(request))
+            status = 0
         finally:
-            os._exit(0)
+            os._exit(status)
 
 
 def _answer(request: bytes) -> Traced | Exception:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from colossus import api
 from colossus.cli.brief import brief
-from colossus.derive import derive
+from colossus.derive import derive, to_plan
 from colossus.errors import UserError
 from colossus.hardware.machine import Gpu, Machine
 from colossus.job import PREDICTED, Job, load_job, save_job
@@ -116,7 +115,7 @@ def test_a_plan_that_was_kept_is_not_made_again(tmp_path: Path) -> None:
     """The job that `plan --job` writes, and a resolved one."""
     job = load_job(None, ["layout=auto", *TINY, "fleet.count=2", "layout.tp=2", "model.vocab_size=258",
                           "data.tokenizer=bytes"])  # fmt: skip
-    kept = api.planned(job, make_plan(api.with_model(job, HERE), HERE))
+    kept = to_plan.planned(job, make_plan(to_plan.with_model(job, HERE), HERE))
     save_job(kept, tmp_path / "job.toml")
     again = load_job(tmp_path / "job.toml")
     assert again.origins["layout.pp"] == "planned" and again.origins["layout.tp"] == "file"
@@ -149,10 +148,10 @@ def test_what_is_planned_is_legal_at_every_shape_of_the_run(words: list[str]) ->
     """`derive` refuses a layout that is not."""
     job = auto(*OPEN, *words)
     assert {job.origins[f"layout.{name}"] for name in FIELDS} >= {"planned"}
-    written = api.planned(load_job(None, [*OPEN, *words]), planned_by_verb(*OPEN, *words))
+    written = to_plan.planned(load_job(None, [*OPEN, *words]), planned_by_verb(*OPEN, *words))
     assert derive(written, HERE).layout.pp == written.layout.pp
 
 
 def planned_by_verb(*words: str) -> Plan:
     job = load_job(None, list(words))
-    return make_plan(api.with_model(job, HERE), HERE)
+    return make_plan(to_plan.with_model(job, HERE), HERE)

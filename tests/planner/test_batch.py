@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from colossus import api
+from colossus.derive import to_plan
 from colossus.job import load_job
 from colossus.planner.batch import (
     critical_batch_tokens,
@@ -94,6 +95,6 @@ def test_a_plan_takes_it_for_every_kind_of_length() -> None:
 
 def test_no_fleet_is_so_large_that_a_step_is_not_sane() -> None:
     job = load_job(None, ["model=llama3.1-405b", "fleet=colossus-100k", "run.tokens=15000000000000"])
-    made = api.with_model(job, None)
+    made = to_plan.with_model(job, None)
     batch = default_batch(15e12, made.data.seq_len) * made.data.seq_len
     assert 16e6 < batch < 28e6  # its paper's: 16.8 million

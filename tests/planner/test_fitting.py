@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import colossus
-from colossus import api
+from colossus.derive import to_plan
 from colossus.hardware import fleets
 from colossus.hardware.catalogue import accelerator
 from colossus.job import load_job
@@ -202,7 +202,7 @@ def test_a_reserve_that_costs_more_than_twice_its_share_is_given_up():
 def test_what_a_launcher_has_started_all_works():
     job = load_job(None, ["model=llama3.2-1b", "fleet.accelerator=h100-sxm", "fleet.count=1024",
                           "run.tokens=1e12"])  # fmt: skip
-    plan = make_plan(api.with_model(job, None), whole=True)
+    plan = make_plan(to_plan.with_model(job, None), whole=True)
     assert plan.best.ranks == 1024 and plan.spares == 0 and plan.use() == "1,024 accelerators work"
 
 

@@ -14,6 +14,7 @@ import pytest
 import colossus
 from colossus import api
 from colossus.cli import main
+from colossus.derive import to_plan
 from colossus.errors import UserError
 from colossus.job import load_job
 from colossus.layout import violations
@@ -274,7 +275,7 @@ def test_unequal_pools_share_every_batch_of_the_run():
                           "layout.pp=2", "layout.schedule=interleaved_1f1b", "layout.dp_shard=1",
                           "run.batch_schedule=[[0,120],[5,84]]"])  # fmt: skip
     plan = colossus.plan(job)
-    layout = api.planned(job, plan).layout
+    layout = to_plan.planned(job, plan).layout
     assert len(layout.pools) == 2
     later = [(5, 84, plan.seq_len)]
     assert not violations(layout, plan.arch, global_batch=120, seq_len=plan.seq_len, later=later)

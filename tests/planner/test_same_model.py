@@ -10,7 +10,7 @@ import pytest
 from colossus import api
 from colossus.architecture import num_parameters
 from colossus.cli import data as cli_data
-from colossus.derive import derive
+from colossus.derive import derive, to_plan
 from colossus.hardware.machine import Gpu
 from colossus.hardware.timings import Timing
 from colossus.job import load_job, save_job
@@ -51,10 +51,10 @@ WORDS = [
 def test_on_this_machine_and_on_another(words: str, length: str) -> None:
     """The machine of `train` has the accelerator that the fleet of `plan` names."""
     job = load_job(None, [*words.split(), length])
-    assert api.with_model(job, HERE).model == derive(job, HERE).model
+    assert to_plan.with_model(job, HERE).model == derive(job, HERE).model
     there = load_job(None, [*words.split(), length, "fleet.accelerator=h100-sxm", "fleet.count=1"])
     trained = derive(job, H100)
-    planned = api.with_model(there, None)
+    planned = to_plan.with_model(there, None)
     assert planned.model == trained.model and planned.data.seq_len == trained.data.seq_len
 
 
@@ -71,15 +71,15 @@ def test_in_the_same_type_on_this_machine(
     monkeypatch.setattr("colossus.derive.machine.step_timings", timed)
     job = load_job(None, ["model.hidden_size=96", length])
     assert derive(job, HERE).precision.type == quickest
-    assert make_plan(api.with_model(job, HERE), HERE).precision == quickest
+    assert make_plan(to_plan.with_model(job, HERE), HERE).precision == quickest
     other = load_job(None, ["model.hidden_size=96", length, "precision.type=fp32"])
-    assert make_plan(api.with_model(other, HERE), HERE).precision == "fp32"
+    assert make_plan(to_plan.with_model(other, HERE), HERE).precision == "fp32"
 
 
 def test_by_the_clock_of_this_machine() -> None:
     for words in ([], ["run.minutes=0.5"], [*THIN, "run.minutes=0.5"]):
         job = load_job(None, words)
-        planned, trained = api.with_model(job, HERE).model, derive(job, HERE).model
+        planned, trained = to_plan.with_model(job, HERE).model, derive(job, HERE).model
         differs = {"base_width"} if words[:1] == THIN[:1] else set()
         assert planned.model_dump(exclude=differs) == trained.model_dump(exclude=differs)
 
@@ -92,7 +92,7 @@ def test_the_plan_and_the_job_that_it_writes_have_it() -> None:
     count = 49152 * 576 + 30 * (4 * 576**2 + 3 * 576 * 1536 + 1280) + 576
     assert num_parameters(made.arch) == num_parameters(derive(load_job(None, words), H100).model) == count
     assert made.to_dict()["num_parameters"] == count
-    written = api.planned(job, made).model.model_dump(exclude={"base_width"})
+    written = to_plan.planned(job, made).model.model_dump(exclude={"base_width"})
     assert written == made.arch.model_dump(exclude={"base_width"})
 
 
@@ -101,13 +101,13 @@ def test_the_optimizer_the_type_and_the_batch_are_those_of_training(tmp_path: Pa
     job = load_job(
         None, [*THIN, "run.tokens=3000000", *ONE[:-1], "layout.compile=false", "layout.recompute=none"]
     )
-    known, trained = api.with_model(job, HERE), derive(job, HERE)
+    known, trained = to_plan.with_model(job, HERE), derive(job, HERE)
     made = make_plan(known, HERE)
     assert (made.problem.optimizer, made.precision) == (trained.optimizer.name, trained.precision.type)
     assert made.global_batch == trained.run.global_batch and made.seq_len == trained.data.seq_len
     there = load_job(None, [*THIN, *ONE, "fleet.accelerator=h100-sxm", "fleet.count=1", "run.tokens=3000000"])
     made = api.plan(there)
-    save_job(api.planned(there, made), tmp_path / "job.toml")
+    save_job(to_plan.planned(there, made), tmp_path / "job.toml")
     trained = derive(load_job(tmp_path / "job.toml"), H100)
     assert (made.problem.optimizer, made.precision) == (trained.optimizer.name, trained.precision.type)
     assert made.global_batch == trained.run.global_batch and made.seq_len == trained.data.seq_len
@@ -129,7 +129,7 @@ def test_of_weights_to_begin_with(tmp_path: Path) -> None:
     ]
     api.train(load_job(None, [*words, "model.hidden_size=32", "model.num_layers=2", f"run.folder={run}"]))
     job = load_job(None, [f"model.init_from={run}", "run.steps=3", *ONE])
-    planned, trained = api.with_model(job, HERE), derive(job, HERE)
+    planned, trained = to_plan.with_model(job, HERE), derive(job, HERE)
     assert planned.model == trained.model and planned.model.num_layers == 2
     assert planned.data.tokenizer == trained.data.tokenizer == "bytes"
     assert make_plan(planned, HERE).arch.hidden_size == 32

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.plan_measured import COMMON, CPU_CASES
 from colossus import api
+from colossus.derive import to_plan
 from colossus.hardware.machine import Machine
 from colossus.job import load_job
 from colossus.planner.plan import make_plan
@@ -49,7 +50,7 @@ def test_errors_of_processors_are_those_of_measured_jobs() -> None:
     machine = Machine.from_json(json.dumps(made["hardware"]))
     alone = []
     for case in CPU_CASES:
-        job = api.with_model(load_job(None, [*case.words, *COMMON, "run.steps=11"]), machine)
+        job = to_plan.with_model(load_job(None, [*case.words, *COMMON, "run.steps=11"]), machine)
         alone.append(make_plan(job, machine).best.seconds / steps[f"{case.name}: step"]["value"] - 1)
     assert np.quantile(np.abs(alone), 0.9) == pytest.approx(FORMULAS, abs=0.02)
 
@@ -106,7 +107,9 @@ def test_what_lies_beyond_measured_shapes_counts_as_formulas(monkeypatch: pytest
     for width, tokens in ((2048, 4096), (64, 64)):
         words = [f"model.hidden_size={width}", "model.num_layers=1", "precision.type=bf16",
                  f"data.seq_len={tokens}"]  # fmt: skip
-        job = api.with_model(load_job(None, [*words, *ONE, "run.steps=5", "run.global_batch=4"]), machine())
+        job = to_plan.with_model(
+            load_job(None, [*words, *ONE, "run.steps=5", "run.global_batch=4"]), machine()
+        )
         made = make_plan(job, machine())
         shares.append(made.band.share)
         low, high = made.to_dict()["step_seconds_band"]
