@@ -1,4 +1,4 @@
-"""A job on its way to a plan and back: with the model that `train` would fill in, with what the plan found."""
+"""A job on its way to a plan and back: with the model that `train` would fill in, and what the plan found."""
 
 from __future__ import annotations
 
