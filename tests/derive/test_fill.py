@@ -80,8 +80,14 @@ def test_minutes_give_what_this_machine_reaches_in_them() -> None:
     [
         (["model=llama3.1-405b", "run.steps=1"], "model=llama3.1-405b: 406B parameters need"),
         (["run.threads=4096"], "run.threads=4096: more than this machine's cores; at most 2"),
-        (["layout.tp=16"], "layout.tp=16: must divide the 3 attention heads; 1"),
-        (["layout.tp=2"], "layout.tp=2: must divide the"),
+        (
+            ["layout.tp=16", "model.num_heads=3", "model.hidden_size=192", "run.steps=1"],
+            "layout.tp=16: must divide the 3 attention heads; 1",
+        ),
+        (
+            ["layout.tp=2", "model.num_heads=3", "model.hidden_size=192", "run.steps=1"],
+            "layout.tp=2: must divide the 3",
+        ),
         (["data.weights=[1,2]"], "data.weights=[1.0, 2.0]: 2, and 1 in data.corpus"),
         (["model.max_seq_len=64", "data.seq_len=128", "run.steps=1"], "data.seq_len=128: longer than"),
         (["model.num_heads=4", "model.num_kv_heads=3", "model.hidden_size=64", "run.steps=1"], "must divide"),

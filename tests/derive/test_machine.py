@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from colossus.api import with_model
 from colossus.derive import derive
 from colossus.derive.machine import RANK_BYTES, check_ranks
+from colossus.derive.to_plan import with_model
 from colossus.errors import UserError
 from colossus.job import Job, load_job
 from colossus.layout import AXES
