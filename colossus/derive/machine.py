@@ -160,7 +160,7 @@ def expected_compiling(job: Job, machine: Machine, arch: Architecture, timing: T
     peak = machine.peak_flops_per_second(job.fleet.device or "cpu")
     if job.fleet.device != "cuda":
         peak = machine.flops_per_second(timing.type) or peak
-    return compiling_of(timing, arch.hidden_size, peak, compiled_timings())
+    return compiling_of(timing, arch.hidden_size, peak, compiled_timings(machine))
 
 
 def may_compile(job: Job, machine: Machine) -> bool:

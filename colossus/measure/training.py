@@ -91,8 +91,10 @@ def forget_timings() -> None:
     shutil.rmtree(_folder(), ignore_errors=True)
 
 
-def compiled_timings() -> list[tuple[int, Timing]]:
-    """(width, what compiling gained there) of all that was kept on this machine."""
+def compiled_timings(machine: Machine) -> list[tuple[int, Timing]]:
+    """(width, what compiling gained there) of all that was kept; none of a machine that is not this one."""
+    if not _is_here(machine):
+        return []
     kept = (_read(path) for path in sorted(_folder().glob("*.json")))
     return [(k.width, t) for k in kept if k is not None for t in k.timings if t.gain is not None]
 

@@ -49,7 +49,7 @@ def test_compiling_needs_a_compiler_and_a_run_that_is_long_enough(monkeypatch: p
     shape = ["model.hidden_size=384", "model.num_layers=6"]
     assert not derived(*shape, "run.tokens=1000000000").layout.compile  # its first steps will say
     seen = Timing("bf16", 2, 1e11, gain=1.2, compile_seconds=30.0)
-    monkeypatch.setattr(derive_machine_module, "compiled_timings", lambda: [(256, seen)])
+    monkeypatch.setattr(derive_machine_module, "compiled_timings", lambda _: [(256, seen)])
     assert derived(*shape, "run.tokens=1000000000").layout.compile
     assert not derived(*shape, "run.tokens=10000").layout.compile
     assert not derived(*shape, "run.tokens=1000000000", on=machine(compiler=None)).layout.compile

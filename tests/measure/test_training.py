@@ -96,12 +96,13 @@ def test_a_machine_elsewhere_is_known_by_its_products(monkeypatch: pytest.Monkey
 def test_what_compiling_gained_is_kept_beside_the_rates(cache: Path) -> None:
     arch = tiny("llama3.2-1b")
     (found, *_) = step_timings(this_machine(), arch, 64, SETTINGS[:1], "cpu")
-    assert found.gain is None and compiled_timings() == []
+    assert found.gain is None and compiled_timings(this_machine()) == []
     keep_compiled(arch, 64, "cpu", "muon", Timing("fp32", 1, 1.0, gain=1.3, compile_seconds=12.0))
     keep_compiled(arch, 64, "cpu", "muon", Timing("bf16", 2, 1.0, gain=1.1, compile_seconds=11.0))
-    seen = {timing.setting: timing for _, timing in compiled_timings()}
+    seen = {timing.setting: timing for _, timing in compiled_timings(this_machine())}
     assert seen["fp32", 1] == dataclasses.replace(found, gain=1.3, compile_seconds=12.0)
     assert seen["bf16", 2].gain == 1.1
+    assert compiled_timings(machine()) == []  # another's: what was gained here says nothing of it
 
 
 class Scripted:
