@@ -35,10 +35,10 @@ from colossus.trainer.step import train_step
 BATCH = 8
 STEPS = 2  # of a turn
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "FSDP2 over 2 ranks": {"dp_shard": 2, "micro_batch": 4, "reshard": False},
+    "FSDP2 over 2 ranks": {"dp_shard": 2, "micro_batch": 4, "zero": 1},
     "tensor parallel over 2 ranks": {"tp": 2, "micro_batch": 8},
-    "pipeline (1F1B) over 2 ranks": {"pp": 2, "micro_batch": 1, "reshard": False},
-    "HSDP over 2 x 2 ranks": {"dp_replicate": 2, "dp_shard": 2, "micro_batch": 2, "reshard": False},
+    "pipeline (1F1B) over 2 ranks": {"pp": 2, "micro_batch": 1, "zero": 1},
+    "HSDP over 2 x 2 ranks": {"dp_replicate": 2, "dp_shard": 2, "micro_batch": 2, "zero": 1},
 }
 GOAL = "> 0.95"
 

@@ -69,7 +69,7 @@ def _cpu(width: int, layers: int, heads: int, ffn: int, vocab: int, seq_len: int
         f"model.vocab_size={vocab}", f"model.max_seq_len={seq_len}", "model.tie_embeddings=true",
         f"data.seq_len={seq_len}", f"layout.micro_batch={micro}", f"run.global_batch={batch}",
         f"layout.compile={str(compiled).lower()}", f"layout.recompute={recompute}",
-        f"layout.dp_shard={ranks}", "layout.reshard=false", "model.qk_norm=false",
+        f"layout.dp_shard={ranks}", "layout.zero=1", "model.qk_norm=false",
     )  # fmt: skip
     name = f"width {width}, {layers} layers, {batch} x {seq_len}" + (f" by {micro}" if micro < batch else "")
     for extra in (f"{ranks} ranks" if ranks > 1 else "", "compiled" if compiled else "",
@@ -83,7 +83,7 @@ def _gpu(preset: str, seq_len: int, micro: int, batch: int, compiled: bool = Tru
     words = (
         f"model={preset}", f"data.seq_len={seq_len}", f"layout.micro_batch={micro}",
         f"run.global_batch={batch}", f"layout.compile={str(compiled).lower()}",
-        f"layout.recompute={recompute}", "layout.reshard=false", *more,
+        f"layout.recompute={recompute}", "layout.zero=1", *more,
     )  # fmt: skip
     name = f"{preset}, {batch} x {seq_len}" + (f" by {micro}" if micro < batch else "")
     name += ", compiled" if compiled else ", eager"

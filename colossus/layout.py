@@ -41,7 +41,7 @@ SIMPLEST: Mapping[str, Any] = {
     "schedule": "1f1b",
     "cp_method": "gather",
     "recompute": "none",
-    "reshard": True,
+    "zero": 3,
     "async_tp": False,
     "compile": False,
     "pools": (),
@@ -65,6 +65,9 @@ class Layout(Section):
 
     ep: ranks that share one set of experts, of the dp_shard x cp (x tp, where etp is 1) that see different
     tokens; over what remains of these experts are sharded. etp: ranks of tp that share each expert.
+    zero: what dp_shard divides while a step's micro batches are computed, as ZeRO counts it (arXiv
+    1910.02054): 1 the optimizer's state and fp32 weights alone; 2 the sums of gradients too; 3 the weights
+    that are computed with too, which are gathered for each use.
     """
 
     preset: Name | None = None
@@ -82,7 +85,7 @@ class Layout(Section):
     recompute: Recompute = derived()
     recompute_layers: int | None = Field(default=None, ge=0, le=10**5)  # of a rank; None: all
     activation_gib: float | None = Field(default=None, gt=0, le=10**6)  # what follows: recompute_layers
-    reshard: bool = derived()  # whether gathered weights are let go of between forward and backward pass
+    zero: int = derived(ge=1, le=3)  # what is sharded between micro batches
     async_tp: bool = derived()
     compile: bool = derived()
     pools: list[Pool] = derived()
@@ -390,10 +393,13 @@ RULES: tuple[Rule, ...] = (
         lambda row: "compiled layers fail under it or give wrong gradients (layout.compile=false allows it)",
     ),
     Rule(
-        "zero-bubble-keeps-weights",
-        "reshard",
-        lambda row: _not(_is(row, "schedule", *ZERO_BUBBLE) & (row["pp"] > 1) & (row["reshard"] == 1)),
-        lambda row: f"layout.schedule={row['schedule']} needs the weights that the forward pass gathered",
+        "zero-bubble-divides-nothing",
+        "zero",
+        lambda row: _not(_is(row, "schedule", *ZERO_BUBBLE) & (row["pp"] > 1) & (row["zero"] > 1)),
+        lambda row: (
+            f"layout.schedule={row['schedule']} needs the weights that the forward pass gathered, and sums "
+            "gradients in parts"
+        ),
     ),
     Rule(
         "no-selective-zero-bubble",

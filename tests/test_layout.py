@@ -22,7 +22,7 @@ ROWS = st.fixed_dictionaries(
         "cp_method": st.sampled_from(("gather", "ulysses")),
         "recompute": st.sampled_from((0, 1, 2)),
         "compile": FLAG,
-        "reshard": FLAG,
+        "zero": st.sampled_from((1, 2, 3)),
         "async_tp": FLAG,
         "has_symmetric_memory": FLAG,
         "global_batch": st.sampled_from((1, 4, 8, 12, 64)),
@@ -173,7 +173,7 @@ def test_every_broken_rule_is_named() -> None:
         ({"dp_shard": 4}, [(7, 3, 64)], "run.global_batch=3: from step 7 on: fewer sequences than the 4"),
         ({"micro_batch": 4}, [(1, 2, 64)], "layout.micro_batch=4: from step 1 on: more than a rank's share"),
         (
-            {"pp": 2, "reshard": False},
+            {"pp": 2, "zero": 1},
             [(1, 1, 64)],
             "layout.micro_batch=1: from step 1 on: gives 1 micro batch a rank",
         ),
@@ -217,17 +217,17 @@ def test_experts_are_spread_over_ranks_that_have_different_tokens() -> None:
 
 def test_schedules_that_split_the_backward_pass_are_not_compiled_and_keep_weights() -> None:
     layout = Layout(
-        pp=2, stages_per_rank=2, schedule="dualpipe_v", compile=True, reshard=True, recompute="selective"
+        pp=2, stages_per_rank=2, schedule="dualpipe_v", compile=True, zero=3, recompute="selective"
     )
     text = said(layout, architecture(vocab_size=64, num_layers=4))
     assert "layout.schedule=dualpipe_v: compiled layers fail under it" in text
     assert "layout.schedule=dualpipe_v: has two backward passes, and selective recomputation allows" in text
-    assert "layout.reshard=1: layout.schedule=dualpipe_v needs the weights" in text
+    assert "layout.zero=3: layout.schedule=dualpipe_v needs the weights" in text
 
 
 def test_what_a_pool_has_for_itself_is_judged_with_it() -> None:
     arch = architecture(vocab_size=64, num_layers=4)
-    common = {"dp_replicate": 2, "pp": 2, "stages_per_rank": 2, "schedule": "dualpipe_v", "reshard": False}
+    common = {"dp_replicate": 2, "pp": 2, "stages_per_rank": 2, "schedule": "dualpipe_v", "zero": 1}
     text = said(Layout(**common, pools=[Pool(replicas=1), Pool(replicas=1, recompute="selective")]), arch)
     assert text.startswith("layout.pools[1]: layout.schedule=dualpipe_v: has two backward passes")
     text = said(
@@ -262,7 +262,7 @@ LEGAL = [  # the same but for what decides, one legal and one not; of: of the ba
     ({"pp": 4, "micro_batch": 2}, {"global_batch": 7}, {"global_batch": 6}, "micro_batch"),  # 1f1b: 4 and 3
     ({"pp": 4, "dp_shard": 2}, {"global_batch": 7}, {"global_batch": 6}, "micro_batch"),
     (
-        {"pp": 2, "stages_per_rank": 2, "schedule": "dualpipe_v", "reshard": False},
+        {"pp": 2, "stages_per_rank": 2, "schedule": "dualpipe_v", "zero": 1},
         {"global_batch": 4},
         {"global_batch": 3},
         "micro_batch",
@@ -293,7 +293,7 @@ def test_where_a_rule_begins_to_hold(
         ({"tp": 2, "cp": 2}, {"tp": 2, "cp": 4}, {"cp_method": "ulysses"}),  # 4 heads of keys and values
         ({"tp": 4}, {"tp": 8}, {}),
         ({"pp": 4, "stages_per_rank": 2}, {"pp": 4, "stages_per_rank": 3}, {"schedule": "interleaved_1f1b"}),
-        ({"pp": 1}, {"pp": 2}, {"stages_per_rank": 1, "schedule": "zbv_zero_bubble", "reshard": False}),
+        ({"pp": 1}, {"pp": 2}, {"stages_per_rank": 1, "schedule": "zbv_zero_bubble", "zero": 1}),
     ],
 )
 def test_how_far_an_axis_reaches(
@@ -323,7 +323,7 @@ def test_shares_of_pools_make_up_the_batch(share: int, wrong: bool) -> None:
 
 BASE = {
     **dict.fromkeys((*AXES, "ep", "etp", "stages_per_rank", "micro_batch"), 1),
-    "schedule": "1f1b", "cp_method": "gather", "recompute": 0, "compile": 0, "reshard": 0, "async_tp": 0,
+    "schedule": "1f1b", "cp_method": "gather", "recompute": 0, "compile": 0, "zero": 1, "async_tp": 0,
     "has_symmetric_memory": 0, "global_batch": 32, "seq_len": 64, "node_size": 8, "num_heads": 8,
     "num_kv_heads": 4, "num_layers": 8, "ffn": 64, "vocab_size": 64, "num_experts": 8, "expert_ffn": 32,
 }  # fmt: skip
@@ -402,9 +402,10 @@ EDGES: dict[str, list[tuple[dict[str, object], bool]]] = {
         *(({"pp": 2, "schedule": name, "compile": 1}, name not in APART) for name in SCHEDULES),
         ({"pp": 1, "schedule": V, "compile": 1}, True), ({"pp": 2, "schedule": V}, True),
     ],
-    "zero-bubble-keeps-weights": [
-        *(({"pp": 2, "schedule": name, "reshard": 1}, name not in APART) for name in SCHEDULES),
-        ({"pp": 1, "schedule": V, "reshard": 1}, True), ({"pp": 2, "schedule": V}, True),
+    "zero-bubble-divides-nothing": [
+        *(({"pp": 2, "schedule": name, "zero": 3}, name not in APART) for name in SCHEDULES),
+        ({"pp": 1, "schedule": V, "zero": 3}, True), ({"pp": 2, "schedule": V}, True),
+        ({"pp": 2, "schedule": V, "zero": 2}, False),
     ],
     "no-selective-zero-bubble": [
         *(({"pp": 2, "schedule": V, "recompute": kind}, kind != 1) for kind in (0, 1, 2)),

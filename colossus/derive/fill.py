@@ -23,11 +23,11 @@ from colossus.derive.machine import (
     check_ranks,
     derive_machine,
     derive_settings,
-    letting_go_pays,
     mean_rates,
     memory_bytes,
     micro_batch,
     state_bytes,
+    zero_level,
 )
 from colossus.derive.model import default_optimizer, derive_data, derive_model, follow_model
 from colossus.derive.origin import TUNING
@@ -156,7 +156,7 @@ def _plan_layout(job: Job, machine: Machine, ranks: int) -> Job:
 def _derive_layout(job: Job, machine: Machine) -> Job:
     share = -(-min(batch for _, batch in job.run.batch_schedule) // job.layout.dp)
     job = job.derive(**{"layout.micro_batch": micro_batch(job, share, machine)})
-    return job.derive(**{"layout.reshard": letting_go_pays(job, machine)})
+    return job.derive(**{"layout.zero": zero_level(job, machine)})
 
 
 def _derive_rest(job: Job) -> Job:

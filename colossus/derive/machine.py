@@ -27,7 +27,8 @@ from colossus.precision import torch_type
 from colossus.words import count, plural, size
 
 USABLE = 0.85  # of the minutes goes into training steps; the rest into validation, saving, compiling
-KEPT_WEIGHTS = 0.05  # of a rank's memory, that gathered weights may take through a step
+KEPT_WHOLE = 0.05  # of a rank's memory, that gathered weights, or sums of gradients, may take through a step
+SUM_BYTES = 4  # of a weight's gradient, summed over micro batches
 RANK_BYTES = 200 * 10**6  # of a process that has loaded PyTorch and the trainer: 232 MB on Linux, x86-64
 MEASURED_WIDTH = 1024  # rates hardly grow beyond it
 
@@ -248,12 +249,17 @@ def _is_scheduled(job: Job, micro_batch: int) -> bool:
     return all(rule.holds(row | {"global_batch": batch}) for rule in rules for batch in batches)
 
 
-def letting_go_pays(job: Job, machine: Machine) -> bool:
-    """Whether gathered weights are worth a second gathering: where they would take much memory. Stages of a
-    pipeline would gather theirs for every micro batch."""
-    layout = job.layout
-    gathered = num_parameters(job.model) * torch_type(job.precision.type).itemsize / layout.tp
-    return layout.pp == 1 and gathered > KEPT_WEIGHTS * memory_bytes(job, machine) / layout.num_ranks
+def zero_level(job: Job, machine: Machine) -> int:
+    """Of ZeRO, the least: weights and sums of gradients stay whole through a step where they take little
+    memory. Stages of a pipeline would gather theirs for every micro batch."""
+    spread = job.layout
+    if spread.pp > 1 and spread.schedule in layout.ZERO_BUBBLE:
+        return 1
+    little = KEPT_WHOLE * memory_bytes(job, machine) / spread.num_ranks
+    weights = num_parameters(job.model) / (spread.tp * spread.pp)
+    if spread.pp == 1 and weights * torch_type(job.precision.type).itemsize > little:
+        return 3
+    return 2 if weights * SUM_BYTES > little else 1
 
 
 def mean_rates(job: Job, machine: Machine) -> Callable[[Architecture], float]:

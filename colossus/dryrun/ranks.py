@@ -279,12 +279,12 @@ def _changes(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
     layout = job.layout
     order = ("none", "selective", "full")
     leaner = [name for name in order if order.index(name) > order.index(layout.recompute)]
-    tries: list[dict[str, Any]] = [{"reshard": True}] if not layout.reshard else []
+    tries: list[dict[str, Any]] = [{"zero": zero} for zero in range(layout.zero + 1, 4)]
     tries += [{"recompute": name} for name in leaner]
     if layout.micro_batch > 1:
         tries += [{"micro_batch": layout.micro_batch // 2}]
         tries += [{"micro_batch": 1, "recompute": name} for name in leaner]
-    tightest = {"recompute": "full", "micro_batch": 1, "reshard": True}
+    tightest = {"recompute": "full", "micro_batch": 1, "zero": 3}
     if layout.dp_replicate > 1 and layout.dp_replicate % 2 == 0 and not layout.pools:
         half = {"dp_replicate": layout.dp_replicate // 2, "dp_shard": layout.dp_shard * 2}
         tries += [half, half | tightest]

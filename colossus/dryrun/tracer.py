@@ -98,7 +98,7 @@ class Tracer(TorchDispatchMode):
             if formula is not None:
                 self.flops[self.phase] += formula(*args, **kwargs, out_val=out)
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                 self._see(tensor.untyped_storage(), self.use or self.phase)
         return out
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -38,7 +35,7 @@ def shard(model: Decoder, world: World, compute_dtype: torch.dtype) -> None:
             module,
             mesh=mesh,
             mp_policy=policy,
-            reshard_after_forward=layout.reshard and not keep,
+            reshard_after_forward=layout.zero == 3 and not keep,
             shard_placement_fn=chosen,
         )
         assert isinstance(module, FSDPModule)
@@ -74,9 +71,23 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-@contextlib.contextmanager
-def accumulate(model: nn.Module, *, last: bool) -> Iterator[None]:
-    """One backward pass of several: gradients cross ranks in the last one alone."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    yield
+def prepare_backward(model: nn.Module, zero: int, *, last: bool) -> None:
+    """For the backward pass of one micro batch of several: what `zero` (see `layout.Layout`) says stays whole
+    until the last one. Replicas always add up their sums after the last."""
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_is_last_backward(last)
+    model.set_requires_gradient_sync(last or zero >= 2)
+    model.set_requires_all_reduce(last)
+    model.set_reshard_after_backward(last or zero == 3)
+
+
+def end_backward(model: nn.Module, *, last: bool) -> None:
+    """After weights' gradients that were computed apart: FSDP, which waits for those of activations, takes
+    them as it does behind any backward pass."""
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    for state in states:
+        if (group := state._fsdp_param_group) is not None:
+            group.post_backward()
+    if last and states:
+        states[0]._root_post_backward_final_callback()

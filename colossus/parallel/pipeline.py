@@ -5,7 +5,8 @@ Every rank of a pipeline is given the same rows; activations and their gradients
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from colossus.job import Job
 from colossus.layout import ZERO_BUBBLE, Layout
 from colossus.models import Decoder
 from colossus.parallel.collectives import Group, all_reduce
+from colossus.parallel.data import end_backward, prepare_backward
 from colossus.parallel.world import World
 from colossus.perf.schedule import stages_of
 from colossus.perf.stages import stages
@@ -49,10 +51,86 @@ def own_stages(layout: Layout, rank: int) -> list[int]:
     return stages_of(layout.schedule, rank, layout.pp, layout.stages_per_rank)
 
 
+class _Whole(nn.Module):
+    """A stage in which PyTorch's pipelines see no FSDP, of which they know ZeRO's first level alone: they
+    would gather a stage at once, and sum its gradients after the last micro batch."""
+
+    def __init__(self, part: Decoder) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.part(*args, **kwargs)
+
+
 class _Stage(PipelineStage):
+    """Gives FSDP its say over each micro batch, and messages room while they are needed: PyTorch's own has
+    buffers for all micro batches of a step."""
+
+    def __init__(self, part: Decoder, zero: int, **known: Any) -> None:
+        super().__init__(_Whole(part), **known)
+        self._part, self._zero = part, zero
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        _let_go(self.args_recv_info[fwd_chunk_id])
+        return output
+
+    def backward_one_chunk(
+        self, chunk: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        prepare_backward(self._part, self._zero, last=last_backward)
+        super().backward_one_chunk(chunk, loss, full_backward, last_backward)
+        if not self.is_last:
+            _let_go(self.grad_recv_info[chunk])
+        elif full_backward:
+            loss.detach_()  # the schedule keeps it, and behind it lie the activations that were received
+
+    def backward_weight_one_chunk(self, chunk: int, last_backward: bool = False) -> None:
+        prepare_backward(self._part, self._zero, last=last_backward)
+        super().backward_weight_one_chunk(chunk, last_backward)
+        end_backward(self._part, last=last_backward)
+
+    def get_fwd_recv_ops(self, chunk: int) -> list[dist.P2POp]:
+        _make_room(self.args_recv_info[chunk], self.device)
+        return super().get_fwd_recv_ops(chunk)
+
+    def get_bwd_recv_ops(self, chunk: int) -> list[dist.P2POp]:
+        if not self.is_last:
+            _make_room(self.grad_recv_info[chunk], self.device)
+        return super().get_bwd_recv_ops(chunk)
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_room():
+            return super()._prepare_forward_infra(*args, **kwargs)
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_room():
+            return super()._prepare_backward_infra(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _without_room(self) -> Iterator[None]:
+        device, self.device = self.device, torch.device("meta")
+        yield
+        self.device = device
+
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         """Before PyTorch 2.13 a rank that has neighbouring stages greets itself, which gloo cannot."""
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+
+def _make_room(messages: Sequence[Any], device: torch.device) -> None:
+    for message in messages:
+        known = getattr(message, "buffer", None)  # not what the first stage is given by its caller
+        if known is not None and known.is_meta:
+            message.buffer = torch.empty_like(known, device=device).requires_grad_(known.requires_grad)
+
+
+def _let_go(messages: Sequence[Any]) -> None:
+    for message in messages:
+        known = getattr(message, "buffer", None)
+        if known is not None and not known.is_meta:
+            message.buffer = torch.empty_like(known, device="meta").requires_grad_(known.requires_grad)
 
 
 class Pipeline(nn.Module):
@@ -103,7 +181,7 @@ class Pipeline(nn.Module):
         losses: list[torch.Tensor] = []
         begin = (tokens_BT,) if 0 in self._indices else ()
         end = {"target": targets_BT, "losses": losses} if self.decoders[-1].is_last else {}
-        schedule.step(*begin, **end, **rows)
+        schedule.step(*begin, **end, **rows, return_outputs=False)
         for stage in stages_here:  # else its outputs keep the graph behind them, and us, until the next step
             stage.clear_runtime_states()
         for part in self.decoders:  # the first call of a schedule may try a pass
@@ -167,9 +245,10 @@ class Pipeline(nn.Module):
         loss = torch.empty(1, dtype=torch.promote_types(part.compute_dtype, torch.float32), device="meta")
         return _Stage(
             part,
-            index,
-            self._layout.num_stages,
-            self._device,
+            self._layout.zero,
+            stage_index=index,
+            num_stages=self._layout.num_stages,
+            device=self._device,
             input_args=(tokens if part.is_first else x,),
             output_args=(loss.requires_grad_() if part.is_last else x,),
             group=self._group,

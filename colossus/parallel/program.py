@@ -8,7 +8,7 @@ import torch
 
 from colossus.architecture import IGNORED
 from colossus.models import Decoder
-from colossus.parallel.data import accumulate
+from colossus.parallel.data import prepare_backward
 from colossus.parallel.grad_norm import clip
 from colossus.parallel.pipeline import Pipeline
 from colossus.parallel.world import World
@@ -22,6 +22,7 @@ def forward_backward(
     *,
     num_targets: float | torch.Tensor,
     num_tokens: int,
+    zero: int,
     z_loss: float = 0.0,
     between: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
@@ -33,6 +34,7 @@ def forward_backward(
     micro_batches: (tokens_BT, targets_BT, documents_BT or None) of this rank's rows. num_targets, num_tokens:
         of the global batch (targets may be counted on the device), by which loss and balance terms are
         divided once, so that accumulation, padding and the number of ranks leave loss and gradient alone.
+    zero: see `layout.Layout`; a pipeline knows its own.
     between: called between two micro batches, but of a pipeline; it may raise.
     """
 
@@ -48,10 +50,10 @@ def forward_backward(
     for index, (tokens_BT, targets_BT, documents_BT) in enumerate(micro_batches):
         if index:
             between()
-        with accumulate(model, last=index == len(micro_batches) - 1):
-            share = token_share(targets_BT)
-            loss, _ = model(tokens_BT, targets_BT, documents_BT, z_loss=z_loss, token_share=share)
-            (loss / num_targets.to(loss.dtype)).backward()
+        prepare_backward(model, zero, last=index == len(micro_batches) - 1)
+        share = token_share(targets_BT)
+        loss, _ = model(tokens_BT, targets_BT, documents_BT, z_loss=z_loss, token_share=share)
+        (loss / num_targets.to(loss.dtype)).backward()
         total += loss.detach()
     return total
 

@@ -133,9 +133,8 @@ def exact_pipeline(problem: Problem, row: Mapping[str, Any], made: Estimate, i: 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
     """A layout as values of `layout.Layout`."""
-    zero = row.pop("zero")
     row.pop("sp")
-    row["reshard"] = bool(zero >= 3)
+    row["zero"] = int(row["zero"])
     row["compile"], row["async_tp"] = bool(row["compile"]), bool(row["async_tp"])
     if row["recompute"] == "none":
         row["recompute_layers"] = None

@@ -21,7 +21,7 @@ class Layouts:
     """N layouts. See `layout.Layout`; beside its fields:
 
     zero: what is sharded over dp_shard: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too,
-        gathered for each use (`reshard`). Without dp_shard it means nothing.
+        gathered for each use. Without dp_shard it means nothing.
     sp: 1 where tokens outside the products are spread over tp (the trainer always does).
     recompute: 0 none, 1 selective, 2 full; of the first `recompute_layers` layers of a stage, `ALL` of all.
     """

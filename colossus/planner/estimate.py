@@ -342,7 +342,7 @@ class _Estimate:
         }
         size = 4.0 if self.problem.precision == "fp32" else 2.0
         gradient = self.software.gradient_bytes
-        gather, scatter, everywhere = (np.zeros(len(index)) for _ in range(3))
+        gather, scatter, replicated, everywhere = (np.zeros(len(index)) for _ in range(4))
         for count, within, across in ((dense, "fsdp", "dp"), (routed, "experts", "experts_dp")):
             if not count.any():
                 continue
@@ -351,7 +351,7 @@ class _Estimate:
             scatter = scatter + messages("reduce_scatter", count * gradient, groups[within])
             shard = count * gradient / groups[within].size
             replicas = groups["dp_replicate"]
-            scatter = scatter + messages("all_reduce", shard, replicas)
+            replicated = replicated + messages("all_reduce", shard, replicas)
             everywhere = everywhere + messages("all_reduce", count * gradient, groups[across])
         m = self.micro_batches[index]
         # A processor's ranks compute with the same cores that carry their messages.
@@ -359,6 +359,10 @@ class _Estimate:
         hides_sums = 1.0 if apart and self.software.overlaps_gradients else 0.0
         hides_weights = 1.0 if apart and self.software.overlaps_weights else 0.0
         back = work.recompute + work.backward + work.weights
+        ours = self.software.casts_weights
+        late = _exposed(replicated, hides_sums * back, layers) if ours else 0.0  # after the last micro-batch
+        every_time = scatter if ours else scatter + replicated
+        scatter = scatter + replicated
         once = np.where(
             zero >= 1,
             _exposed(scatter, hides_sums * back, layers)
@@ -370,23 +374,32 @@ class _Estimate:
             m
             * (
                 _exposed(gather, hides_weights * work.forward, layers, first=False)
-                + _exposed(gather + scatter, hides_sums * back, layers, first=False)
+                + _exposed(gather + every_time, hides_sums * back, layers, first=False)
             )
-            + (gather + scatter) / layers
+            + (gather + every_time) / layers
+            + late
         )
+        if ours:  # ZeRO-2 sums each micro-batch's gradients, too
+            sums = m * _exposed(every_time, hides_sums * back, layers, first=False) + every_time / layers
+            gathered = _exposed(gather, hides_weights * work.forward, layers)
+            once = np.where(zero >= 2, sums + late + gathered, once)
         shards = np.where(zero >= 1, 1.0, 0.0)
         dense_shards = np.where(shards > 0, groups["fsdp"].size, 1.0)
         routed_shards = np.where(shards > 0, groups["experts"].size, 1.0)
         updated = dense / dense_shards + routed / routed_shards
-        touched = np.where(zero >= 2, updated, dense + routed)  # gradients: scaled, measured, set to zero
+        # gradients: scaled, measured, set to zero
+        touched = np.where((zero >= 2) | ours, updated, dense + routed)
         update = self.pricer.update(updated, touched)
         if self.problem.optimizer == "muon":
             update = update + muon_seconds(
                 self.problem.arch, layouts, made, self.pricer, self.problem.precision, groups
             )
-        if self.software.casts_weights:  # the others' products add to what is there
+        if ours:  # the others' products add to what is there
             part = self.pricer.hardware.accelerator
-            update = update + (m - 1) * (dense + routed) * ACCUMULATE_BYTES / part.copy * part.shared_by
+            divided = (zero >= 2) & (groups["fsdp"].size > 1)
+            added = np.where(divided, updated, dense + routed) * ACCUMULATE_BYTES
+            copied = np.where(divided, dense + routed, 0.0) * (size + gradient)
+            update = update + (m - 1) * (added + copied) / part.copy * part.shared_by
         return np.where(zero >= 3, every, once), update
 
     # ------------------------------------------------------------------ the waterfall

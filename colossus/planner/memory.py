@@ -159,7 +159,9 @@ def _of_ranks(
     if software.fp32_weights:
         # fp32 weights, their gradients and two moments, all sharded; products read gathered copies
         weights = np.where(zero >= 1, shards, everything) * 4
-        gradients = np.where(zero >= 2, shards, everything) * 4
+        # Sums of one micro-batch alone are never whole: each layer's are divided as soon as they are made.
+        divided = (zero >= 2) | (software.measured & (micro_batches == 1))
+        gradients = np.where(divided, shards, everything) * 4
         optimizer = np.where(zero >= 1, shards, everything) * 8
         live = np.where(zero >= 3, np.minimum(1.0, LIVE_LAYERS / layers), 1.0)
         copied = everything - edges if software.measured else everything

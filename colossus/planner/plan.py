@@ -37,7 +37,7 @@ TOKENS_A_WEIGHT = 20  # of a whole run, where the job names no length (arXiv 220
 FAR_BEYOND = 1.5  # times the most memory of any accelerator, more than which is no advice
 USUAL_MFU = 0.4  # by which a run of minutes gets its batch, before its step is known
 FIELDS = ("dp_replicate", "dp_shard", "tp", "pp", "cp", "ep", "etp", "schedule", "stages_per_rank",
-          "micro_batch", "recompute", "reshard")  # fmt: skip
+          "micro_batch", "recompute", "zero")  # fmt: skip
 PUBLISHED_REACH = 4.0  # a published run counts as near up to so many times the size
 
 
@@ -266,9 +266,7 @@ def _band(problem: Problem, layout: Layouts, *, here: bool) -> Band:
 
 def layouts_of_row(row: Mapping[str, Any]) -> Layouts:
     """One layout as columns."""
-    return Layouts.of(
-        [{**row, "recompute": RECOMPUTE[row["recompute"]], "zero": 3.0 if row["reshard"] else 2.0}]
-    )
+    return Layouts.of([{**row, "recompute": RECOMPUTE[row["recompute"]]}])
 
 
 def _ranks(job: Job) -> int:

@@ -70,7 +70,7 @@ def layouts_of(problem: Problem, count: int, limits: Limits, *, compiled: bool) 
 
 def legal(problem: Problem, layouts: Layouts, compiled: bool) -> Layouts:
     """Those that break no rule."""
-    row = {**layouts.columns, **facts_of(problem, compiled), "reshard": (layouts["zero"] >= 3).astype(int)}
+    row = {**layouts.columns, **facts_of(problem, compiled)}
     holds = np.ones(len(layouts), dtype=bool)
     for number, shape in enumerate(problem.occurring()):
         for rule in RULES:
@@ -142,7 +142,7 @@ class _Space:
         micro = range(1, MOST_MICRO_BATCH + 1) if self.every else MICRO_BATCHES
         shared: Mapping[str, Sequence[Any]] = {
             "micro_batch": self.choice("micro_batch", micro),
-            "zero": [2.0, 3.0] if self.fixed.get("reshard") is None else [2.0 + bool(self.fixed["reshard"])],
+            "zero": self.choice("zero", (1, 2, 3)),
             "recompute": self.recompute(),
         }
         schedules: dict[int, Grid] = {}

@@ -35,7 +35,7 @@ MAY_CHANGE = (
     "run.prompt",
     "fleet.",
 )
-FOLLOWS_LAYOUT = ("layout.micro_batch", "layout.stages_per_rank", "layout.reshard")
+FOLLOWS_LAYOUT = ("layout.micro_batch", "layout.stages_per_rank", "layout.zero")
 FROM_NOW_ON = {  # words that mean the steps to come, and the schedule that tells of the others
     "run.global_batch": "run.batch_schedule",
     "data.seq_len": "data.phases",

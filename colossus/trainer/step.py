@@ -129,6 +129,7 @@ def train_step(
         micro_batches(batch, job.layout.of_replica(world.place.dp_replicate).micro_batch),
         num_targets=num_targets,
         num_tokens=batch.num_tokens_global,
+        zero=job.layout.zero,
         z_loss=job.optimizer.z_loss,
         between=between,
     )

@@ -55,7 +55,7 @@ def test_without_auto_nothing_is_planned() -> None:
         (["layout.tp=2", "fleet.count=4"], 4),
         (["fleet.count=4", "layout.cp_method=ulysses", "layout.micro_batch=1"], 4),
         (["layout.schedule=interleaved_1f1b"], 1),
-        (["layout.compile=false", "layout.recompute=full", "layout.reshard=true", "fleet.count=2"], 2),
+        (["layout.compile=false", "layout.recompute=full", "layout.zero=3", "fleet.count=2"], 2),
     ],
 )
 def test_what_was_asked_for_stays(words: list[str], ranks: int) -> None:

@@ -6,8 +6,11 @@ import dataclasses
 
 import pytest
 
+from colossus.architecture import parameter_table
+from colossus.dryrun.rank import Traced
 from colossus.dryrun.tracer import Message
 from colossus.job import Job
+from colossus.layout import ONE_STAGE, SCHEDULES
 from tests.dryrun.programs import allocated, dry, really
 from tests.ranks.cases import Case
 from tests.ranks.pool import Pool
@@ -71,6 +74,46 @@ def test_the_first_step_is_like_all_others(case: Case, pool: Pool) -> None:
     assert dataclasses.replace(first, seconds=0, num_operators=0) == dataclasses.replace(
         second, seconds=0, num_operators=0
     )
+
+
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "gpipe"])
+def test_a_pipeline_keeps_no_more_of_more_micro_batches(schedule: str, pool: Pool) -> None:
+    """No message, no output, no graph behind a loss: only the figures of each."""
+    per_rank = 1 if schedule in ONE_STAGE else 2
+    changed = {"hidden_size": 64, "num_layers": 4}
+
+    def peaks(num_micro_batches: int) -> list[int]:
+        case = Case.of(changed, pp=2, schedule=schedule, stages_per_rank=per_rank, batch=num_micro_batches,
+                       seq_len=32, type="fp32")  # fmt: skip
+        traced = [pool.run(1, dry, case.job(), rank)[0] for rank in range(2)]
+        return [found.peak.num_bytes - found.at_rest["batch"] for found in traced]
+
+    activation = 32 * 64 * 4
+    for few, many in zip(peaks(8), peaks(16), strict=True):
+        assert many - few < activation  # of eight micro batches more
+
+
+def test_what_zero_divides(pool: Pool) -> None:
+    """Of a model that is large beside its activations, on four ranks and over four micro batches."""
+
+    def traced(zero: int) -> Traced:
+        case = Case.of(LARGE, dp_shard=4, seq_len=16, batch=16, type="fp32", zero=zero)
+        return pool.run(1, dry, case.job(), 0)[0]
+
+    first, second, third = (traced(zero) for zero in (1, 2, 3))
+    weights = sum(p.numel for p in parameter_table(Case.of(LARGE).arch)) * 4
+    assert first.at_rest == second.at_rest == third.at_rest
+    assert first.peak.by_use["gathered weights"] == pytest.approx(weights, rel=0.01)
+    assert second.peak.by_use["gathered weights"] == pytest.approx(weights, rel=0.01)
+    assert third.peak.by_use["gathered weights"] < 0.6 * weights
+    assert first.peak.num_bytes > second.peak.num_bytes > third.peak.num_bytes
+    sums = [
+        said
+        for found in (first, second, third)
+        for (_, operation, _), said in found.said().items()
+        if operation == "_reduce_scatter_base_"
+    ]
+    assert sums[1] == sums[2] == tuple(4 * number for number in sums[0])
 
 
 LARGE = {

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from colossus.layout import Layout
+from colossus.measure.counter import flop_counter
 from colossus.models import build
-from colossus.parallel.data import accumulate, shard
+from colossus.parallel.data import prepare_backward, shard
 from colossus.parallel.world import World
+from tests.dryrun.programs import Listener
 from tests.models.reference import architecture, random_tokens
 from tests.parallel.real_ranks import in_ranks
 
@@ -47,31 +52,48 @@ def test_gradients_in_bf16_are_summed_in_fp32(axis: str) -> None:
     assert min(shares.values()) > 0.9, shares
 
 
-def gradients_by_pass(layout: Layout) -> tuple[list[int], float]:
-    """After each of 3 passes, how many parameters have a gradient; how far the last ones are from those of
-    one pass over all tokens, in parts of the largest."""
+def gradients_by_pass(layout: Layout, zero: int) -> tuple[list[int], dict[str, int], float]:
+    """After each of 3 passes, how many parameters have a sum of gradients; how often ranks said what; how far
+    the last sums are from those of one pass over all tokens, in parts of the largest."""
     counts, errors = [], []
-    with World.join(layout, "cpu") as world:
+    with World.join(layout.model_copy(update={"zero": zero}), "cpu") as world:
         arch = architecture(num_layers=1)
         model, whole = build(arch, seed=0), build(arch, seed=0)
         for each in (model, whole):
             shard(each, world, torch.float32)
         tokens_BT = random_tokens(arch, 3, 8, seed=world.rank)
-        for i in range(3):
-            with accumulate(model, last=i == 2):
+        with Listener(flop_counter().flop_registry) as heard:
+            for i in range(3):
+                prepare_backward(model, zero, last=i == 2)
                 loss, _ = model(tokens_BT[i : i + 1], tokens_BT[i : i + 1].roll(-1, 1))
                 loss.backward()
-            counts.append(sum(p.grad is not None for p in model.parameters()))
+                counts.append(sum(p.grad is not None for p in sharded_parameters(model)))
         loss, _ = whole(tokens_BT, tokens_BT.roll(-1, 1))
         loss.backward()
         for one, other in zip(model.parameters(), whole.parameters(), strict=True):
             assert isinstance(one.grad, DTensor) and isinstance(other.grad, DTensor)
             found, expected = one.grad.full_tensor(), other.grad.full_tensor()
             errors.append(float((found - expected).abs().max() / expected.abs().max()))
-    return counts, max(errors)
+    said = Counter(message.operation for message in heard.messages)
+    return counts, dict(said), max(errors)
 
 
-def test_gradients_of_micro_batches_cross_ranks_once() -> None:
-    for counts, error in in_ranks(2, gradients_by_pass, Layout(dp_shard=2, dp_replicate=1)):
-        assert counts[:2] == [0, 0] and counts[2] >= 9
+def sharded_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Gathered or not."""
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    return [p.sharded_param for state in states for p in state._fsdp_param_group.fsdp_params]
+
+
+# A layer, which ZeRO-3 gathers for both passes, and what is around it, for which the passes follow at once.
+@pytest.mark.parametrize(("zero", "gathered", "summed"), [(1, 2, 2), (2, 2, 6), (3, 9, 6)])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_what_is_whole_through_the_micro_batches_of_a_step(
+    replicas: int, zero: int, gathered: int, summed: int
+) -> None:
+    layout = Layout(dp_shard=2, dp_replicate=replicas)
+    for counts, said, error in in_ranks(2 * replicas, gradients_by_pass, layout, zero):
+        some = 0 if zero == 1 or replicas == 2 else counts[2]
+        assert counts[:2] == [some, some] and counts[2] >= 9
+        assert said.pop("_allgather_base_") == gathered and said.pop("_reduce_scatter_base_") == summed
+        assert said == ({"allreduce_": 2} if replicas == 2 else {})  # at the end of the step
         assert error < 1e-5

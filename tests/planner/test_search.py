@@ -52,8 +52,8 @@ def everything(made, compiled):
             asked = row | model_row(arch)
             asked |= {"global_batch": made.global_batch, "seq_len": made.seq_len, "node_size": 8,
                       "has_symmetric_memory": 0}  # fmt: skip
-            for again, zero in product((0, 1, 2), (2, 3)):
-                asked |= {"recompute": again, "reshard": int(zero == 3)}
+            for again, zero in product((0, 1, 2), (1, 2, 3)):
+                asked |= {"recompute": again, "zero": zero}
                 if all(rule.holds(asked) for rule in RULES):
                     rows.append(row | {"recompute": float(again), "zero": float(zero)})
     return Layouts.of(rows)
@@ -94,7 +94,7 @@ def test_columns_and_rows_agree_on_what_is_legal():
     for i in rng.integers(0, len(space), 60):
         row = space.row(int(i)) | model_row(made.arch)
         row |= {"global_batch": 48, "seq_len": made.seq_len, "node_size": 8, "has_symmetric_memory": 0}
-        row |= {"recompute": RECOMPUTES.index(row["recompute"]), "reshard": int(row["zero"] >= 3)}
+        row |= {"recompute": RECOMPUTES.index(row["recompute"])}
         assert all(rule.holds(row) for rule in RULES)
 
 

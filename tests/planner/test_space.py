@@ -17,7 +17,7 @@ from tests.perf.tiny import tiny
 from tests.planner.problems import problem
 
 NAMES = ("tp", "cp", "pp", "dp_replicate", "dp_shard", "ep", "etp", "schedule", "stages_per_rank",
-         "micro_batch", "reshard")  # fmt: skip
+         "micro_batch", "zero")  # fmt: skip
 
 
 def small(count: int, seq_len: int, batch: int, preset: str = "llama3.1-8b", **changed: object):
@@ -39,7 +39,7 @@ def by_hand(made, compiled: bool = True) -> set[tuple[object, ...]]:
             continue
         schedules = ["1f1b"] if pp == 1 else [s for s in SCHEDULES if s != "gpipe"]
         eps, etps = (range(1, 9), sizes) if experts else ([1], [1])
-        several = [0, 1] if shard * cp > 1 else [0]
+        several = [1, 2, 3] if shard * cp > 1 else [1]
         for row in product(eps, etps, schedules, range(1, MOST_STAGES + 1), range(1, MOST_MICRO_BATCH + 1),
                            several):  # fmt: skip
             values = (tp, cp, pp, replicate, shard, *row)
@@ -50,8 +50,7 @@ def by_hand(made, compiled: bool = True) -> set[tuple[object, ...]]:
 
 
 def rows(space: Layouts) -> set[tuple[object, ...]]:
-    columns = [space[name].tolist() for name in NAMES[:-1]]
-    return set(zip(*columns, (space["zero"] - 2).astype(int).tolist(), strict=True))
+    return set(zip(*(space[name].tolist() for name in NAMES), strict=True))
 
 
 @pytest.mark.parametrize(

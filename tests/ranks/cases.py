@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from colossus.architecture import Architecture
 from colossus.job import Job
-from colossus.layout import Layout
+from colossus.layout import ZERO_BUBBLE, Layout
 from colossus.models.box import box, local
 from colossus.models.init import logical_name
 from colossus.parallel.program import clip_gradients, forward_backward
@@ -121,7 +121,8 @@ class Case:
     def job(self) -> Job:
         """Without a layout: of one rank that takes the batch at once."""
         values = DEFAULTS | {"micro_batch": 1 if self.layout else self.batch} | dict(self.layout)
-        values.setdefault("reshard", values["pp"] == 1)
+        apart = values["pp"] > 1 and values["schedule"] in ZERO_BUBBLE
+        values.setdefault("zero", 1 if apart else 3 if values["pp"] == 1 else 2)
         return Job(
             model=self.arch,
             data=Data(seq_len=self.seq_len),
@@ -185,6 +186,7 @@ def _step(case: Case, job: Job, world: World, state: TrainState, step: int, resu
         _micro_batches(job, world, tokens, targets, documents),
         num_targets=num_targets,
         num_tokens=num_tokens,
+        zero=job.layout.zero,
         z_loss=job.optimizer.z_loss,
     )
     if step == 0:

@@ -122,9 +122,19 @@ OPTIONS = [
     Case.of(dp_shard=2, ep=2, batch=3, micro_batch=2, **EXPERTS),
     Case.of({"experts.num_experts": 9}, dp_shard=3, ep=3, **EXPERTS),
     Case.of(dp_shard=2, micro_batch=4),
-    Case.of(dp_shard=2, micro_batch=2, reshard=False),
     Case.of(dp_shard=2, ep=2, micro_batch=2, **EXPERTS),
     Case.of(pp=2, micro_batch=2, **EXPERTS),
+    # What is whole through a step.
+    Case.of(dp_shard=2, zero=1),
+    Case.of(dp_shard=2, zero=2),
+    Case.of(dp_replicate=2, dp_shard=2, zero=1),
+    Case.of(dp_replicate=2, dp_shard=2, zero=2),
+    Case.of(dp_shard=2, tp=2, ep=4, zero=2, **EXPERTS),
+    Case.of(dp_shard=2, pp=2, zero=1),
+    Case.of(dp_shard=2, pp=2, zero=3, recompute="full"),
+    Case.of(dp_shard=2, **V, schedule="interleaved_1f1b", zero=3, **EXPERTS),
+    Case.of(dp_replicate=2, dp_shard=2, pp=2, zero=2),
+    Case.of(dp_replicate=2, **V, schedule="dualpipe_v"),
     # Documents that end within samples.
     Case.of(dp_shard=2, packed=True),
     Case.of(tp=2, packed=True, micro_batch=4),
@@ -250,7 +260,7 @@ def _drawn(draw: random.Random) -> Case:
         "cp_method": one(("gather", "ulysses")),
         "micro_batch": one((1, 1, 2)),
         "recompute": one(("none", "none", "selective", "full")),
-        "reshard": layout["pp"] == 1 or (schedule not in ZERO_BUBBLE and draw.random() < 0.5),
+        "zero": one((1,) if layout["pp"] > 1 and schedule in ZERO_BUBBLE else (1, 2, 3)),
     }
     return Case.of(
         changed,

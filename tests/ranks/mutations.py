@@ -265,7 +265,7 @@ def _() -> Patches:
     yield replaced(pipeline, "_as_decoder_takes", forgetful)
 
 
-@mutation("zero bubble lets go of gathered weights", Case.of(**ZERO_BUBBLE, dp_shard=2, reshard=True))
+@mutation("zero bubble lets go of gathered weights", Case.of(**ZERO_BUBBLE, dp_shard=2, zero=3))
 def _() -> Patches:
     yield from ()
 

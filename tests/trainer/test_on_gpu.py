@@ -36,7 +36,7 @@ def job_of(preset: str, optimizer: str, kind: str) -> Job:
         model=tiny(preset, vocab_size=64, intermediate_size=48),
         data=Data(seq_len=TOKENS),
         optimizer=Optimizer(name=optimizer, **RATES),
-        layout=Layout(**(DEFAULTS | {"micro_batch": 2, "reshard": True})),
+        layout=Layout(**(DEFAULTS | {"micro_batch": 2, "zero": 3})),
         precision=Precision(type=kind),
         run=RunSection(seed=7, global_batch=ROWS),
     )

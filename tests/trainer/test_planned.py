@@ -53,7 +53,7 @@ def test_another_layout_is_planned_around_what_is_asked_for_then(small_job: Make
     two = resumed("layout.pp=2")
     assert two.layout.num_ranks == two.layout.pp == 2 and two.origins["layout.pp"] == "argument"
     assert two.made[PREDICTED[0]] != job.made[PREDICTED[0]]
-    others = [name for name in FIELDS if name not in ("micro_batch", "reshard")]
+    others = [name for name in FIELDS if name not in ("micro_batch", "zero")]
     every = [f"layout.{name}={getattr(job.layout, name)}".lower() for name in others]
     fixed = resumed(*every, "layout.micro_batch=2")
     assert fixed.layout.micro_batch == 2 and PREDICTED[0] in fixed.made

@@ -163,6 +163,7 @@ def _warm_up(training: Training) -> None:
             micro_batches(batch, micro_batch),
             num_targets=max(1, batch.num_targets),
             num_tokens=batch.num_tokens_global,
+            zero=job.layout.zero,
             z_loss=job.optimizer.z_loss,
         )
     finally:
