@@ -22,8 +22,9 @@ MAKE_ENVIRONMENT = $(PYTHON) tools/environment.py
 train: .venv/.base
 	.venv/bin/python -m colossus train $(ARGS)
 
+# Tests wait about as often as they compute: three of them keep two cores busy.
 test: .venv/.test
-	.venv/bin/python -m pytest -n 2 $(ARGS)
+	.venv/bin/python -m pytest -n 3 $(ARGS)
 
 lint: .venv/.lint
 	.venv/bin/ruff check .

@@ -26,7 +26,7 @@ HERE = {
     "five axes": [matrix.FIVE_AXES],
     "families": [*matrix.FAMILIES[::2], matrix.FAMILIES[3]],  # a norm over all heads
     "options": matrix.OPTIONS,
-    "contexts": list(matrix.CONTEXTS.values())[1::2],
+    "contexts": list(matrix.CONTEXTS.values())[1::4],
     "fp32": matrix.IN_FP32[1::2],
     "bf16": matrix.IN_BF16[2:4],
     # each rank compiles for itself: two of them
