@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -72,26 +69,3 @@ def _joined(runs: Runs) -> Runs:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part itself; shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The logical tensor of which `part` is what this rank holds, as it holds its part of `like`; every rank
-    that has a part calls it. Axis by axis in the order of the mesh, in which FSDP cut what others had cut."""
-    if not isinstance(like, DTensor):
-        return part
-    mesh, sizes = like.device_mesh, list(box(like)[1])
-    for axis, placement in enumerate(like.placements):
-        if placement.is_replicate() or mesh.size(axis) == 1:
-            continue
-        dim: int = getattr(placement, "dim")  # noqa: B009
-        later = [
-            getattr(p, "dim", None) == dim and mesh.size(a) for a, p in enumerate(like.placements) if a > axis
-        ]
-        sizes[dim] = like.shape[dim] // math.prod(size for size in later if size)
-        each = -(-sizes[dim] // mesh.size(axis))
-        padded = part.new_zeros([each if d == dim else n for d, n in enumerate(part.shape)])
-        padded.narrow(dim, 0, part.shape[dim]).copy_(part)
-        gathered = [torch.empty_like(padded) for _ in range(mesh.size(axis))]
-        dist.all_gather(gathered, padded, group=mesh.get_group(axis))
-        part = torch.cat(gathered, dim=dim).narrow(dim, 0, sizes[dim])
-    return part

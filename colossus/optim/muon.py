@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
-from colossus.models.box import box, local, whole
+from colossus.models.box import local
+from colossus.optim.owners import Matrix, at_owners, matrix_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at zero, all values to [0.7, 1.2]
 ITERATIONS = 5
@@ -21,8 +22,8 @@ RMS = 0.2
 
 
 class Muon:
-    """Updates matrices [out, in] and stacks of them [..., out, in], sharded or not. State: one fp32 momentum
-    a parameter.
+    """Updates matrices [out, in] and stacks of them [X, out, in], sharded or not. State: one fp32 momentum a
+    parameter. Each matrix is made orthogonal once, by one of the ranks that share it.
 
     matmul_type: of the orthogonalisation's products, the quickest of the machine.
     """
@@ -39,6 +40,12 @@ class Muon:
         self.momentum = [torch.zeros_like(p) for p in self.parameters]
         self.follow(lr, momentum, weight_decay)
         self._matmul_type = matmul_type
+        self._matrices: list[Matrix] = []
+        self._places: list[tuple[int, Any]] = []  # of each: its parameter, and where in this rank's part
+        for number, parameter in enumerate(self.parameters):
+            places = range(len(local(parameter))) if parameter.ndim == 3 else [...]
+            self._matrices += [matrix_of(parameter)] * len(places)
+            self._places += [(number, place) for place in places]
 
     def follow(self, lr: float, momentum: float, weight_decay: float) -> None:
         """From the next update on, these hold."""
@@ -51,37 +58,29 @@ class Muon:
             taken = torch.ones((), dtype=torch.bool, device=local(self.parameters[0]).device)
         lr = self._lr * lr_factor
         keep = 1 - lr * self._weight_decay * taken.double()  # of a weight
-        by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for parameter, momentum in zip(self.parameters, self.momentum, strict=True):
             assert parameter.grad is not None
-            grad, kept = local(parameter.grad), local(momentum)
-            kept.copy_(torch.where(taken, kept.lerp(grad, 1 - self._beta), kept))
-            nesterov = grad.lerp(kept, self._beta)
-            if _holds_matrices(parameter):
-                update = orthogonalised(nesterov, self._matmul_type)
-                self._apply(lr, local(parameter), torch.where(taken, update, 0), keep)
-                continue
-            by_shape.setdefault(tuple(parameter.shape), []).append((parameter, whole(nesterov, parameter)))
-        for pairs in by_shape.values():
-            matrices = torch.stack([update for _, update in pairs])
-            flat_NOI = matrices.flatten(0, -3)  # stacks of experts too
-            updates = orthogonalised(flat_NOI, self._matmul_type).view_as(matrices)
-            for (parameter, _), update in zip(pairs, updates, strict=True):
-                part = torch.where(taken, _part(update, parameter), 0)
-                self._apply(lr, local(parameter), part, keep, max(parameter.shape[-2:]))
+            kept = local(momentum)
+            kept.copy_(torch.where(taken, kept.lerp(local(parameter.grad), 1 - self._beta), kept))
+        for index, update in at_owners(self._matrices, self._nesterov, self._orthogonalised):
+            number, place = self._places[index]
+            parameter = self.parameters[number]
+            size = lr * RMS * math.sqrt(max(parameter.shape[-2:]))
+            local(parameter)[place].mul_(keep).add_(torch.where(taken, update, 0), alpha=-size)
 
-    def _apply(
-        self, lr: float, here: torch.Tensor, update: torch.Tensor, keep: torch.Tensor, side: int = 0
-    ) -> None:
-        """side: the larger one of the whole matrix; of the update's where it is not given."""
-        size = lr * RMS * math.sqrt(side or max(update.shape[-2:]))
-        here.mul_(keep).add_(update, alpha=-size)
+    def _nesterov(self, index: int) -> torch.Tensor:
+        """This rank's part of what is made orthogonal."""
+        number, place = self._places[index]
+        grad = self.parameters[number].grad
+        assert grad is not None
+        return local(grad)[place].lerp(local(self.momentum[number])[place], self._beta)
+
+    def _orthogonalised(self, matrices_NOI: torch.Tensor) -> torch.Tensor:
+        return orthogonalised(matrices_NOI, self._matmul_type)
 
 
 def orthogonalised(matrices_NOI: torch.Tensor, matmul_type: torch.dtype) -> torch.Tensor:
     """Each matrix, its singular values brought near 1 by Newton-Schulz iterations; type and shape stay."""
-    if not len(matrices_NOI):  # more ranks than experts
-        return matrices_NOI
     a, b, c = COEFFICIENTS
     tall = matrices_NOI.shape[1] > matrices_NOI.shape[2]
     x = matrices_NOI.mT if tall else matrices_NOI
@@ -90,16 +89,3 @@ def orthogonalised(matrices_NOI: torch.Tensor, matmul_type: torch.dtype) -> torc
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices_NOI.dtype)
-
-
-def _holds_matrices(tensor: torch.Tensor) -> bool:
-    """Whether it is a stack of which this rank holds whole matrices."""
-    if tensor.ndim != 3 or not isinstance(tensor, DTensor):
-        return tensor.ndim == 3
-    return box(tensor)[1][1:] == tuple(tensor.shape[1:])
-
-
-def _part(matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a matrix that all ranks hold."""
-    offset, shape = box(like)
-    return matrix[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]

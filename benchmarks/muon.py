@@ -1,0 +1,132 @@
+"""What an update of Muon takes on four ranks whose matrices have owners, beside ranks that each do all.
+
+The peer is what Muon over FSDP2 does where nothing is shared out: every rank gathers every matrix and makes
+all of them orthogonal, those of one shape at once. Both update the same model of 25M parameters from the same
+gradients, in turns; what they write is compared. Ranks have one thread each and share this machine's cores.
+
+    python -m benchmarks.muon [--quick] [--out FILE] [--turns N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+
+from benchmarks.overhead import job_of
+from benchmarks.ranks import Ranks
+from colossus.architecture import num_parameters
+from colossus.job import Job
+from colossus.measure.machine import this_machine
+from colossus.models.box import local
+from colossus.optim.muon import Muon, orthogonalised
+from colossus.optim.owners import at_owners
+from colossus.parallel.apply import build
+from colossus.parallel.world import World
+from colossus.perf.receipts import Figure, print_figures, write_receipt
+from colossus.precision import torch_type
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "FSDP2 over 4 ranks": {"dp_shard": 4},
+    "4 copies": {"dp_replicate": 4},
+}
+GOAL = ">= 3"
+
+
+def everywhere(muon: Muon, matmul_type: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+    """As `at_owners`, by every rank for itself."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for index, parameter in enumerate(muon.parameters):
+        by_shape.setdefault(parameter.shape, []).append(index)
+    for indices in by_shape.values():
+        wholes = []
+        for index in indices:
+            mesh, places = spread(muon.parameters[index])
+            wholes.append(DTensor.from_local(muon._nesterov(index), mesh, places).full_tensor())
+        for index, made in zip(indices, orthogonalised(torch.stack(wholes), matmul_type), strict=True):
+            mesh, places = spread(muon.parameters[index])
+            yield index, distribute_tensor(made, mesh, places, src_data_rank=None).to_local()
+
+
+def spread(parameter: torch.Tensor) -> tuple[DeviceMesh, tuple[Placement, ...]]:
+    assert isinstance(parameter, DTensor)
+    return parameter.device_mesh, parameter.placements
+
+
+@contextlib.contextmanager
+def rank(job: Job, kind: str) -> Iterator[Callable[[str], tuple[float, float]]]:
+    """In a process: gives what makes all updates by "owners" or "everywhere"; (seconds, how far the last are
+    from those of the other way, in parts of the largest) is its answer."""
+    torch.set_num_threads(1)
+    matmul_type = torch_type(kind)
+    with World.join(job.layout, "cpu") as world:
+        model = build(job, world)
+        weights = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+        muon = Muon(weights, lr=1e-2, momentum=0.95, weight_decay=0.1, matmul_type=matmul_type)
+        for parameter in weights:
+            parameter.grad = parameter.detach().clone()
+        last: dict[str, dict[int, torch.Tensor]] = {}
+
+        @torch.no_grad()
+        def act(way: str) -> tuple[float, float]:
+            world.sum([0.0])  # all begin together
+            began = time.perf_counter()
+            if way == "owners":
+                work = partial(orthogonalised, matmul_type=matmul_type)
+                last[way] = dict(at_owners(muon._matrices, muon._nesterov, work))
+            else:
+                last[way] = dict(everywhere(muon, matmul_type))
+            seconds = time.perf_counter() - began
+            ones, others = last[way], next((made for name, made in last.items() if name != way), last[way])
+            far = max(float((ones[i] - others[i]).abs().max() / ones[i].abs().max()) for i in ones)
+            assert all(ones[i].shape == local(weights[i]).shape for i in ones)
+            return seconds, far
+
+        yield act
+
+
+def measure(quick: bool, turns: int) -> list[Figure]:
+    kind = this_machine().best.type
+    figures: list[Figure] = []
+    for name, layout in LAYOUTS.items():
+        job = job_of(quick, kind, False, layout | {"zero": 1, "micro_batch": 1})
+        if not figures:
+            figures.append(Figure("parameters", num_parameters(job.model), "parameters"))
+        with Ranks(job.layout.num_ranks, rank, job, kind) as ranks:
+            for way in ("owners", "everywhere"):
+                ranks.all(way)
+            pairs, far = [], 0.0
+            for _ in range(turns):
+                answers = [ranks.all(way) for way in ("owners", "everywhere")]
+                pairs.append(tuple(max(seconds for seconds, _ in answer) for answer in answers))
+                far = max(far, *(each for answer in answers for _, each in answer))
+        ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+        gain = statistics.median(there / here for here, there in pairs)
+        figures.append(Figure(name, ours, f"s an update, {kind}", None, theirs, ours / theirs))
+        figures.append(Figure(f"{name}: times as fast as everywhere", gain, "times", GOAL))
+        figures.append(Figure(f"{name}: farthest from the other way", far, "of the largest", None))
+        print_figures(figures[-3:])
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="a small model, few turns")
+    parser.add_argument("--out", help="the receipt")
+    parser.add_argument("--turns", type=int, help="of each layout; by default 15, quick 3")
+    arguments = parser.parse_args()
+    turns = arguments.turns or (3 if arguments.quick else 15)
+    figures = measure(arguments.quick, turns)
+    write_receipt("muon", figures, arguments.out, this_machine().to_dict())
+
+
+if __name__ == "__main__":
+    main()
