@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from colossus.architecture import Architecture
 from colossus.hardware.catalogue import Accelerator
 from colossus.layout import V_SHAPED
 from colossus.perf.ledger import Columns
@@ -163,6 +164,11 @@ def _of_ranks(
         divided = (zero >= 2) | (software.measured & (micro_batches == 1))
         gradients = np.where(divided, shards, everything) * 4
         optimizer = np.where(zero >= 1, shards, everything) * 8
+        if problem.optimizer == "muon":  # one moment of the layers' matrices, which are nearly all of them
+            ends = first * _edge(arch, "first", tp) + last * _edge(arch, "last", tp)
+            ends = ends - first * last * float(arch.tie_embeddings) * arch.vocab_size * arch.hidden_size / tp
+            layer_shards = (dense - ends) / over + routed / over_experts
+            optimizer = optimizer - 4 * np.where(zero >= 1, layer_shards, everything - ends)
         live = np.where(zero >= 3, np.minimum(1.0, LIVE_LAYERS / layers), 1.0)
         copied = everything - edges if software.measured else everything
         cast = live
@@ -202,6 +208,12 @@ def _of_ranks(
         "loss or one layer's gradients": logits,
         "copies of weights": copies,
     }
+
+
+def _edge(arch: Architecture, kind: str, tp: Columns) -> Columns:
+    """Weights of the "first" or "last" part of a model on a rank."""
+    whole, divided, _ = kind_weights(arch, kind)
+    return np.asarray(whole + divided / tp)
 
 
 def _loss_bytes(problem: Problem, tokens: Columns, tp: Columns) -> Columns:

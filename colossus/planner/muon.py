@@ -1,12 +1,12 @@
-"""What Muon's update costs beside AdamW's: each matrix is gathered and made orthogonal (`optim.muon`).
-
-The ranks that share a stage's layers all do so for every matrix of it, but for experts, of which each rank
-has whole ones.
+"""What Muon's update costs beside AdamW's: each matrix is sent to its owner, made orthogonal, and sent back
+(`optim.owners`). Of experts each rank has whole ones.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -45,11 +45,46 @@ def muon_seconds(
 ) -> Columns:
     """Of the pipeline rank that has most to do, [N]."""
     per_kind = {kind: _layer(arch, kind, layouts, pricer, precision, groups) for kind in made.kinds}
-    ranks = [
-        np.sum([count * per_kind[kind] for kind, count in zip(made.kinds, counts, strict=True)], axis=0)
-        for counts in made.counts
-    ]
-    return np.asarray(np.max(np.stack(ranks), axis=0))
+    return np.asarray(np.max(np.stack([_rank(per_kind, made.kinds, counts, layouts, pricer, groups)
+                                       for counts in made.counts]), axis=0))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Seconds that orthogonalising one layer's matrices takes one owner, and of the largest; fp32 elements
+    of all, and of the largest. experts: seconds of a rank, which has whole ones, [N]."""
+
+    seconds: float
+    longest: float
+    numel: float
+    largest: float
+    experts: Columns
+
+
+def _rank(
+    per_kind: dict[str, _Layer],
+    kinds: Sequence[str],
+    counts: Sequence[float],
+    layouts: Layouts,
+    pricer: Pricer,
+    groups: dict[str, comm.Group],
+) -> Columns:
+    """The owner with most to do has its share, or the largest matrix. Along each axis a rank sends its part
+    of all once, and so it comes back; an owner is sent all of what it owns."""
+    rows = [(per_kind[kind], float(count)) for kind, count in zip(kinds, counts, strict=True) if count]
+    sharers = groups["fsdp"].size * groups["tp"].size * layouts.number("dp_replicate")
+    total = sum(layer.seconds * count for layer, count in rows)
+    longest = max((layer.longest for layer, _ in rows), default=0.0)
+    seconds = np.maximum(total / sharers, longest)
+    numel = sum(layer.numel * count for layer, count in rows)
+    largest = max((layer.largest for layer, _ in rows), default=0.0)
+    part = numel / (groups["fsdp"].size * groups["tp"].size)
+    for name, times in (("fsdp", 2), ("tp", 2), ("dp_replicate", 1)):  # copies cross replicas on the way back
+        sent = 4.0 * np.maximum(part, largest / np.where(name == "fsdp", groups["tp"].size, 1.0))
+        some = numel > 0 and pricer.messages("all_to_all", sent, groups[name])
+        seconds = seconds + times * some * (groups[name].size > 1)
+    experts = [layer.experts * count for layer, count in rows]
+    return np.asarray(seconds + np.sum(experts, axis=0))
 
 
 def _layer(
@@ -59,10 +94,11 @@ def _layer(
     pricer: Pricer,
     precision: str,
     groups: dict[str, comm.Group],
-) -> Columns:
+) -> _Layer:
     type_ = "fp32" if precision == "fp32" else "bf16"
     size = 4 if type_ == "fp32" else 2
-    seconds = np.zeros(len(layouts))
+    seconds, longest, numel, largest = 0.0, 0.0, 0.0, 0.0
+    experts = np.zeros(len(layouts))
     for (short, long, is_expert), count in matrices(arch, kind).items():
         name = "experts.muon" if is_expert else "muon"
         products = ((short, short, long), (short, short, short), (short, long, short))
@@ -72,12 +108,10 @@ def _layer(
             for m, n, k in products
         )  # fmt: skip
         each = float((pricer.seconds(ledger) * ledger.repeat).sum())
-        here = np.full(len(layouts), float(count))
         if is_expert:
-            here = here / (layouts.number("ep") * np.maximum(groups["experts"].size, 1.0))
+            here = count / (layouts.number("ep") * np.maximum(groups["experts"].size, 1.0))
+            experts = experts + here * each
         else:
-            gathered = np.full(len(layouts), 4.0 * count * short * long)  # in fp32, from all that have a part
-            for group in ("fsdp", "tp"):
-                seconds = seconds + pricer.messages("all_gather", gathered, groups[group])
-        seconds = seconds + here * each
-    return seconds
+            seconds, numel = seconds + count * each, numel + count * short * long
+            longest, largest = max(longest, each), max(largest, float(short * long))
+    return _Layer(seconds, longest, numel, largest, experts)

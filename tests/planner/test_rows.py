@@ -239,27 +239,35 @@ def test_what_hides_behind_products_takes_a_tenth_of_itself(hidden):
     assert float(found.phases["forward", "dense"][0]) == pytest.approx(forward, rel=1e-9)
 
 
-def test_muon_gathers_matrices_in_fp32_and_makes_fifteen_products_of_each():
+def test_muon_sends_matrices_in_fp32_to_owners_that_make_fifteen_products_of_each():
     """One dense layer: 2 of 32 x 32, 2 of 16 x 32, 3 of 32 x 48; see `muon.matrices`."""
     made = replace(problem("llama3.2-1b"), arch=tiny("llama3.1-8b", num_layers=1, vocab_size=V))
     ones = np.ones(1)
     axes = dict.fromkeys(("tp", "cp", "pp", "dp_replicate", "ep", "etp"), ones)
     shape = made.shape("1f1b", 1, 1)
 
-    def took(shards: float) -> float:
-        groups = comm.groups_of(axes | {"dp_shard": shards * ones}, OURS.order)
-        layouts = Layouts.of([{"dp_shard": shards}])
-        return float(muon_seconds(made.arch, layouts, shape, made.pricer, "bf16", groups)[0])
+    def took(**sizes: float) -> float:
+        groups = comm.groups_of(
+            {"dp_shard": ones} | axes | {k: v * ones for k, v in sizes.items()}, OURS.order
+        )
+        return float(muon_seconds(made.arch, Layouts.of([sizes]), shape, made.pricer, "bf16", groups)[0])
 
-    each = 0.0
+    one, numel = {}, 0
     for (short, long), count in {(32, 32): 2, (16, 32): 2, (32, 48): 3}.items():
         several = [
             Row("muon", "forward", "x", "product", m=m, n=n, k=k, bytes=2 * (m * k + n * k + 2 * m * n))
             for m, n, k in ((short, short, long), (short, short, short), (short, long, short))
         ]
-        each += 5 * count * sum(seconds(made.pricer, *several))
-    assert took(1.0) == pytest.approx(each, rel=1e-9)
-    group = comm.Group(np.array([4.0]), ones)
-    gathers = sum(float(made.pricer.messages("all_gather", np.array([4.0 * n]), group)[0])
-                  for n in (2 * 32 * 32, 2 * 16 * 32, 3 * 32 * 48))  # fmt: skip
-    assert took(4.0) - took(1.0) == pytest.approx(gathers, rel=1e-9)
+        one[short, long] = count, 5 * sum(seconds(made.pricer, *several))
+        numel += count * short * long
+    everything = sum(count * each for count, each in one.values())
+    assert took() == pytest.approx(everything, rel=1e-9)
+
+    def message(sent: float, size: float) -> float:
+        return float(made.pricer.messages("all_to_all", np.array([sent]), comm.Group(size * ones, ones))[0])
+
+    # There and back, a rank's part of all; among more ranks than matrices an owner is sent a whole one.
+    assert took(dp_shard=4.0) == pytest.approx(everything / 4 + 2 * message(4 * numel / 4, 4.0), rel=1e-9)
+    longest = max(each for _, each in one.values())
+    assert took(dp_shard=64.0) == pytest.approx(longest + 2 * message(4 * 32 * 48, 64.0), rel=1e-9)
+    assert took(dp_replicate=2.0) == pytest.approx(everything / 2 + message(4 * numel, 2.0), rel=1e-9)
