@@ -55,6 +55,7 @@ def job_of(method: str, micro_batch: int, optimizer: str = "muon") -> Job:
         "optimizer.grad_clip": 1.0,
         "optimizer.z_loss": 0.0,
         "layout.micro_batch": micro_batch,
+        "layout.zero": 3,
     }
     return Job().put(values, "argument")
 
