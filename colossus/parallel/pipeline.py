@@ -87,8 +87,9 @@ class _Stage(PipelineStage):
             loss.detach_()  # the schedule keeps it, and behind it lie the activations that were received
 
     def backward_weight_one_chunk(self, chunk: int, last_backward: bool = False) -> None:
-        prepare_backward(self._part, self._zero, last=last_backward)
+        prepare_backward(self._part, self._zero, last=False)  # such a pass may need weights to its end
         super().backward_weight_one_chunk(chunk, last_backward)
+        prepare_backward(self._part, self._zero, last=last_backward)
         end_backward(self._part, last=last_backward)
 
     def get_fwd_recv_ops(self, chunk: int) -> list[dist.P2POp]:
