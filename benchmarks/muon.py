@@ -1,7 +1,7 @@
 """What an update of Muon takes on four ranks whose matrices have owners, beside ranks that each do all.
 
 The peer is what Muon over FSDP2 does where nothing is shared out: every rank gathers every matrix and makes
-all of them orthogonal, those of one shape at once. Both update the same model of 25M parameters from the same
+all of them orthogonal, those of one shape at once. Both update the same model of 12M parameters from the same
 gradients, in turns; what they write is compared. Ranks have one thread each and share this machine's cores.
 
     python -m benchmarks.muon [--quick] [--out FILE] [--turns N]

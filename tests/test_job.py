@@ -366,3 +366,15 @@ def test_a_field_without_its_section_is_told_where_it_belongs(tmp_path: Path) ->
     for path, words in ((tmp_path / "job.toml", []), (None, ["steps=3"])):
         with pytest.raises(UserError, match=r"^steps: a field needs its section; .*'run\.steps'"):
             load_job(path, words)
+
+
+@pytest.mark.parametrize(("reshard", "zero"), [("true", 3), ("false", 1)])
+def test_a_run_of_before_zeros_levels_goes_on(reshard: str, zero: int, tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(f'[layout]\nreshard = {reshard}\n\n[origins]\nderived = ["layout.reshard"]\n')
+    job = load_job(path)
+    assert job.layout.zero == zero and not job.asked_for("layout.zero")
+    job = load_job(None, [f"layout.reshard={reshard}"])
+    assert job.layout.zero == zero and job.asked_for("layout.zero")
+    with pytest.raises(UserError, match=r"layout\.reshard: no such field"):
+        load_job(None, ["layout.reshard=2"])
