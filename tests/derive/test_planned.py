@@ -105,9 +105,10 @@ def test_what_cannot_be_is_told(words: list[str], on: Machine, said: str) -> Non
 
 
 def test_a_model_that_does_not_fit_is_an_error_of_the_user() -> None:
+    gpus = 2 * (Gpu("NVIDIA H100 80GB HBM3", 66 * 10**9, 7e14),)  # the state alone fits
+    words = ["model=llama3.1-8b", "optimizer.name=adamw", "run.steps=2", "run.global_batch=1"]
     with pytest.raises(NothingFits, match=r"fits no layout in .* memory binds"):
-        auto("model=llama3.1-8b", "optimizer.name=adamw", "run.steps=2", "run.global_batch=1", on=dataclasses.replace(
-            GPUS, gpus=2 * (Gpu("NVIDIA H100 80GB HBM3", 60 * 10**9, 7e14),)))  # fmt: skip
+        auto(*words, on=dataclasses.replace(GPUS, gpus=gpus))
     assert issubclass(NothingFits, UserError)
 
 
