@@ -2,7 +2,8 @@
 
 The compiler keeps its binaries between runs and loads any that is there. A linker that was killed leaves half
 a file, and every later run would fail on it ("file too short"). And what was compiled while PyTorch used
-AVX-512 gave losses that are no numbers to a run that is held to AVX2 (ATEN_CPU_CAPABILITY).
+AVX-512 wrote behind the ends of tensors in a process that is held to AVX2 (ATEN_CPU_CAPABILITY): losses that
+are no numbers, or a crash somewhere else.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from colossus.measure.machine import this_machine
 from colossus.models import Decoder, build
 from colossus.models.rope import rotations
 from colossus.models.sight import sight
+from colossus.parallel.binaries import choose_cache
 from colossus.perf.flops import saved_bytes_per_token
 from colossus.perf.parts import FUSED, ROWS, Kernel, executed_keys, kernel_of, layer_kinds, model_keys, parts
 from tests.models.reference import architecture, random_tokens
@@ -150,6 +151,7 @@ def test_what_the_compiler_saves_of_a_layer() -> None:
     tokens = 1152  # beyond those whose attention is made of plain products
     arch = tiny("llama3.1-8b", hidden_size=64, head_dim=16, intermediate_size=160, num_layers=1, qk_norm=True)
     layer = build(arch, seed=0).layers[0]
+    choose_cache()
     layer.compile(dynamic=False)
     seen = sight(arch, torch.zeros(1, tokens, dtype=torch.long), None, None, torch.float32)
     x_BTD = torch.randn(1, tokens, arch.hidden_size).bfloat16().requires_grad_()
