@@ -112,8 +112,10 @@ class _Stage(PipelineStage):
     @contextlib.contextmanager
     def _without_room(self) -> Iterator[None]:
         device, self.device = self.device, torch.device("meta")
-        yield
-        self.device = device
+        try:
+            yield
+        finally:
+            self.device = device
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         """Before PyTorch 2.13 a rank that has neighbouring stages greets itself, which gloo cannot."""

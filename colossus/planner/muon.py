@@ -81,8 +81,8 @@ def _rank(
     part = numel / (groups["fsdp"].size * groups["tp"].size)
     for name, times in (("fsdp", 2), ("tp", 2), ("dp_replicate", 1)):  # copies cross replicas on the way back
         sent = 4.0 * np.maximum(part, largest / np.where(name == "fsdp", groups["tp"].size, 1.0))
-        some = numel > 0 and pricer.messages("all_to_all", sent, groups[name])
-        seconds = seconds + times * some * (groups[name].size > 1)
+        if numel:
+            seconds = seconds + times * pricer.messages("all_to_all", sent, groups[name])
     experts = [layer.experts * count for layer, count in rows]
     return np.asarray(seconds + np.sum(experts, axis=0))
 

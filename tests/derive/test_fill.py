@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from colossus.derive import derive
 from colossus.derive import machine as derive_machine_module
+from colossus.derive.machine import zero_level
 from colossus.errors import UserError
+from colossus.hardware.machine import Gpu
 from colossus.hardware.timings import Timing
 from colossus.job import Job, load_job
 from tests.derive.machines import machine
@@ -223,3 +227,24 @@ def test_what_is_left_out_beside_latent_attention_goes_with_it(heads: list[str])
     expected = 6 if heads else 96 // 24
     assert (model.head_dim, model.num_heads, model.num_kv_heads) == (24, expected, expected)
     assert model.qk_norm is False
+
+
+GPU = dataclasses.replace(machine(), gpus=2 * (Gpu("NVIDIA H100 80GB HBM3", 80 * 10**9, 7e14),))
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "zero"),
+    [
+        ("gpt3-125m", {"dp_shard": 2}, 1),
+        ("llama3.1-8b", {"dp_shard": 2}, 3),
+        ("llama3.1-8b", {"pp": 2}, 2),  # a pipeline would gather its weights too often
+        ("llama3.1-8b", {"pp": 2, "schedule": "zbv_zero_bubble"}, 1),
+    ],
+)
+def test_what_takes_little_memory_stays_whole_through_a_step(
+    model: str, layout: dict[str, int | str], zero: int
+) -> None:
+    job = load_job(None, [f"model={model}", "precision.type=bf16", "fleet.device=cuda"])
+    axes = dict.fromkeys(("dp_replicate", "dp_shard", "tp", "pp", "cp"), 1) | layout
+    job = job.put({f"layout.{name}": value for name, value in axes.items()}, "argument")
+    assert zero_level(job, GPU) == zero
