@@ -37,6 +37,7 @@ from colossus.job import Job, load_job
 from colossus.measure.machine import this_machine
 from colossus.models import Decoder
 from colossus.models.experts import MoE
+from colossus.parallel.binaries import choose_cache
 from colossus.parallel.world import World
 from colossus.perf.receipts import Figure, print_figures, write_receipt
 from colossus.trainer.balance import Balance
@@ -81,6 +82,7 @@ def ours(shape: Shape, dtype: torch.dtype, compiled: bool = False) -> Contestant
             parameter.normal_(std=0.02)
         layer.router.shares.fill_(1 / shape.experts)
     if compiled:
+        choose_cache()
         layer.compile(dynamic=False)
     share_B = torch.full((shape.rows,), 1 / (shape.rows * shape.tokens))
     name = f"{str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}"

@@ -34,6 +34,7 @@ from colossus.architecture import Architecture, num_parameters
 from colossus.data.loader import Batch
 from colossus.job import Job
 from colossus.measure.machine import this_machine
+from colossus.parallel.binaries import choose_cache
 from colossus.parallel.world import World
 from colossus.perf.flops import executed_flops_per_token, model_flops_per_token
 from colossus.perf.receipts import Figure, print_figures, write_receipt
@@ -184,6 +185,7 @@ def peer(shape: Shape, setting: Setting) -> Contestant:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
     )
+    choose_cache()  # else binaries of other instructions than this process is held to may be loaded
     forward = torch.compile(model, dynamic=False) if setting.compile else model
     ids_BT = shape.ids(device)[:, :-1].contiguous()
 
