@@ -26,7 +26,7 @@ Schedule = Literal[
 Recompute = Literal["none", "selective", "full"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 RECOMPUTES: tuple[str, ...] = get_args(Recompute)
-SELECTIVE = RECOMPUTES.index("selective")
+NONE = RECOMPUTES.index("none")
 ONE_STAGE = ("gpipe", "1f1b")  # a rank has one stage of the model
 V_SHAPED = ("zbv_zero_bubble", "dualpipe_v")  # a rank has two: the first ranks also have the last stages
 PADDED = 128  # tokens of a vocabulary on a rank, of which it is padded to a multiple
@@ -402,14 +402,14 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
-        "no-selective-zero-bubble",
+        "no-recomputed-zero-bubble",
         "schedule",
-        lambda row: _not(
-            _is(row, "schedule", *ZERO_BUBBLE) & (row["pp"] > 1) & (row["recompute"] == SELECTIVE)
-        ),
+        lambda row: _not(_is(row, "schedule", *ZERO_BUBBLE) & (row["pp"] > 1) & (row["recompute"] != NONE)),
+        # PyTorch computes a layer once more for each backward pass that reaches it: of its inputs, and of
+        # each group of its weights (`findings/zero-bubble-recomputes-for-each-weight.sh`).
         lambda row: (
-            "has two backward passes, and selective recomputation allows one "
-            "(layout.recompute=none or full allows it)"
+            "takes backward passes in parts, and each would compute layers once more "
+            "(layout.recompute=none allows it)"
         ),
     ),
     Rule(

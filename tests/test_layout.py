@@ -221,7 +221,7 @@ def test_schedules_that_split_the_backward_pass_are_not_compiled_and_keep_weight
     )
     text = said(layout, architecture(vocab_size=64, num_layers=4))
     assert "layout.schedule=dualpipe_v: compiled layers fail under it" in text
-    assert "layout.schedule=dualpipe_v: has two backward passes, and selective recomputation allows" in text
+    assert "layout.schedule=dualpipe_v: takes backward passes in parts, and each would compute" in text
     assert "layout.zero=3: layout.schedule=dualpipe_v needs the weights" in text
 
 
@@ -229,7 +229,7 @@ def test_what_a_pool_has_for_itself_is_judged_with_it() -> None:
     arch = architecture(vocab_size=64, num_layers=4)
     common = {"dp_replicate": 2, "pp": 2, "stages_per_rank": 2, "schedule": "dualpipe_v", "zero": 1}
     text = said(Layout(**common, pools=[Pool(replicas=1), Pool(replicas=1, recompute="selective")]), arch)
-    assert text.startswith("layout.pools[1]: layout.schedule=dualpipe_v: has two backward passes")
+    assert text.startswith("layout.pools[1]: layout.schedule=dualpipe_v: takes backward passes in parts")
     text = said(
         Layout(**common, pools=[Pool(replicas=1, share=60), Pool(replicas=1, share=4, micro_batch=2)]), arch
     )
@@ -407,8 +407,8 @@ EDGES: dict[str, list[tuple[dict[str, object], bool]]] = {
         ({"pp": 1, "schedule": V, "zero": 3}, True), ({"pp": 2, "schedule": V}, True),
         ({"pp": 2, "schedule": V, "zero": 2}, False),
     ],
-    "no-selective-zero-bubble": [
-        *(({"pp": 2, "schedule": V, "recompute": kind}, kind != 1) for kind in (0, 1, 2)),
+    "no-recomputed-zero-bubble": [
+        *(({"pp": 2, "schedule": V, "recompute": kind}, kind == 0) for kind in (0, 1, 2)),
         ({"pp": 2, "recompute": 1}, True), ({"pp": 1, "schedule": V, "recompute": 1}, True),
     ],
     "async-tp-hardware": [

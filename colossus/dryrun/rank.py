@@ -18,7 +18,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from colossus import optim
 from colossus.data.loader import Batch
 from colossus.dryrun.fake import fake_world
-from colossus.dryrun.replay import Seen, replay_layers
+from colossus.dryrun.replay import Replay
 from colossus.dryrun.tracer import Message, Moment, Tracer
 from colossus.job import Job
 from colossus.layout import ZERO_BUBBLE
@@ -79,10 +79,11 @@ def trace(job: Job, rank: int, num_rows: int, seq_len: int, *, replay: bool = Tr
     began = time.perf_counter()
     job = _as_traced(job)
     tracer = Tracer(flop_counter().flop_registry)
-    known: dict[Any, Seen] = {}
+    replayed = Replay(tracer, in_halves=job.layout.schedule in ZERO_BUBBLE)
     with fake_world(job, rank) as world, ExitStack() as stack:
         model = transformed(job, world)
         stack.enter_context(_told(tracer))
+        stack.enter_context(replayed.told())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(tracer)
         with tracer.of("weights"):
@@ -94,8 +95,8 @@ def trace(job: Job, rank: int, num_rows: int, seq_len: int, *, replay: bool = Tr
         for decoder in decoders(model):
             decoder.hardware = job.fleet.device or "cpu"
             decoder.fused_attention = job.fleet.device == "cuda"
-            if replay and job.layout.schedule not in ZERO_BUBBLE:  # they take a layer's backward pass in two
-                replay_layers(decoder, tracer, known)
+            if replay:
+                replayed.of(decoder)
         for _ in range(steps):
             with tracer.of("batch"):
                 tokens_BT = torch.zeros(num_rows, seq_len, dtype=torch.int64)

@@ -135,7 +135,6 @@ OPTIONS = [
     Case.of(dp_shard=2, **V, schedule="interleaved_1f1b", zero=3, **EXPERTS),
     Case.of(dp_replicate=2, dp_shard=2, pp=2, zero=2),
     Case.of(dp_replicate=2, **V, schedule="dualpipe_v"),
-    Case.of(dp_shard=2, **V, schedule="zbv_zero_bubble", recompute="full"),
     Case.of(dp_shard=2, **V, schedule="zbv_zero_bubble", **EXPERTS),
     # Documents that end within samples.
     Case.of(dp_shard=2, packed=True),
