@@ -28,10 +28,8 @@ from colossus.models import Decoder
 from colossus.perf.parts import layer_kinds
 
 Half = Literal["inputs", "weights"]
-TAKE_HALVES: dict[str, Half] = {
-    "stage_backward_input": "inputs",
-    "stage_backward_weight": "weights",
-}  # of PyTorch's pipelines
+# The functions of PyTorch's pipelines that take them.
+TAKE_HALVES: dict[str, Half] = {"stage_backward_input": "inputs", "stage_backward_weight": "weights"}
 
 
 @dataclass(frozen=True)
