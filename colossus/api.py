@@ -266,10 +266,14 @@ def _prepare(
     return job, folder
 
 
-def plan(job: Job, *, aim: str = "time") -> Plan:
+def plan(
+    job: Job, *, aim: str = "time", confirm: bool = False, say: Callable[[str], None] = lambda line: None
+) -> Plan:
     """The best layout for a job's model on its fleet, and what a run costs there; needs no PyTorch.
 
-    aim: "time", "cost" or "energy". `plan(job).best` is plain data; see `colossus.planner.plan.Plan`.
+    aim: "time", "cost" or "energy". confirm: whether dry runs of the training program, which take PyTorch and
+    seconds, must fit too: the best is the quickest that does, and `plan(job, confirm=True).confirmed` says
+    what they found. say: is told of them. `plan(job).best` is plain data; see `colossus.planner.plan.Plan`.
 
     Raises:
         UserError: the job names no model or no fleet, or contradicts itself; NothingFits (one of them): no
@@ -279,7 +283,12 @@ def plan(job: Job, *, aim: str = "time") -> Plan:
     from colossus.planner.plan import make_plan
 
     machine = _measured() if job.fleet.accelerator is None and job.fleet.pools is None else None
-    return make_plan(with_model(job, machine), machine, aim)
+    job, ask = with_model(job, machine), None
+    if confirm:
+        from colossus.dryrun.confirm import confirm as asks
+
+        ask = asks(job, say)
+    return make_plan(job, machine, aim, ask=ask)
 
 
 def dry_run(job: Job, rank: int | None = None, *, say: Callable[[str], None] = lambda line: None) -> DryRun:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Annotated
 
 import typer
 
+from colossus.cli.output import one_line
 from colossus.cli.words import Words, split
 
 DOES_NOT_FIT = 1
@@ -30,14 +30,7 @@ def dryrun(
 
     path, overrides = split(words)
     job = api.load_job(path, overrides)
-    shows = sys.stderr.isatty()
-    found = api.dry_run(job, rank, say=lambda line: _show(line) if shows else None)
-    if shows:
-        _show("")
+    with one_line() as show:
+        found = api.dry_run(job, rank, say=show)
     print(json.dumps(found.to_dict(), indent=1) if as_json else report.text(found))
     return 0 if found.fits else DOES_NOT_FIT
-
-
-def _show(line: str) -> None:
-    """In place of the line before."""
-    print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated
 import typer
 
 from colossus.cli.files import check_writable, write
+from colossus.cli.output import one_line
 from colossus.cli.words import Words, split
 from colossus.errors import UserError
 
@@ -29,6 +31,9 @@ def plan(
         Path | None, typer.Option("--job", metavar="FILE", help="Write the job that train and launch take.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    formulas: Annotated[
+        bool, typer.Option("--formulas", help="Formulas alone: seconds less, and no dry runs of the best.")
+    ] = False,
     hardware: Annotated[bool, typer.Option("--hardware", help="List accelerators and servers.")] = False,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Time this machine for its plans; some minutes.")
@@ -66,8 +71,10 @@ def plan(
         if not words:
             return 0
         print()
+    confirm = not formulas and importlib.util.find_spec("torch") is not None
     try:
-        made = api.plan(job, aim=aim)
+        with one_line() as show:
+            made = api.plan(job, aim=aim, confirm=confirm, say=lambda line: show(f"dry run: {line}"))
     except NothingFits as error:
         print(f"no: {error}", file=sys.stderr)
         return DOES_NOT_FIT
@@ -81,4 +88,4 @@ def plan(
     if job_file is not None:
         write(job_file, to_toml(planned(job, made)))
         print(f"\nwrote {job_file}", file=sys.stderr if as_json else None)
-    return 0
+    return DOES_NOT_FIT if made.confirmed.none_fits else 0

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from colossus.derive.dial import sequences_for
 from colossus.derive.model import default_optimizer, model_by_length
 from colossus.job import Job
-from colossus.planner.plan import USUAL_MFU, Plan
+from colossus.planner.plan import USUAL_MFU, Plan, layout_values
 
 if TYPE_CHECKING:
     from colossus.hardware.machine import Machine
+    from colossus.planner.choice import Choice
+    from colossus.planner.estimate import Problem
 
 
 def with_model(job: Job, machine: Machine | None) -> Job:
@@ -44,12 +46,19 @@ def with_model(job: Job, machine: Machine | None) -> Job:
 def planned(job: Job, plan: Plan) -> Job:
     """The job with what a plan found or assumed where it was open: model, layout, optimizer, type, batch and
     length."""
-    values: dict[str, Any] = {f"layout.{name}": value for name, value in plan.layout().items()}
-    model = plan.arch.model_dump(exclude_none=True, exclude={"base_width"})  # which follows from the length
-    values |= {f"model.{name}": value for name, value in model.items()}
-    _, times, seq_len = plan.problem.shapes[0]
-    values |= {"run.global_batch": int(times * plan.global_batch), "data.seq_len": seq_len}
-    values |= {"optimizer.name": plan.problem.optimizer, "precision.type": plan.precision}
+    job = laid_out_as(job, plan.problem, plan.best)
     if job.run.minutes is None and job.run.steps is None and job.run.tokens is None:
-        values["run.tokens"] = int(plan.tokens)
+        job = job.derive("planned", **{"run.tokens": int(plan.tokens)})
+    return job
+
+
+def laid_out_as(job: Job, problem: Problem, choice: Choice) -> Job:
+    """As `planned`, of any of the layouts that were looked at, but for its length."""
+    layout = layout_values(choice, problem.global_batch)
+    values: dict[str, Any] = {f"layout.{name}": value for name, value in layout.items()}
+    model = problem.arch.model_dump(exclude_none=True, exclude={"base_width"})  # it follows the length
+    values |= {f"model.{name}": value for name, value in model.items()}
+    _, times, seq_len = problem.shapes[0]
+    values |= {"run.global_batch": int(times * problem.global_batch), "data.seq_len": seq_len}
+    values |= {"optimizer.name": problem.optimizer, "precision.type": problem.precision}
     return job.derive("planned", **values)

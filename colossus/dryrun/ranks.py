@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,11 +124,13 @@ def dry_run(
     say: Callable[[str], None] = lambda line: None,
     mend: bool = True,
     notes: Sequence[str] = (),
+    stages: Collection[int] | None = None,
 ) -> DryRun:
     """Runs one step of a job as every kind of rank of its world, or as `rank` alone.
 
-    job: with its model, layout, type, batch and length known. say: is told what is being traced. mend:
-    whether to look for what would make it fit. notes: what is known already of how the job came about.
+    job: with its model, layout, type, batch and length known. stages: ranks of its pipelines that are looked
+    at; None: all. say: is told what is being traced. mend: whether to look for what would make it fit. notes:
+    what is known already of how the job came about.
 
     Raises:
         UserError: the layout is not legal, the fleet has too few accelerators, or there is no such rank.
@@ -146,7 +148,7 @@ def dry_run(
         raise UserError(
             f"--rank {rank}: the layout has {layout.num_ranks:,} ranks; 0 to {layout.num_ranks - 1}"
         )
-    kinds = list(kinds_of(job, hardware, batch, rank))
+    kinds = [k for k in kinds_of(job, hardware, batch, rank) if stages is None or k.stage in stages]
     wanted = [(kind, rows) for kind in kinds for rows in rows_of(job, kind)]
     steps = traces(
         [(job, kind.rank, rows, seq_len) for kind, rows in wanted],

@@ -33,7 +33,7 @@ class PoolShare:
 @dataclass(frozen=True)
 class Choice:
     """One layout with what it costs. parts: seconds of a step by what they are; memory: bytes of the rank
-    that needs most, by use. row: values of `layout.Layout`."""
+    that needs most, by use; rank: which of a pipeline that is. row: values of `layout.Layout`."""
 
     row: dict[str, Any]
     ranks: int
@@ -45,6 +45,7 @@ class Choice:
     reserved: float
     micro_batches: int
     compiled: bool
+    rank: int = 0
     pools: tuple[PoolShare, ...] = ()
 
     @property
@@ -98,6 +99,7 @@ def all_refined(problem: Problem, layouts: Layouts, compiled: bool) -> list[Choi
                 reserved=float(needs.reserved[i]),
                 micro_batches=int(made.micro_batches[i]),
                 compiled=compiled,
+                rank=int(needs.rank[i]),
             )
         )
     return choices

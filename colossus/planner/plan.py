@@ -23,6 +23,7 @@ from colossus.perf.price import Pricer
 from colossus.perf.software import OURS
 from colossus.planner.batch import critical_batch_tokens, default_batch, tokens_of_steps
 from colossus.planner.columns import Layouts
+from colossus.planner.confirm import Ask, Confirmed, confirmed
 from colossus.planner.estimate import KEYS, Problem
 from colossus.planner.formulas import RECOMPUTE, piece_of
 from colossus.planner.goodput import Goodput, goodput, spare_nodes
@@ -82,6 +83,7 @@ class Plan:
     problem: Problem
     limits: Limits
     band: Band
+    confirmed: Confirmed
     spares: int = 0
     with_all: float = math.inf
     complete: bool = True
@@ -93,20 +95,7 @@ class Plan:
 
     def layout(self) -> dict[str, Any]:
         """The winner as values of the `layout` section."""
-        values = {name: self.best.row[name] for name in (*FIELDS, "recompute_layers", "cp_method", "compile")}
-        if self.best.pools:
-            # what does not add up to the batch is left to the run, which measures the pools
-            whole = sum(pool.replicas * pool.share for pool in self.best.pools) == self.global_batch
-            values["pools"] = [
-                {
-                    "replicas": p.replicas,
-                    "share": p.share if whole else None,
-                    "micro_batch": p.micro_batch,
-                    "recompute": p.recompute,
-                }
-                for p in self.best.pools
-            ]
-        return values
+        return layout_values(self.best, self.global_batch)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -132,6 +121,11 @@ class Plan:
             "rests_on": dict(self.basis),
             "assumptions": list(self.assumptions),
             "complete": self.complete,
+            "dry_run_reserved_bytes": None if self.confirmed.best is None else self.confirmed.best.reserved,
+            "refused": [
+                {"layout": layout_values(answer.choice, self.global_batch), "reserved_bytes": answer.reserved}
+                for answer in self.confirmed.refused
+            ],
         }
 
     @property
@@ -176,11 +170,37 @@ class Plan:
         return words
 
 
-def make_plan(job: Job, machine: Machine | None = None, aim: str = "time", *, whole: bool = False) -> Plan:
+def layout_values(choice: Choice, global_batch: int) -> dict[str, Any]:
+    """A choice as values of the `layout` section."""
+    values = {name: choice.row[name] for name in (*FIELDS, "recompute_layers", "cp_method", "compile")}
+    if choice.pools:
+        # what does not add up to the batch is left to the run, which measures the pools
+        whole = sum(pool.replicas * pool.share for pool in choice.pools) == global_batch
+        values["pools"] = [
+            {
+                "replicas": p.replicas,
+                "share": p.share if whole else None,
+                "micro_batch": p.micro_batch,
+                "recompute": p.recompute,
+            }
+            for p in choice.pools
+        ]
+    return values
+
+
+def make_plan(
+    job: Job,
+    machine: Machine | None = None,
+    aim: str = "time",
+    *,
+    whole: bool = False,
+    ask: Ask | None = None,
+) -> Plan:
     """Plans a job whose model is filled in (`derive.model`).
 
     machine: this one as measured, for a fleet that names no accelerators. whole: all of the fleet that is not
-    in reserve must work.
+    in reserve must work. ask: what the training program needs (`dryrun.confirm`): the best is the quickest
+    that fits by it, too.
 
     Raises:
         UserError: the job cannot be planned; NothingFits: no layout is legal and fits.
@@ -218,8 +238,9 @@ def make_plan(job: Job, machine: Machine | None = None, aim: str = "time", *, wh
     usual = float(TOKENS_A_WEIGHT * num_active(arch))
     tokens = float(job.run.tokens or (job.run.steps or 0) * problem.tokens) or usual
     found, hardware = _search(problem, limits, aim, tokens)
-    best = found.choices[0]
     problem = problem.on(hardware)
+    found, asked = (found, Confirmed()) if ask is None else confirmed(found, problem, ask)
+    best = found.choices[0]
     limits = replace(limits, spares=spares * hardware.count // whole_fleet)
     if job.run.minutes is not None:
         tokens = 60 * job.run.minutes / best.seconds * problem.tokens
@@ -254,6 +275,7 @@ def make_plan(job: Job, machine: Machine | None = None, aim: str = "time", *, wh
         with_all=found.all_working,
         complete=found.complete,
         band=_band(problem, layouts_of_row(best.row), here=here is not None),
+        confirmed=asked,
         by_clock=job.run.minutes is not None,
     )
 

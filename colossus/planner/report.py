@@ -76,8 +76,25 @@ def _winner(plan: Plan) -> list[str]:
             f"recompute={pool.recompute}; {span(pool.seconds)}, "
             f"{memory(pool.reserved)} of {memory(pool.capacity)}"
         )
+    lines += _confirmed(plan)
     lines += [f"binds     {plan.binding}", f"next      {plan.runner_up}"]
     return lines if _on_processor(plan) else [*lines, f"measured  {plan.nearest}"]
+
+
+def _confirmed(plan: Plan) -> list[str]:
+    """Whether the program itself fits, and which quicker layouts it would not fit with."""
+    asked = plan.confirmed
+    lines = []
+    if asked.best is not None:
+        most = f"{memory(asked.best.reserved)} of {memory(asked.best.capacity)}"
+        lines.append(f"fits      dry runs of {plural(asked.best.ranks, 'kind')} of ranks: {most}")
+    elif asked.why is not None:
+        lines.append(f"fits      by formulas alone: {asked.why}")
+    elif asked.none_fits:
+        lines.append("fits      by formulas alone: dry runs of the program need more than there is")
+    for answer in asked.refused:
+        lines.append(f"refused   {answer.choice.name}: {memory(answer.reserved)} by a dry run")
+    return lines
 
 
 def _on_processor(plan: Plan) -> bool:
@@ -119,7 +136,9 @@ def _memory(plan: Plan) -> list[str]:
     best = plan.best
     capacity = min(pool.accelerator.memory for pool in plan.hardware.pools)
     lines = [f"memory of the rank that needs most: {memory(best.reserved)} reserved, "
-             f"{memory(best.allocated)} allocated, of {memory(capacity)}"]  # fmt: skip
+             f"{memory(best.allocated)} allocated, of {memory(capacity)}; by formulas"]  # fmt: skip
+    if (answer := plan.confirmed.best) is not None:
+        lines[0] += f", and {memory(answer.reserved)} by dry runs of the program"
     for name, size in best.memory.items():
         if size > 0.005 * best.allocated:
             lines.append(f"{memory(size):>11}  {name}")

@@ -162,6 +162,7 @@ def test_a_page_and_a_job_are_written(tmp_path: Path, capsys):
                 "layout.tp=1",
                 "layout.pp=1",
                 "layout.cp=1",
+                "--formulas",
                 "--html",
                 str(page),
                 "--job",
@@ -178,7 +179,7 @@ def test_a_page_and_a_job_are_written(tmp_path: Path, capsys):
 
 
 def test_json_is_plain_data(capsys):
-    assert main(["plan", *SMALL, "layout.tp=1", "layout.pp=1", "--json"]) == 0
+    assert main(["plan", *SMALL, "layout.tp=1", "layout.pp=1", "--json", "--formulas"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["layout"]["tp"] == 1 and data["few_failures"]["goodput"]["share"] <= 1
 

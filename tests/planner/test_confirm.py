@@ -1,0 +1,86 @@
+"""What a search found, asked for once more."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import colossus
+from colossus.cli import main
+from colossus.errors import UserError
+from colossus.job import load_job
+from colossus.planner.choice import Choice
+from colossus.planner.confirm import Answer, Confirmed, confirmed
+from colossus.planner.estimate import Problem
+from colossus.planner.plan import Plan
+from colossus.planner.report import text
+from colossus.planner.search import Found, search
+
+SMALL = ["model=llama3.2-1b", "fleet=dgx-h100-1", "run.tokens=1e9"]
+# Layers as they are written, so that a dry run is what is planned; in a pipeline, so that ranks differ.
+AXES = ["layout.pp=4", "layout.tp=1", "layout.cp=1", "layout.compile=false", "run.global_batch=64"]
+
+
+@pytest.fixture(scope="module")
+def found() -> tuple[Found, Problem]:
+    made = colossus.plan(load_job(None, SMALL))
+    return search(made.problem, made.limits), made.problem
+
+
+def needing(*sizes: float):
+    """Answers of so many bytes, of the 100 that there are, in the order of the choices."""
+    left = list(sizes)
+    return lambda problem, choice: Answer(choice, left.pop(0), 100.0, 1)
+
+
+def test_the_quickest_that_fits_is_the_best(found: tuple[Found, Problem]) -> None:
+    whole, problem = found
+    left, said = confirmed(whole, problem, needing(101, 100.5, 100))
+    assert left.choices == whole.choices[2:]
+    assert said.best is not None and said.best.choice == whole.choices[2]
+    assert [answer.choice for answer in said.refused] == list(whole.choices[:2])
+
+
+def test_where_none_fits_all_are_shown_and_it_is_said(found: tuple[Found, Problem]) -> None:
+    whole, problem = found
+    left, said = confirmed(whole, problem, needing(*[101.0] * len(whole.choices)))
+    assert left == whole and said.none_fits and len(said.refused) == len(whole.choices)
+
+
+def test_what_cannot_be_run_dry_is_planned_by_formulas(found: tuple[Found, Problem]) -> None:
+    def fails(problem: Problem, choice: Choice) -> Answer:
+        raise UserError("a module that cannot be traced")
+
+    whole, problem = found
+    left, said = confirmed(whole, problem, fails)
+    assert left == whole and said == Confirmed(why="a module that cannot be traced") and not said.none_fits
+
+
+@pytest.fixture(scope="module")
+def asked() -> Plan:
+    return colossus.plan(load_job(None, [*SMALL, *AXES]), confirm=True)
+
+
+def test_the_answer_is_that_of_the_dry_run_of_the_whole_world(asked: Plan) -> None:
+    run = colossus.dry_run(load_job(None, [*SMALL, *AXES]))
+    assert run.job.layout.schedule == asked.best.row["schedule"]
+    assert asked.confirmed.best is not None
+    assert asked.confirmed.best.reserved == pytest.approx(run.worst.reserved, rel=0.001)
+    assert asked.confirmed.best.capacity == run.worst.kind.accelerator.memory
+
+
+def test_a_plan_says_what_its_memory_rests_on(asked: Plan) -> None:
+    assert asked.confirmed.best is not None
+    assert "fits      dry runs of" in text(asked) and "by dry runs of the program" in text(asked)
+    refused = replace(asked, confirmed=Confirmed(refused=(asked.confirmed.best,)))
+    assert "fits      by formulas alone" in text(refused) and "refused   " in text(refused)
+
+
+def test_the_verb_asks_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=gpt2-124m", "fleet=dgx-h100-1", "layout.tp=1", "layout.pp=1", "layout.micro_batch=1"]
+    assert main(["plan", *words, "run.tokens=1e9", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["dry_run_reserved_bytes"] == pytest.approx(data["reserved_bytes"], rel=0.3)
+    assert data["refused"] == []
