@@ -84,3 +84,11 @@ def test_the_verb_asks_the_program(capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(capsys.readouterr().out)
     assert data["dry_run_reserved_bytes"] == pytest.approx(data["reserved_bytes"], rel=0.3)
     assert data["refused"] == []
+
+
+def test_the_verb_says_no_where_the_program_never_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("colossus.dryrun.confirm.confirm", lambda job, say: needing(*[101.0] * 8))
+    assert main(["plan", *SMALL, "layout.tp=1", "layout.pp=1"]) == 1
+    assert "dry runs of the program need more than there is" in capsys.readouterr().out
