@@ -305,6 +305,7 @@ def dry_run(job: Job, rank: int | None = None, *, say: Callable[[str], None] = l
     from colossus.derive.to_plan import planned, with_model
     from colossus.dryrun.ranks import dry_run as run
     from colossus.hardware.fleets import hardware_of
+    from colossus.planner.measured import corrections_for
     from colossus.planner.plan import laid_out, make_plan
     from colossus.planner.search import NothingFits
 
@@ -318,7 +319,8 @@ def dry_run(job: Job, rank: int | None = None, *, say: Callable[[str], None] = l
         job = laid_out(job, machine)
         notes.append("no layout fits by the planner's formulas; what was open of this one is the simplest")
     hardware = hardware_of(job.fleet, machine, ranks=job.layout.num_ranks)
-    return run(job, hardware, rank, say=say, notes=notes)
+    corrections = corrections_for(hardware, machine)
+    return run(job, hardware, rank, say=say, notes=notes, corrections=corrections)
 
 
 def _measured() -> Machine | None:

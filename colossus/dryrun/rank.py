@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -14,15 +15,18 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils import checkpoint
 
 from colossus import optim
 from colossus.data.loader import Batch
 from colossus.dryrun.fake import fake_world
 from colossus.dryrun.replay import Replay
-from colossus.dryrun.tracer import Message, Moment, Tracer
+from colossus.dryrun.tracer import Moment, Tracer
+from colossus.dryrun.work import Message, Pass, Work
 from colossus.job import Job
 from colossus.layout import ZERO_BUBBLE
 from colossus.measure.counter import flop_counter
+from colossus.parallel import data, pipeline, program
 from colossus.parallel.apply import materialise, transformed
 from colossus.parallel.mesh import Place
 from colossus.parallel.program import decoders
@@ -43,8 +47,9 @@ class Traced:
 
     peak: the most that lived at once. at_rest: what lives between steps, by use. flops: executed products, by
     phase. host_reads: how often the host waited for a number. num_operators: that PyTorch was asked for.
-    messages: in their order; where fewer micro batches were traced than there are, of these, and `totals` of
-    all.
+    messages: in their order. passes: what each pass does, and how often; lived: the most that lives in it,
+    and what lives at its end. Where fewer micro batches were traced than there are, these three are of them,
+    and `totals` of all.
     """
 
     rank: int
@@ -54,6 +59,8 @@ class Traced:
     at_rest: dict[str, int]
     flops: dict[str, int]
     messages: list[Message]
+    passes: dict[Pass, dict[Work, int]]
+    lived: dict[Pass, tuple[int, int]]
     host_reads: int
     num_operators: int
     seconds: float
@@ -114,10 +121,19 @@ def trace(job: Job, rank: int, num_rows: int, seq_len: int, *, replay: bool = Tr
             at_rest=dict(+tracer.by_use),
             flops=dict(tracer.flops),
             messages=tracer.messages,
+            passes=_by_pass(tracer.done),
+            lived=tracer.lived,
             host_reads=sum(tracer.host_reads.values()),
             num_operators=tracer.num_operators,
             seconds=time.perf_counter() - began,
         )
+
+
+def _by_pass(done: list[tuple[Pass, Work]]) -> dict[Pass, dict[Work, int]]:
+    found: dict[Pass, Counter[Work]] = {}
+    for at, work in done:
+        found.setdefault(at, Counter())[work] += 1
+    return {at: dict(work) for at, work in found.items()}
 
 
 def _as_traced(job: Job) -> Job:
@@ -140,8 +156,8 @@ def _as_traced(job: Job) -> Job:
 
 @contextmanager
 def _told(tracer: Tracer) -> Iterator[None]:
-    """Has the program say to the tracer which phase it is in, and FSDP what it allocates for. PyTorch's own
-    bookkeeping, which tries operators on whole tensors, is no part of the program."""
+    """Has the program say to the tracer which pass and phase it is in, and FSDP what it allocates for.
+    PyTorch's own bookkeeping, which tries operators on whole tensors, is no part of the program."""
     with ExitStack() as stack:
 
         def within(owner: Any, name: str, context: Callable[[], AbstractContextManager[None]]) -> None:
@@ -153,6 +169,37 @@ def _told(tracer: Tracer) -> Iterator[None]:
 
             stack.enter_context(patch.object(owner, name, wrapped))
 
+        def passes(owner: Any, name: str, work: Callable[..., str]) -> None:
+            method = getattr(owner, name)
+
+            def wrapped(stage: Any, chunk: int, *args: Any, **kwargs: Any) -> Any:
+                with tracer.within(Pass(work(*args, **kwargs), stage.stage_index, chunk)):
+                    return method(stage, chunk, *args, **kwargs)
+
+            stack.enter_context(patch.object(owner, name, wrapped))
+
+        def begin(*args: Any, **kwargs: Any) -> None:  # of each micro batch without a pipeline
+            tracer.at = Pass(micro_batch=tracer.at.micro_batch + 1)
+            prepare(*args, **kwargs)
+
+        prepare = data.prepare_backward
+        stack.enter_context(patch.object(program, "prepare_backward", begin))
+        passes(pipeline._Stage, "forward_one_chunk", lambda *_, **__: "F")
+        passes(pipeline._Stage, "backward_one_chunk", _backward)
+        passes(pipeline._Stage, "backward_weight_one_chunk", lambda *_, **__: "W")
+        hook = checkpoint._recomputation_hook
+        enter, leave = hook.__enter__, hook.__exit__
+
+        def entered(self: Any) -> Any:
+            tracer.is_again = True
+            return enter(self)
+
+        def left(self: Any, *error: Any) -> Any:
+            tracer.is_again = False
+            return leave(self, *error)
+
+        stack.enter_context(patch.object(hook, "__enter__", entered))
+        stack.enter_context(patch.object(hook, "__exit__", left))
         within(step_module, "forward_backward", partial(tracer.during, "forward"))
         within(step_module, "clip_gradients", partial(tracer.during, "clip"))
         within(optim.Optimizer, "step", partial(tracer.during, "update"))
@@ -165,3 +212,8 @@ def _told(tracer: Tracer) -> Iterator[None]:
             if hasattr(ShardingPropagator, name):
                 within(ShardingPropagator, name, tracer.paused)
         yield
+
+
+def _backward(loss: Any = None, full_backward: bool = True, last_backward: bool = False) -> str:
+    """What PyTorch calls a stage's backward pass with, as an action."""
+    return "B" if full_backward else "I"

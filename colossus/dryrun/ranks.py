@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from colossus.dryrun.price import Price, price
 from colossus.dryrun.rank import Traced
 from colossus.dryrun.tracer import Moment
 from colossus.dryrun.worker import traces
@@ -15,6 +16,7 @@ from colossus.hardware.fleets import Hardware
 from colossus.job import Job
 from colossus.layout import check
 from colossus.parallel.mesh import Place
+from colossus.perf.corrections import Corrections
 from colossus.planner.memory import TALKING, reserved_bytes
 
 AFFINE = ("1f1b", "interleaved_1f1b")  # schedules in which each further micro batch adds the same
@@ -60,7 +62,8 @@ class DryRun:
     """What the program would need as each kind of rank, of a job whose layout is given.
 
     mend: what would make it fit, as words of a job, and the ranks with it; None: it fits, or nothing that was
-    tried does. notes: what the figures leave out.
+    tried does. notes: what the figures leave out. price: what a step takes; None where not every stage of the
+    pipeline was run.
     """
 
     job: Job
@@ -68,6 +71,7 @@ class DryRun:
     ranks: tuple[Judged, ...]
     notes: tuple[str, ...]
     mend: tuple[str, DryRun] | None = None
+    price: Price | None = None
 
     @property
     def fits(self) -> bool:
@@ -84,6 +88,7 @@ class DryRun:
         found: dict[str, Any] = {
             "fits": self.fits,
             "layout": layout.model_dump(exclude_none=True),
+            "price": None if self.price is None else self.price.to_dict(),
             "ranks": [],
             "notes": list(self.notes),
         }
@@ -125,12 +130,14 @@ def dry_run(
     mend: bool = True,
     notes: Sequence[str] = (),
     stages: Collection[int] | None = None,
+    corrections: Corrections | None = None,
 ) -> DryRun:
     """Runs one step of a job as every kind of rank of its world, or as `rank` alone.
 
     job: with its model, layout, type, batch and length known. stages: ranks of its pipelines that are looked
     at; None: all. say: is told what is being traced. mend: whether to look for what would make it fit. notes:
-    what is known already of how the job came about.
+    what is known already of how the job came about. corrections: what was measured of the fleet's
+    accelerators.
 
     Raises:
         UserError: the layout is not legal, the fleet has too few accelerators, or there is no such rank.
@@ -158,10 +165,26 @@ def dry_run(
     for kind in kinds:
         of_kind = [traced for (other, _), traced in zip(wanted, steps, strict=True) if other is kind]
         found.append(_judged(job, kind, of_kind))
-    made = DryRun(job, hardware, tuple(found), (*notes, *_notes(job)))
+    made = DryRun(
+        job, hardware, tuple(found), (*notes, *_notes(job)), price=_price(job, hardware, corrections, found)
+    )
     if made.fits or not mend:
         return made
-    return replace(made, mend=_mended(made, rank, say))
+    return replace(made, mend=_mended(made, rank, say, corrections))
+
+
+def _price(
+    job: Job, hardware: Hardware, corrections: Corrections | None, ranks: Sequence[Judged]
+) -> Price | None:
+    """Of a step, where each stage of the pipeline was run in each pool."""
+    by_pool: dict[int, list[Judged]] = {}
+    for judged in ranks:
+        by_pool.setdefault(judged.kind.replica, []).append(judged)
+    num_pools = max(1, len(job.layout.pools or ()))
+    if len(by_pool) < num_pools or any(len(pool) < job.layout.pp for pool in by_pool.values()):
+        return None
+    pools = [(pool[0].kind.accelerator, [one.traced for one in pool]) for pool in by_pool.values()]
+    return price(job, hardware, corrections, pools)
 
 
 def kinds_of(job: Job, hardware: Hardware, batch: int, rank: int | None = None) -> Iterator[Kind]:
@@ -252,7 +275,9 @@ def _notes(job: Job) -> Iterator[str]:
         yield "around the tensors: CUDA's context, NCCL's buffers and gaps between blocks, by estimate"
 
 
-def _mended(found: DryRun, rank: int | None, say: Callable[[str], None]) -> tuple[str, DryRun] | None:
+def _mended(
+    found: DryRun, rank: int | None, say: Callable[[str], None], corrections: Corrections | None
+) -> tuple[str, DryRun] | None:
     """The first of the small changes, the cheapest first, with which every kind of rank fits."""
     job = found.job
     worst = found.worst.kind.stage / max(1, job.layout.pp - 1) if job.layout.pp > 1 else 0.0
@@ -264,7 +289,8 @@ def _mended(found: DryRun, rank: int | None, say: Callable[[str], None]) -> tupl
             beside = Place(0, stage, 0, 0, 0)
             tried = dry_run(changed, found.hardware, _rank_at(changed, beside), mend=False)
             if tried.fits and (
-                rank is not None or (tried := dry_run(changed, found.hardware, mend=False)).fits
+                rank is not None
+                or (tried := dry_run(changed, found.hardware, mend=False, corrections=corrections)).fits
             ):
                 return words, tried
         except UserError:  # not legal, or too many ranks

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from colossus.dryrun.ranks import DryRun, Judged
 from colossus.planner.plan import size_words
-from colossus.words import count, memory, plural
+from colossus.words import count, memory, plural, span
 
-WORLD = "default_pg"  # as PyTorch calls the group of all ranks, which stands for an axis that has them all
 SHOWN = 0.005  # of the most that lives: uses that take less are left out
 NAMES = {
     "forward": "activations and what layers compute with",
@@ -17,12 +16,20 @@ NAMES = {
     "update": "the update",
     "step": "else",
 }
+TIMES = {
+    "memory-bound": "what lies between products",
+    "recomputation": "layers computed again",
+    "host": "kernels that wait for the host",
+    "bubble": "waiting for other stages",
+    "update": "the update of the weights",
+}
+PRICED = "priced as `colossus plan` prices"
 
 
 def text(found: DryRun) -> str:
     """The whole report for a terminal."""
     sections = [_head(found), _verdict(found), _table(found), _memory(found.worst), _said(found.worst)]
-    sections += [_computed(found.worst), list(found.notes)]
+    sections += [_computed(found.worst), _time(found), list(found.notes)]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
@@ -100,7 +107,7 @@ def _said(judged: Judged) -> list[str]:
         return []
     lines = ["what it says to others in a step:"]
     for (axis, operation, size), (times, num_bytes) in said.items():
-        words, axis = operation.strip("_").replace("_", " "), "all ranks" if axis == WORLD else axis
+        words = operation.strip("_").replace("_", " ")
         lines.append(f"{memory(num_bytes):>11}  {axis} ({size:,}): {words}, {plural(times, 'time')}")
     return lines
 
@@ -112,3 +119,28 @@ def _computed(judged: Judged) -> list[str]:
     return [
         f"products of {count(sum(flops.values()))} FLOP ({by_phase}); the host waits for a number {waits}"
     ]
+
+
+def _time(found: DryRun) -> list[str]:
+    """What a step takes, and where that goes on the rank of the pipeline that works most."""
+    priced = found.price
+    if priced is None:
+        return []
+    pool = priced.slowest
+    causes, told = pool.causes(pool.busiest), pool.messages(pool.busiest)
+    stage = f" of stage {pool.busiest}" if found.job.layout.pp > 1 else ""
+    lines = [
+        f"a step takes {span(priced.seconds)}, {priced.tokens_per_second:,.0f} tokens/s, MFU "
+        f"{100 * priced.mfu:.1f}% ({PRICED}); on a rank{stage}:"
+    ]
+    for cause, seconds in sorted(causes.items(), key=lambda item: -item[1]):
+        if seconds < SHOWN * priced.seconds:
+            continue
+        whole = f" that shows of {span(told[cause])}" if cause in told else ""
+        lines.append(
+            f"{span(seconds):>11}  {100 * seconds / priced.seconds:5.1f}%  {TIMES.get(cause, cause)}{whole}"
+        )
+    hidden = sum(told.values()) - sum(causes.get(cause, 0.0) for cause in told)
+    if hidden > SHOWN * priced.seconds:
+        lines.append(f"{span(hidden):>11}  of messages hide behind that")
+    return lines

@@ -1,5 +1,5 @@
 """Watches every operation of a program that runs on tensors without numbers: what lives, what is computed,
-what is said to other ranks."""
+what is said to other ranks, and in which pass of which micro batch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from torch._subclasses import FakeTensor
+from torch.distributed import get_process_group_ranks
 from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from colossus.dryrun.work import ONCE, Message, Pass, Product, Work, product_of
 
 Use = str  # what memory is for
 WAIT = torch.ops._c10d_functional.wait_tensor.default
@@ -23,18 +26,6 @@ DEVICE = torch.ops.prim.device.default
 READ = torch.ops.aten._local_scalar_dense.default
 SPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 OF_INPUT = ("_allgather_base_", "_reduce_scatter_base_", "alltoall_base_")  # (output, input, ...)
-
-
-@dataclass(frozen=True)
-class Message:
-    """What one rank says to others of `group`: `num_bytes` are of the full tensor, as in `perf.ledger`."""
-
-    phase: str
-    operation: str
-    group: str
-    size: int
-    num_bytes: int
-    peer: int | None = None
 
 
 @dataclass
@@ -54,20 +45,27 @@ class Section:
     high: int = 0
     high_by_use: Counter[Use] = field(default_factory=Counter)
     after: Counter[Use] = field(default_factory=Counter)
-    flops: Counter[str] = field(default_factory=Counter)
-    messages: list[Message] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
     host_reads: Counter[str] = field(default_factory=Counter)
 
 
 class Tracer(TorchDispatchMode):
-    """flops_of: by operator, what PyTorch's counter has (see `measure.counter`)."""
+    """flops_of: by operator, what PyTorch's counter has (see `measure.counter`).
+
+    at: the pass that is under way, which the program says; is_again: in it, what the forward pass did is done
+    once more. done: what was done in which pass, in its order. lived: of each pass, the most that lived in it
+    and what lived at its end.
+    """
 
     def __init__(self, flops_of: dict[Any, Callable[..., int]]) -> None:
         super().__init__()
         self.outside, self.use = "build", ""
         self.now, self.by_use, self.peak = 0, Counter[Use](), Moment()
-        self.flops, self.messages, self.host_reads = Counter[str](), list[Message](), Counter[str]()
+        self.done, self.host_reads = list[tuple[Pass, Work]](), Counter[str]()
+        self.lived: dict[Pass, tuple[int, int]] = {}
         self.num_operators = 0
+        self.at = ONCE
+        self.is_again = False
         self._flops_of = flops_of
         self._live: dict[int, tuple[int, Use]] = {}
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -100,7 +98,8 @@ class Tracer(TorchDispatchMode):
         else:
             formula = self._flops_of.get(func._overloadpacket)
             if formula is not None:
-                self.flops[self.phase] += formula(*args, **kwargs, out_val=out)
+                flops = formula(*args, **kwargs, out_val=out)
+                self._did(product_of(func._overloadpacket, args, flops, self.part))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                 self._see(tensor.untyped_storage(), self.use or self.phase)
@@ -110,6 +109,35 @@ class Tracer(TorchDispatchMode):
     def phase(self) -> str:
         """Of a step: forward, backward, clip, update."""
         return self.outside if torch._C._current_graph_task_id() == -1 else "backward"
+
+    @property
+    def part(self) -> str:
+        """The phase; of a backward pass, apart, what of the forward pass is made again in it."""
+        phase = self.phase
+        return "recompute" if phase == "backward" and self.is_again else phase
+
+    @property
+    def flops(self) -> Counter[str]:
+        """Executed products, by part."""
+        found = Counter[str]()
+        for _, work in self.done:
+            if isinstance(work, Product):
+                found[work.phase] += work.flops
+        return found
+
+    @property
+    def messages(self) -> list[Message]:
+        """In their order."""
+        return [work for _, work in self.done if isinstance(work, Message)]
+
+    @contextmanager
+    def within(self, at: Pass) -> Iterator[None]:
+        """What is done within is of this pass."""
+        before, self.at = self.at, at
+        try:
+            yield
+        finally:
+            self.at = before
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -157,22 +185,22 @@ class Tracer(TorchDispatchMode):
         """What is done within."""
         assert self._section is None, "sections lie beside each other"
         section, by_use = Section(), Counter(self.by_use)
-        flops, reads, said = Counter(self.flops), Counter(self.host_reads), len(self.messages)
+        reads, done = Counter(self.host_reads), len(self.done)
         self._section = section, self.now, by_use
         try:
             yield section
         finally:
             self._section = None
         section.after = _minus(self.by_use, by_use)
-        section.flops, section.host_reads = _minus(self.flops, flops), _minus(self.host_reads, reads)
-        section.messages = self.messages[said:]
+        section.host_reads = _minus(self.host_reads, reads)
+        section.work = [work for _, work in self.done[done:]]
 
     def again(self, section: Section) -> None:
         """The same is done once more; what it leaves is made by who calls this, within `unseen`."""
         self._reach(self.now + section.high, section.high_by_use)
-        self.flops.update(section.flops)
         self.host_reads.update(section.host_reads)
-        self.messages.extend(section.messages)
+        for work in section.work:
+            self._did(work)
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
@@ -186,14 +214,14 @@ class Tracer(TorchDispatchMode):
     @contextmanager
     def aside(self) -> Iterator[None]:
         """What is done within is no part of the program; it must leave nothing."""
-        peak, flops, reads = self.peak, Counter(self.flops), Counter(self.host_reads)
-        said, operators = len(self.messages), self.num_operators
+        peak, reads, lived = self.peak, Counter(self.host_reads), dict(self.lived)
+        done, operators = len(self.done), self.num_operators
         try:
             yield
         finally:
-            self.peak, self.flops, self.host_reads = peak, flops, reads
+            self.peak, self.host_reads, self.lived = peak, reads, lived
             self.num_operators = operators
-            del self.messages[said:]
+            del self.done[done:]
 
     @staticmethod
     def key(tensor: torch.Tensor) -> int:
@@ -212,7 +240,8 @@ class Tracer(TorchDispatchMode):
         """What was done so far; what lives stays. From now on the most is looked for anew."""
         self.outside = "step"
         self.peak = Moment(self.phase, self.now, dict(+self.by_use))
-        self.flops, self.messages, self.host_reads, self.num_operators = Counter(), [], Counter(), 0
+        self.done, self.lived, self.host_reads, self.num_operators = [], {}, Counter(), 0
+        self.at = ONCE
 
     def __enter__(self) -> Tracer:
         self._resize = torch.UntypedStorage.resize_  # what FSDP lets go of gathered weights by
@@ -267,6 +296,9 @@ class Tracer(TorchDispatchMode):
             if now - start > section.high:
                 assert more is None
                 section.high, section.high_by_use = now - start, _minus(self.by_use, by_use)
+        if self._looks:
+            at = self.at.in_phase(self.phase)
+            self.lived[at] = max(now, self.lived.get(at, (0, 0))[0]), self.now
         if now > self.peak.num_bytes and self._looks:
             by_use_then = Counter(self.by_use)
             for use, num_bytes in (more or {}).items():
@@ -285,7 +317,14 @@ class Tracer(TorchDispatchMode):
             max(sum(ins), sum(outs)) if functional else max(ins, default=0) if name in OF_INPUT else sum(ins)
         )
         peer = args[2] if name in ("send", "recv_") else None
-        self.messages.append(Message(self.phase, name, group.group_desc, group.size(), num_bytes, peer))
+        ranks = get_process_group_ranks(group)
+        stride = abs(ranks[-1] - ranks[0]) // max(1, len(ranks) - 1)
+        self._did(
+            Message(self.part, name, group.group_desc, len(ranks), num_bytes, peer, stride, not functional)
+        )
+
+    def _did(self, work: Work) -> None:
+        self.done.append((self.at.in_phase(work.phase), work))
 
 
 def _minus(left: Counter[str], right: Counter[str]) -> Counter[str]:

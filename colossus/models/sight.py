@@ -34,6 +34,8 @@ class Context(Protocol):
         scores: Scores,
         temperature: torch.Tensor | None,
         sinks_H: torch.Tensor | None = None,
+        *,
+        fused: bool = False,
     ) -> torch.Tensor:
         """As `models.attend.attend`, for this rank's tokens."""
         ...
@@ -64,10 +66,8 @@ class Sight(NamedTuple):
     ) -> torch.Tensor:
         """What the tokens' queries see of keys and values: [B, H, T, E of v]. See `models.attend.attend`."""
         mask = self.windowed_mask if windowed else self.mask
-        if self.context is not None:
-            return self.context.attend(q_BHTE, k_BKSE, v_BKSE, mask, scores, self.temperature, sinks_H)
-        fused = self.fused
-        return attend(q_BHTE, k_BKSE, v_BKSE, mask, scores, self.temperature, sinks_H, fused=fused)
+        how = attend if self.context is None else self.context.attend
+        return how(q_BHTE, k_BKSE, v_BKSE, mask, scores, self.temperature, sinks_H, fused=self.fused)
 
 
 def sight(

@@ -65,10 +65,12 @@ class Gathered:
         scores: Scores,
         temperature: Maybe,
         sinks_H: Maybe = None,
+        *,
+        fused: bool = False,
     ) -> torch.Tensor:
         """Block by block: none looks at what comes after its end. A mask by blocks says so itself."""
         if mask is not None and not isinstance(mask, torch.Tensor):
-            return attend(q_BHTE, k_BKSE, v_BKSE, mask, scores, temperature, sinks_H)
+            return attend(q_BHTE, k_BKSE, v_BKSE, mask, scores, temperature, sinks_H, fused=fused)
         length = q_BHTE.shape[2] // 2
         parts = []
         for half, block in enumerate(self.mine):
@@ -82,6 +84,7 @@ class Gathered:
                     scores,
                     None if temperature is None else temperature[..., rows],
                     sinks_H,
+                    fused=fused,
                 )
             )
         return torch.cat(parts, dim=2)
@@ -124,11 +127,13 @@ class Ulysses:
         scores: Scores,
         temperature: Maybe,
         sinks_H: Maybe = None,
+        *,
+        fused: bool = False,
     ) -> torch.Tensor:
         """Of all tokens' queries of this rank's heads; what they see goes back to the tokens' ranks."""
         q, k, v = (self._to_heads(x) for x in (q_BHTE, k_BKTE, v_BKTE))
         sinks = None if sinks_H is None else self.own(sinks_H, 0)
-        return self._to_tokens(attend(q, k, v, mask, scores, temperature, sinks))
+        return self._to_tokens(attend(q, k, v, mask, scores, temperature, sinks, fused=fused))
 
     def _to_heads(self, x_BHTE: torch.Tensor) -> torch.Tensor:
         """[B, H, T/cp, E] -> [B, H/cp, T, E]."""

@@ -108,7 +108,9 @@ class _Groups:
         key = tuple(ranks)
         if key not in self._made:
             if len(key) == dist.get_world_size():
-                self._made[key] = dist.group.WORLD  # type: ignore[assignment]
+                assert dist.group.WORLD is not None
+                dist.group.WORLD._set_group_desc(name)
+                self._made[key] = dist.group.WORLD
             else:
                 self._made[key] = _meet(ranks, name)
         return self._made[key]

@@ -8,7 +8,7 @@ Sources: GPipe (arXiv 1811.06965), 1F1B and its interleaving (arXiv 2104.04473),
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
@@ -235,11 +235,12 @@ def timeline(
     backward: Sequence[float],
     weights: Sequence[float],
     send: float = 0.0,
+    own: Mapping[Action, float] | None = None,
 ) -> Timeline:
     """Runs the orders against each other.
 
     forward, backward, weights: seconds of each stage, for a micro-batch: gradients of inputs and of weights
-    apart. send: seconds until what one rank made is at the next.
+    apart. send: seconds until what one rank made is at the next. own: seconds of actions that differ.
     """
     to_do = orders(schedule, pp, per_rank, micro_batches)
     owner = {s: rank for rank in range(pp) for s in stages_of(schedule, rank, pp, per_rank)}
@@ -268,7 +269,7 @@ def timeline(
                     start = max(now, gradients[stage + 1][i] + late[stage + 1])
                 if start == never:
                     break
-                now = start + seconds[work][stage]
+                now = start + (seconds[work][stage] if own is None else own.get(action, seconds[work][stage]))
                 if work == "F":
                     forwards[stage][i] = now
                 elif work != "W":

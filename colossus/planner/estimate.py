@@ -19,8 +19,9 @@ from colossus.hardware.fleets import Hardware
 from colossus.layout import ONE_STAGE, V_SHAPED
 from colossus.perf import communication as comm
 from colossus.perf.flops import model_flops_per_token
-from colossus.perf.ledger import COMMUNICATION, Columns, Ledger
+from colossus.perf.ledger import Columns, Ledger
 from colossus.perf.parts import kernel_of
+from colossus.perf.passes import OVERLAP_COST, exposed, pass_seconds
 from colossus.perf.price import Pricer
 from colossus.perf.schedule import bubble
 from colossus.perf.software import OURS, OURS_EAGER
@@ -29,11 +30,7 @@ from colossus.planner.formulas import TP_AXES, Piece, layer_counts, layers_ledge
 from colossus.planner.muon import muon_seconds
 from colossus.planner.stages import Shape, shape
 
-OVERLAP_COST = 0.1  # of the seconds of a hidden message, that it takes from what it hides behind (Calculon:
-# 0.15 over NVLink, 0.02 over network cards)
 KEYS = ("micro_batch", "tp", "cp", "ep", "etp", "sp", "recompute")
-TOGETHER = 3.0  # power with which seconds of host and device add up where neither is much longer
-LAUNCHES_OF_MESSAGE = 4.0  # the host takes some 50 us for a collective, where a kernel takes it 10
 ACCUMULATE_BYTES = 12.0  # a weight's gradient in fp32 to those of the micro-batches before
 LARGEST_EXACT = 4  # ranks of a pipeline whose bubble is simulated; those of longer ones grow in proportion
 RATIO = 0.2  # to which ratios of forward and backward seconds are rounded for a bubble
@@ -234,27 +231,9 @@ class _Estimate:
         """Seconds of the phases of one layer: products and what lies between them, at least as long as the
         host needs to start them, and what messages don't hide."""
         found = {}
-        host = self.pricer.dispatch()
         for phase in ("forward", "recompute", "backward", "weights"):
             rows = ledger.where(stage=stage, phase=phase)
-
-            def of(stream: str, rows: NDArray[np.bool_] = rows) -> Columns:
-                return np.asarray(seconds[rows & ledger.where(stream=stream)].sum(axis=0))
-
-            compute = of("compute")
-            kernels = np.where(ledger.where(kind=COMMUNICATION)[rows], LAUNCHES_OF_MESSAGE, 1.0)[:, None]
-            launches = (kernels * ledger.launches[rows] * ledger.repeat[rows]).sum(axis=0)
-            compute = compute + self.pricer.gap * launches * (host > 0)
-            # A product takes its input piece by piece, a rank's own first, or gives its output so.
-            hidden = self.software.tp_hidden * (1 - 1 / tp_ranks)
-            tp = of("tp") * (1 - hidden * (1 - OVERLAP_COST))
-            beside = np.maximum(OVERLAP_COST * of("tp_hidden"), of("tp_hidden") - compute)
-            attention = seconds[rows & ledger.where(kind="fused_attention")].sum(axis=0)
-            keys = np.maximum(0.0, of("cp") - self.software.cp_hidden * attention)
-            experts = of("ep") * (1 - self.software.overlaps_experts)
-            device = compute + tp + beside + keys + experts
-            # Some kernels wait for the host and others for the device: more than the longer of both.
-            found[phase] = (device**TOGETHER + (host * launches) ** TOGETHER) ** (1 / TOGETHER)
+            found[phase] = pass_seconds(self.pricer, ledger, seconds, rows, tp_ranks).total
         return _Layer(**found)
 
     def sorts(self, ledger: Ledger) -> dict[str, NDArray[np.bool_]]:
@@ -360,28 +339,28 @@ class _Estimate:
         hides_weights = 1.0 if apart and self.software.overlaps_weights else 0.0
         back = work.recompute + work.backward + work.weights
         ours = self.software.casts_weights
-        late = _exposed(replicated, hides_sums * back, layers) if ours else 0.0  # after the last micro-batch
+        late = exposed(replicated, hides_sums * back, replicated / layers) if ours else 0.0  # after the last
         every_time = scatter if ours else scatter + replicated
         scatter = scatter + replicated
         once = np.where(
             zero >= 1,
-            _exposed(scatter, hides_sums * back, layers)
-            + _exposed(gather, hides_weights * work.forward, layers),
-            _exposed(everywhere, hides_sums * back, layers),
+            exposed(scatter, hides_sums * back, scatter / layers)
+            + exposed(gather, hides_weights * work.forward, gather / layers),
+            exposed(everywhere, hides_sums * back, everywhere / layers),
         )
         # FSDP gathers for the forward and again for the backward pass of every micro-batch, and sums then.
         every = (
             m
             * (
-                _exposed(gather, hides_weights * work.forward, layers, first=False)
-                + _exposed(gather + every_time, hides_sums * back, layers, first=False)
+                exposed(gather, hides_weights * work.forward)
+                + exposed(gather + every_time, hides_sums * back)
             )
             + (gather + every_time) / layers
             + late
         )
         if ours:  # ZeRO-2 sums each micro-batch's gradients, too
-            sums = m * _exposed(every_time, hides_sums * back, layers, first=False) + every_time / layers
-            gathered = _exposed(gather, hides_weights * work.forward, layers)
+            sums = m * exposed(every_time, hides_sums * back) + every_time / layers
+            gathered = exposed(gather, hides_weights * work.forward, gather / layers)
             once = np.where(zero >= 2, sums + late + gathered, once)
         shards = np.where(zero >= 1, 1.0, 0.0)
         dense_shards = np.where(shards > 0, groups["fsdp"].size, 1.0)
@@ -395,11 +374,10 @@ class _Estimate:
                 self.problem.arch, layouts, made, self.pricer, self.problem.precision, groups
             )
         if ours:  # the others' products add to what is there
-            part = self.pricer.hardware.accelerator
             divided = (zero >= 2) & (groups["fsdp"].size > 1)
-            added = np.where(divided, updated, dense + routed) * ACCUMULATE_BYTES
-            copied = np.where(divided, dense + routed, 0.0) * (size + gradient)
-            update = update + (m - 1) * (added + copied) / part.copy * part.shared_by
+            update = update + (m - 1) * accumulate_seconds(
+                self.pricer, updated, dense + routed, divided, size
+            )
         return np.where(zero >= 3, every, once), update
 
     # ------------------------------------------------------------------ the waterfall
@@ -485,13 +463,15 @@ def _pick(per: list[_Layer], which: NDArray[np.intp]) -> _Layer:
     )
 
 
-def _exposed(seconds: Columns, window: Columns, buckets: Columns | float, *, first: bool = True) -> Columns:
-    """Of messages in so many equal buckets behind `window` seconds of work: what is left over, the first
-    bucket, which has nothing to hide behind, and what hidden messages take from the work."""
-    alone = seconds / buckets if first else np.zeros_like(seconds)
-    behind = seconds - alone
-    left = np.maximum(behind - window, 0.0)
-    return np.asarray(alone + left + OVERLAP_COST * (behind - left))
+def accumulate_seconds(
+    pricer: Pricer, here: Columns, whole: Columns, divided: NDArray[np.bool_], size: float
+) -> Columns:
+    """To add a micro batch's gradients to those before it, of the weights `here` where the sums are divided;
+    else of the `whole` ones that a rank works with, which are `size` bytes each."""
+    part = pricer.hardware.accelerator
+    added = np.where(divided, here, whole) * ACCUMULATE_BYTES
+    copied = np.where(divided, whole, 0.0) * (size + pricer.software.gradient_bytes)
+    return np.asarray((added + copied) / part.copy * part.shared_by)
 
 
 def rank_weights(arch: Architecture, layouts: Layouts, made: Shape, rank: int) -> tuple[Columns, Columns]:

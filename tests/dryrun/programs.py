@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from colossus.data.loader import Batch
 from colossus.dryrun.fake import fake_world
 from colossus.dryrun.rank import Traced, trace
-from colossus.dryrun.tracer import WAIT, Message, Tracer
+from colossus.dryrun.tracer import WAIT, Tracer
+from colossus.dryrun.work import Message, product_of
 from colossus.job import Job
 from colossus.measure.counter import flop_counter
 from colossus.models.box import local
@@ -50,7 +51,8 @@ class Listener(Tracer):
             self._say(func, args, out)
         formula = self._flops_of.get(func._overloadpacket)
         if formula is not None:
-            self.flops["all"] += formula(*args, **(kwargs or {}), out_val=out)
+            flops = formula(*args, **(kwargs or {}), out_val=out)
+            self._did(product_of(func._overloadpacket, args, flops, "all"))
         return out
 
 

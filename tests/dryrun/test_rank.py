@@ -8,7 +8,7 @@ import pytest
 
 from colossus.architecture import parameter_table
 from colossus.dryrun.rank import Traced
-from colossus.dryrun.tracer import Message
+from colossus.dryrun.work import Message
 from colossus.job import Job
 from colossus.layout import ONE_STAGE, SCHEDULES
 from tests.dryrun.programs import allocated, dry, really
@@ -112,6 +112,8 @@ def test_what_zero_divides(pool: Pool) -> None:
     assert second.peak.by_use["gathered weights"] == pytest.approx(weights, rel=0.01)
     assert third.peak.by_use["gathered weights"] < 0.6 * weights
     assert first.peak.num_bytes > second.peak.num_bytes > third.peak.num_bytes
+    # The group of all ranks has the name of the axis that it is, too.
+    assert {axis for axis, *_ in first.said()} == {"fsdp", "figures"}
     sums = [
         said
         for found in (first, second, third)

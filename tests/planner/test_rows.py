@@ -14,10 +14,11 @@ import pytest
 from colossus.perf import communication as comm
 from colossus.perf.corrections import Corrections
 from colossus.perf.ledger import Ledger, Row
+from colossus.perf.passes import OVERLAP_COST, TOGETHER
 from colossus.perf.price import BACKWARD_PASSES, CLIP_BYTES, DEPTH, GAP, KEYS, Pricer
 from colossus.perf.software import MEGATRON_2021, MEGATRON_CORE, OURS, OURS_EAGER
 from colossus.planner.columns import Layouts
-from colossus.planner.estimate import OVERLAP_COST, TOGETHER, estimate, kind_weights
+from colossus.planner.estimate import estimate, kind_weights
 from colossus.planner.formulas import layers_ledger
 from colossus.planner.muon import muon_seconds
 from tests.perf.tiny import tiny

@@ -1,0 +1,188 @@
+"""What a traced step takes, beside the planner's formulas for the same layout: the work, and its price."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+
+from colossus.dryrun.price import Price, price, problem_of, standing_for
+from colossus.dryrun.rank import Traced
+from colossus.dryrun.rows import KINDS, Rows, row_at
+from colossus.dryrun.work import Message, Product, Work
+from colossus.hardware.fleets import hardware_of
+from colossus.job import Job, load_job
+from colossus.layout import layout_row
+from colossus.perf.ledger import COMMUNICATION
+from colossus.planner.choice import refined
+from colossus.planner.estimate import Problem, rank_weights
+from colossus.planner.measured import corrections_for
+from colossus.planner.plan import layouts_of_row
+from tests.dryrun.programs import dry
+from tests.ranks.cases import Case
+from tests.ranks.pool import Pool
+
+H100 = load_job(None, ["fleet.accelerator=h100-sxm", "fleet.count=64"]).fleet
+WIDE = {
+    "hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 32768, "num_heads": 16, "num_kv_heads": 8,
+    "head_dim": 128, "num_layers": 4,
+}  # fmt: skip
+ROUTED = WIDE | {"intermediate_size": 4096, "experts.num_experts": 8, "experts.per_token": 2}
+CASES = [
+    Case.of(WIDE, dp_shard=2, seq_len=2048, type="bf16"),
+    Case.of(WIDE, dp_shard=2, tp=2, seq_len=2048, type="bf16", zero=2),
+    Case.of(WIDE, pp=2, dp_replicate=2, seq_len=2048, type="bf16", zero=1),
+    Case.of(WIDE, cp=2, dp_shard=2, seq_len=2048, type="bf16"),
+    Case.of(WIDE, dp_shard=2, tp=2, recompute="full", seq_len=2048, type="bf16"),
+    Case.of(ROUTED, preset="mixtral-8x7b", dp_shard=4, ep=4, seq_len=2048, type="bf16"),
+]
+
+
+@cache
+def on_gpus(case: Case) -> Job:
+    return dataclasses.replace(case.job(), fleet=H100.model_copy(update={"device": "cuda"}))
+
+
+def problem(case: Case) -> Problem:
+    hardware = hardware_of(H100)
+    return problem_of(on_gpus(case), hardware, corrections_for(hardware))
+
+
+def ranks_of(case: Case, pool: Pool) -> list[Traced]:
+    """One of each stage."""
+    layout = case.job().layout
+    step = layout.num_ranks // layout.dp_replicate // layout.pp
+    return [pool.run(1, dry, on_gpus(case), stage * step)[0] for stage in range(layout.pp)]
+
+
+def formulas(case: Case, stage: int) -> Iterator[tuple[object, float]]:
+    """The planner's rows of a stage of the pipeline, and how often each is there."""
+    layout, of = case.job().layout, problem(case)
+    made = of.shape(layout.schedule, layout.pp, 1)
+    rows, counts = Rows(of, layout, made), dict(zip(made.kinds, made.by_stage[stage], strict=True))
+    counts |= {"first": float(stage == 0), "last": float(stage == layout.pp - 1)}
+    ledger = rows.formulas
+    for i in range(ledger.size[0]):
+        row = row_at(ledger, i)
+        if counts.get(row.stage):
+            yield row, counts[row.stage] * row.repeat
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_products_are_the_planners(case: Case, pool: Pool) -> None:
+    """Every FLOP of every stage. Two are less than the planner says: what is made again in a backward pass,
+    as PyTorch stops as soon as it has what it needs, so that a layer's last product is not computed twice;
+    and attention under cp, where a block meets no keys beyond its end."""
+    layout = case.job().layout
+    blocks = (2 * layout.cp + 1) / (4 * layout.cp) if layout.cp > 1 else 1.0  # r and 2 cp - 1 - r, of 2 cp
+    last = 4 * 2 * 2048 * 2048 * 8192 / layout.tp  # of four layers
+    for stage, traced in enumerate(ranks_of(case, pool)):
+        found, expected = Counter[str](), Counter[str]()
+        for work, times in works(traced).items():
+            if isinstance(work, Product):
+                kind = "attention" if work.kind == "attention" else "products"
+                again = " again" * (work.phase == "recompute")
+                found[kind + again] += work.flops * times / traced.num_micro_batches
+        for row, times in formulas(case, stage):
+            kind = "attention" if row.kind == "fused_attention" else "products"
+            expected[kind + " again" * (row.phase == "recompute")] += row.executed * times
+        expected["attention"] *= blocks
+        expected["products again"] -= last if layout.recompute == "full" else 0.0
+        assert found == pytest.approx(+expected, rel=1e-9)
+
+
+def works(traced: Traced) -> Counter[Work]:
+    """All that it does in a step."""
+    found = Counter[Work]()
+    for done in traced.passes.values():
+        found.update(done)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_messages_of_layers_are_the_planners(case: Case, pool: Pool) -> None:
+    """Every byte, by axis and operation. Of what the planner's formulas have, our program does not gather
+    again for the gradients of weights (tp) or keys (cp), nor sums what a layer that is made again ends with;
+    it has sums of some numbers for norms and losses beside, and counts of tokens for experts."""
+    layout, of = case.job().layout, problem(case)
+    rows = Rows(of, layout, of.shape(layout.schedule, layout.pp, 1))
+    for stage, traced in enumerate(ranks_of(case, pool)):
+        found, expected = Counter[str](), Counter[str]()
+        for work, times in works(traced).items():
+            if isinstance(work, Message) and not work.apart:
+                row = rows.message(work, times)
+                found[f"{row.phase} {row.name} {row.kind}"] += row.sent * times / traced.num_micro_batches
+        for row, times in formulas(case, stage):
+            if row.kind in COMMUNICATION:
+                expected[f"{row.phase} {row.group} {row.kind}"] += row.sent * times
+        for name in ("weights tp all_gather", "backward cp all_gather"):
+            del expected[name]
+        expected["recompute tp reduce_scatter"] /= 2
+        small = sum(found.pop(f"{phase} tp all_reduce", 0.0) for phase in ("forward", "backward"))
+        assert small < 3e-4 * sum(found.values()) or not found
+        assert found == pytest.approx(+expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_messages_of_weights_are_the_planners(case: Case, pool: Pool) -> None:
+    """FSDP gathers a stage's weights once a step, of ZeRO's third level once more in each pass, and sums
+    their gradients once, above the first level in each micro batch."""
+    layout, of = case.job().layout, problem(case)
+    made = of.shape(layout.schedule, layout.pp, 1)
+    rows = Rows(of, layout, made)
+    for stage, traced in enumerate(ranks_of(case, pool)):
+        found = Counter[str]()
+        for work, times in works(traced).items():
+            if isinstance(work, Message) and work.apart and work.group in ("fsdp", "efsdp") and work.size > 1:
+                found[KINDS.get(work.operation.strip("_"), "")] += work.num_bytes * times
+        if layout.dp_shard * layout.cp == 1:
+            assert not +found
+            continue
+        dense, routed = (float(weights[0]) for weights in rank_weights(of.arch, rows.layouts, made, stage))
+        edges = 2 * 32768 * 2048 / layout.tp  # gathered once a micro batch: the head's backward pass follows
+        weights, many = dense + (routed if layout.ep < 4 else 0.0), traced.num_micro_batches
+        gathers = many * (2 * weights - edges) if layout.zero == 3 else weights
+        sums = many if layout.zero >= 2 else 1
+        assert found["all_gather"] == pytest.approx(2 * gathers, rel=1e-3)
+        assert found["reduce_scatter"] == pytest.approx(4 * weights * sums, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("case", "low", "high"),
+    [
+        *((case, 0.98, 1.03) for case in CASES[:4]),
+        (CASES[4], 0.9, 1.0),  # less is made again, see above
+        (CASES[5], 1.0, 1.1),  # routers compute in fp32, which the planner takes for bf16
+    ],
+    ids=str,
+)
+def test_a_step_is_priced_as_the_planner_prices_it(case: Case, low: float, high: float, pool: Pool) -> None:
+    found = priced(case, ranks_of(case, pool))
+    layout = case.job().layout
+    row = {**layout_row(layout), "recompute": layout.recompute, "recompute_layers": None}
+    planned = refined(problem(case), layouts_of_row(row), compiled=False)
+    assert low <= found.seconds / planned.seconds <= high
+    assert found.mfu == pytest.approx(planned.mfu * planned.seconds / found.seconds)
+    pool_priced = found.slowest
+    for rank in range(layout.pp):
+        causes = pool_priced.causes(rank)
+        assert sum(causes.values()) == pytest.approx(found.seconds)
+        for cause, seconds in pool_priced.messages(rank).items():
+            assert causes.get(cause, 0.0) <= seconds * 1.001
+
+
+def priced(case: Case, ranks: list[Traced]) -> Price:
+    hardware = hardware_of(H100)
+    return price(on_gpus(case), hardware, corrections_for(hardware), [(hardware.accelerator, ranks)])
+
+
+def test_a_few_micro_batches_stand_for_many() -> None:
+    """The first, the last, and between them each like the one before."""
+    for many in (3, 4, 9):
+        stands = [list(standing_for(index, 3, many)) for index in range(3)]
+        assert [index for stood in stands for index in stood] == list(range(many))
+        assert stands[0] == [0] and stands[2] == [many - 1]
+    assert [list(standing_for(index, 1, 1)) for index in range(1)] == [[0]]
