@@ -19,18 +19,24 @@ from torch.utils.checkpoint import (
 from colossus.layout import Recompute
 from colossus.models import Decoder
 
-KEPT = ("mm", "addmm", "_scaled_dot_product", "grouped_product")  # how names of operators begin
-COLLECTIVES = "_c10d_functional"  # the space of the others
+# How names of operators begin. What ranks sum or exchange is kept, but not what they gather: each has its
+# part of that.
+KEPT = ("mm", "addmm", "_scaled_dot_product", "grouped_product")
+KEPT_MESSAGES = ("reduce_scatter", "all_reduce", "all_to_all")
+COLLECTIVES = "_c10d_functional"  # the space of the latter
 
 
 def recompute_layers(model: Decoder, recompute: Recompute = "full", num_layers: int | None = None) -> None:
-    """full: keeps each layer's input alone. selective: also what products and collectives gave, so that the
-    rest, which is quick to compute, is computed again. Of the first `num_layers` of `model`; None: of all."""
+    """full: keeps each layer's input alone. selective: also what products gave, or their sums over ranks, so
+    that the rest, which is quick to compute or to gather, is made again. Of the first `num_layers` of
+    `model`; None: of all."""
     if recompute == "none":
         return
     for name, layer in list(model.layers.named_children())[:num_layers]:
         contexts = partial(_contexts, layer)
         more: dict[str, Any] = {"context_fn": contexts} if recompute == "selective" else {}
+        for module in layer.modules() if recompute == "selective" else ():
+            module.keeps_partial_sum = False  # type: ignore[assignment]
         model.layers._modules[name] = checkpoint_wrapper(layer, **more)
 
 
@@ -65,5 +71,5 @@ class _Gathered:
 def _keeps_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Batched products are recomputed: of attention's scores there are tokens x tokens."""
     space, _, name = str(operator).partition(".")
-    kept = space == COLLECTIVES or name.startswith(KEPT)
+    kept = name.startswith(KEPT_MESSAGES if space == COLLECTIVES else KEPT)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -72,7 +72,16 @@ def _gather_tokens(group: Group, module: nn.Module, args: tuple[Any, ...]) -> tu
 
 
 def _sum_at_tokens(group: Group, module: nn.Module, args: Any, y_BTD: torch.Tensor) -> torch.Tensor:
-    return scatter_sum(y_BTD, group, SEQUENCE)
+    if getattr(module, "keeps_partial_sum", True) or torch.compiler.is_compiling():
+        return scatter_sum(y_BTD, group, SEQUENCE)
+    # Recomputation keeps what products gave, and this one of all tokens; nothing asks for it but the sum,
+    # which is kept too. The second time there is room again for a moment; what lies there does not matter.
+    memory = y_BTD.untyped_storage()
+    if not memory.nbytes():
+        memory.resize_(y_BTD.numel() * y_BTD.element_size())
+    sum_BTD = scatter_sum(y_BTD, group, SEQUENCE)
+    memory.resize_(0)
+    return sum_BTD
 
 
 def _gather_output(group: Group, module: nn.Module, args: Any, y_BTD: torch.Tensor) -> torch.Tensor:

@@ -123,6 +123,29 @@ def test_what_zero_divides(pool: Pool) -> None:
     assert sums[1] == sums[2] == tuple(4 * number for number in sums[0])
 
 
+def test_what_selective_recomputation_keeps_is_divided_by_tp(pool: Pool) -> None:
+    """Of each token and layer what products gave, whose columns are shared, and the two sums that it gets; no
+    tokens of other ranks, and nothing that is a part of a sum."""
+    heads, ffn, tp, num_bytes = 4 * 16, 128, 4, 2
+    sizes = {"hidden_size": 64, "intermediate_size": ffn, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16}
+
+    def peak(recompute: str, num_layers: int) -> int:
+        case = Case.of(
+            sizes | {"num_layers": num_layers},
+            tp=tp,
+            recompute=recompute,
+            seq_len=256,
+            batch=8,
+            micro_batch=8,
+            type="bf16",
+        )
+        return pool.run(1, dry, case.job(), 0)[0].peak.num_bytes
+
+    kept = [peak(name, 6) - peak(name, 3) for name in ("selective", "full")]
+    products, sums = 3 * heads + 2 * ffn, 2 * 64
+    assert kept[0] - kept[1] == 3 * 8 * 256 * (products + sums) // tp * num_bytes
+
+
 LARGE = {
     "hidden_size": 256,
     "intermediate_size": 512,
