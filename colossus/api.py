@@ -125,8 +125,19 @@ def check_start(job: Job, *, follow: str | Path | None = None) -> None:
     """
     from colossus.data.prepare import check_data
 
-    if _check_place(job, follow):
+    builds = _check_place(job, follow)
+    _check_fit(job)
+    if builds:
         check_data(job)
+
+
+def _check_fit(job: Job) -> Job:
+    """The job with what a dry run says of its memory, where its ranks are on several nodes. Raises UserError
+    where they would not fit."""
+    from colossus.dryrun.check import check_fit, is_asked
+    from colossus.measure.machine import this_machine
+
+    return check_fit(job, this_machine()) if is_asked(job) else job
 
 
 def _check_place(job: Job, follow: str | Path | None) -> bool:
@@ -251,6 +262,7 @@ def _prepare(
     if job.layout.num_ranks > 1 and not is_rank():
         check_hooks(hooks)
     resolved(job)
+    job = _check_fit(job)
     if builds:
         job = prepare_data(job, progress)
     if folder is not None and begun:
@@ -303,6 +315,7 @@ def dry_run(job: Job, rank: int | None = None, *, say: Callable[[str], None] = l
             NothingFits (one of them): no layout was asked for, and none fits.
     """
     from colossus.derive.to_plan import planned, with_model
+    from colossus.dryrun.mend import mended
     from colossus.dryrun.ranks import dry_run as run
     from colossus.hardware.fleets import hardware_of
     from colossus.planner.measured import corrections_for
@@ -320,7 +333,8 @@ def dry_run(job: Job, rank: int | None = None, *, say: Callable[[str], None] = l
         notes.append("no layout fits by the planner's formulas; what was open of this one is the simplest")
     hardware = hardware_of(job.fleet, machine, ranks=job.layout.num_ranks)
     corrections = corrections_for(hardware, machine)
-    return run(job, hardware, rank, say=say, notes=notes, corrections=corrections)
+    found = run(job, hardware, rank, say=say, notes=notes, corrections=corrections)
+    return mended(found, rank, say=say, corrections=corrections)
 
 
 def _measured() -> Machine | None:

@@ -31,6 +31,7 @@ Origin = Literal["argument", "file", "preset", "planned", "derived"]
 STRONGEST: tuple[Origin, ...] = get_args(Origin)  # first
 NOT_ASKED: tuple[Origin, ...] = ("derived", "planned")
 KEPT_ORIGINS: tuple[Origin, ...] = (*NOT_ASKED, "preset")  # in a job file; its other values are its own
+CHECKED = ("checked_bytes", "checked_memory", "checked_seconds")  # of `Job.made`, where a dry run was made
 PREDICTED = ("predicted_step_seconds", "predicted_bytes")  # of `Job.made`, where the layout was planned
 
 

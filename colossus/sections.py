@@ -132,6 +132,7 @@ class Fleet(Section):
     restart_minutes: float | None = Field(default=None, ge=0, le=10**4)  # from a failure until steps go on
     save_seconds: float | None = Field(default=None, ge=0, le=10**5)  # that a checkpoint stops training
     repair_hours: float | None = Field(default=None, ge=0, le=10**5)  # until a failed server is back
+    check_fit: bool = derived()  # whether ranks on several nodes run dry before they start
     usd_per_hour: float | None = Field(default=None, ge=0, le=10**4)  # of one accelerator
     usd_per_kwh: float | None = Field(default=None, ge=0, le=10**3)
     pue: float | None = Field(default=None, ge=1, le=10)  # power of the site over that of its servers

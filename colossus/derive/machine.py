@@ -40,7 +40,9 @@ def derive_machine(job: Job, machine: Machine, ranks: int | None = None) -> Job:
         UserError: the machine lacks what was asked for.
     """
     check_device(job, machine)
-    job = job.derive(**{"fleet.name": "this-machine", "fleet.device": machine.device})
+    job = job.derive(
+        **{"fleet.name": "this-machine", "fleet.device": machine.device, "fleet.check_fit": True}
+    )
     axes = {f"layout.{axis}": 1 for axis in ("dp_replicate", "tp", "pp", "cp", "ep", "etp")}
     job = job.derive(**axes)
     devices = ranks or _counted(job) or (max(1, len(machine.gpus)) if job.fleet.device == "cuda" else 1)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from colossus.derive.to_plan import laid_out_as
-from colossus.dryrun.ranks import Judged, dry_run
+from colossus.dryrun.ranks import Judged, dry_run, fused_bytes
 from colossus.job import Job
 from colossus.planner.choice import Choice
 from colossus.planner.confirm import Answer, Ask
 from colossus.planner.estimate import Problem
-from colossus.planner.memory import memory
 from colossus.planner.plan import layouts_of_row
 
 
@@ -20,7 +19,7 @@ def confirm(job: Job, say: Callable[[str], None] = lambda line: None) -> Ask:
     def ask(problem: Problem, choice: Choice) -> Answer:
         hardware = problem.pricer.hardware
         stages = {0, choice.rank, choice.row["pp"] - 1}
-        run = dry_run(laid_out_as(job, problem, choice), hardware, stages=stages, say=say, mend=False)
+        run = dry_run(laid_out_as(job, problem, choice), hardware, stages=stages, say=say)
         needs = [(judged, judged.reserved - _fused(problem, choice, judged)) for judged in run.ranks]
         judged, reserved = min(needs, key=lambda each: each[0].kind.accelerator.memory - each[1])
         return Answer(choice, reserved, judged.kind.accelerator.memory, len(run.ranks))
@@ -29,13 +28,10 @@ def confirm(job: Job, say: Callable[[str], None] = lambda line: None) -> Ask:
 
 
 def _fused(problem: Problem, choice: Choice, judged: Judged) -> float:
-    """Bytes that compiled layers need less than those that are run as they are written, which dry runs do; by
-    the planner's formulas."""
+    """Bytes that compiled layers need less on a pool's ranks."""
     if not choice.compiled:
         return 0.0
     pools = {pool.accelerator: pool for pool in choice.pools}
     pool = pools.get(judged.kind.accelerator.name)
     own = {} if pool is None else {"micro_batch": pool.micro_batch, "recompute": pool.recompute}
-    layout = layouts_of_row(choice.row | own)
-    eager, compiled = (memory(problem.as_ours(flag), layout).reserved[0] for flag in (False, True))
-    return float(eager - compiled)
+    return fused_bytes(problem, layouts_of_row(choice.row | own))

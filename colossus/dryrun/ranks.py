@@ -17,7 +17,9 @@ from colossus.job import Job
 from colossus.layout import check
 from colossus.parallel.mesh import Place
 from colossus.perf.corrections import Corrections
-from colossus.planner.memory import TALKING, reserved_bytes
+from colossus.planner.columns import Layouts
+from colossus.planner.estimate import Problem
+from colossus.planner.memory import TALKING, memory, reserved_bytes
 
 AFFINE = ("1f1b", "interleaved_1f1b")  # schedules in which each further micro batch adds the same
 FEW = 5  # times the stages: micro batches up to which a step is traced whole
@@ -61,9 +63,9 @@ class Judged:
 class DryRun:
     """What the program would need as each kind of rank, of a job whose layout is given.
 
-    mend: what would make it fit, as words of a job, and the ranks with it; None: it fits, or nothing that was
-    tried does. notes: what the figures leave out. price: what a step takes; None where not every stage of the
-    pipeline was run.
+    mend: what would make it fit, as words of a job, and the ranks with it; None: it fits, nothing that was
+    tried does, or nobody has asked (`mend.mended`). notes: what the figures leave out. price: what a step
+    takes; None where not every stage of the pipeline was run.
     """
 
     job: Job
@@ -127,7 +129,6 @@ def dry_run(
     rank: int | None = None,
     *,
     say: Callable[[str], None] = lambda line: None,
-    mend: bool = True,
     notes: Sequence[str] = (),
     stages: Collection[int] | None = None,
     corrections: Corrections | None = None,
@@ -135,9 +136,8 @@ def dry_run(
     """Runs one step of a job as every kind of rank of its world, or as `rank` alone.
 
     job: with its model, layout, type, batch and length known. stages: ranks of its pipelines that are looked
-    at; None: all. say: is told what is being traced. mend: whether to look for what would make it fit. notes:
-    what is known already of how the job came about. corrections: what was measured of the fleet's
-    accelerators.
+    at; None: all. say: is told what is being traced. notes: what is known already of how the job came about.
+    corrections: what was measured of the fleet's accelerators.
 
     Raises:
         UserError: the layout is not legal, the fleet has too few accelerators, or there is no such rank.
@@ -165,12 +165,8 @@ def dry_run(
     for kind in kinds:
         of_kind = [traced for (other, _), traced in zip(wanted, steps, strict=True) if other is kind]
         found.append(_judged(job, kind, of_kind))
-    made = DryRun(
-        job, hardware, tuple(found), (*notes, *_notes(job)), price=_price(job, hardware, corrections, found)
-    )
-    if made.fits or not mend:
-        return made
-    return replace(made, mend=_mended(made, rank, say, corrections))
+    priced = _price(job, hardware, corrections, found)
+    return DryRun(job, hardware, tuple(found), (*notes, *_notes(job)), price=priced)
 
 
 def _price(
@@ -232,6 +228,13 @@ def _judged(job: Job, kind: Kind, steps: Sequence[Traced]) -> Judged:
     return Judged(kind, traced, reserved_bytes(traced.peak.num_bytes, groups, kind.accelerator.device))
 
 
+def fused_bytes(problem: Problem, layout: Layouts) -> float:
+    """That compiled layers need less than those that are run as they are written, which dry runs do; by the
+    planner's formulas, of one layout."""
+    eager, compiled = (memory(problem.as_ours(flag), layout).reserved[0] for flag in (False, True))
+    return float(eager - compiled)
+
+
 def extended(short: Traced, longer: Traced, many: int) -> Traced:
     """What `many` micro batches come to, of two steps of fewer: every count is affine in their number."""
     steps = (many - longer.num_micro_batches) / (longer.num_micro_batches - short.num_micro_batches)
@@ -273,56 +276,3 @@ def _notes(job: Job) -> Iterator[str]:
         yield "layout.pools: taken to have equal shares; a run gives each what its speed deserves"
     if job.fleet.device == "cuda":
         yield "around the tensors: CUDA's context, NCCL's buffers and gaps between blocks, by estimate"
-
-
-def _mended(
-    found: DryRun, rank: int | None, say: Callable[[str], None], corrections: Corrections | None
-) -> tuple[str, DryRun] | None:
-    """The first of the small changes, the cheapest first, with which every kind of rank fits."""
-    job = found.job
-    worst = found.worst.kind.stage / max(1, job.layout.pp - 1) if job.layout.pp > 1 else 0.0
-    for words, values in _changes(job):
-        changed = job.put({f"layout.{name}": value for name, value in values.items()}, "argument")
-        say(f"with {words}")
-        try:
-            stage = round(worst * (changed.layout.pp - 1))
-            beside = Place(0, stage, 0, 0, 0)
-            tried = dry_run(changed, found.hardware, _rank_at(changed, beside), mend=False)
-            if tried.fits and (
-                rank is not None
-                or (tried := dry_run(changed, found.hardware, mend=False, corrections=corrections)).fits
-            ):
-                return words, tried
-        except UserError:  # not legal, or too many ranks
-            continue
-    return None
-
-
-def _rank_at(job: Job, place: Place) -> int:
-    return place.pp * (job.layout.num_ranks // job.layout.dp_replicate // job.layout.pp)
-
-
-def _changes(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What could be changed, the cheapest in time first; not all of it is legal."""
-    layout = job.layout
-    order = ("none", "selective", "full")
-    leaner = [name for name in order if order.index(name) > order.index(layout.recompute)]
-    tries: list[dict[str, Any]] = [{"zero": zero} for zero in range(layout.zero + 1, 4)]
-    tries += [{"recompute": name} for name in leaner]
-    if layout.micro_batch > 1:
-        tries += [{"micro_batch": layout.micro_batch // 2}]
-        tries += [{"micro_batch": 1, "recompute": name} for name in leaner]
-    tightest = {"recompute": "full", "micro_batch": 1, "zero": 3}
-    if layout.dp_replicate > 1 and layout.dp_replicate % 2 == 0 and not layout.pools:
-        half = {"dp_replicate": layout.dp_replicate // 2, "dp_shard": layout.dp_shard * 2}
-        tries += [half, half | tightest]
-    if layout.dp_shard % 2 == 0:
-        for axis in ("tp", "pp", "cp"):
-            tries += [{axis: getattr(layout, axis) * 2, "dp_shard": layout.dp_shard // 2} | tightest]
-    for values in tries:
-        new = {name: value for name, value in values.items() if getattr(layout, name) != value}
-        yield " ".join(f"layout.{name}={_word(value)}" for name, value in new.items()), new
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -28,7 +28,7 @@ PRICED = "priced as `colossus plan` prices"
 
 def text(found: DryRun) -> str:
     """The whole report for a terminal."""
-    sections = [_head(found), _verdict(found), _table(found), _memory(found.worst), _said(found.worst)]
+    sections = [_head(found), verdict(found), _table(found), _memory(found.worst), _said(found.worst)]
     sections += [_computed(found.worst), _time(found), list(found.notes)]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
@@ -57,7 +57,8 @@ def _head(found: DryRun) -> list[str]:
     ]
 
 
-def _verdict(found: DryRun) -> list[str]:
+def verdict(found: DryRun) -> list[str]:
+    """Whether it fits, and if not, with what change."""
     worst = found.worst
     most = f"{memory(worst.reserved)} of {memory(worst.kind.accelerator.memory)}"
     where = _place(worst)

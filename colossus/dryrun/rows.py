@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from colossus.dryrun.work import Message, Pass, Product, Work
-from colossus.layout import Layout, layout_row
+from colossus.layout import Layout
 from colossus.perf.communication import Group
 from colossus.perf.ledger import NUMBERS, WORDS, Kind, Ledger, Phase, Row
 from colossus.planner.columns import Layouts
@@ -39,7 +39,7 @@ class Rows:
 
     def __init__(self, problem: Problem, layout: Layout, made: Shape) -> None:
         self.problem, self.layout, self.made = problem, layout, made
-        self.layouts = Layouts.of([layout_row(layout)])
+        self.layouts = Layouts.of_layout(layout)
 
     def traced(self, work: Mapping[Work, int]) -> Iterator[Row]:
         """As the ledger has them: what was traced, and nothing else."""

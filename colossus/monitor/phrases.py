@@ -169,6 +169,12 @@ def _plan(event: dict[str, Any]) -> str:
     return f"the layout was planned: predicted {duration(seconds)} a step, {size(memory)} on a rank"
 
 
+def _dry_run(event: dict[str, Any]) -> str:
+    needed, there = (size(number(event[f"{name}_bytes"])) for name in ("predicted", "memory"))
+    seconds = duration(number(event["dry_run_seconds"]))
+    return f"a dry run says in {seconds}: it fits, the largest rank takes {needed} of {there}"
+
+
 def _note(event: dict[str, Any]) -> str:
     return f"step {event['step']:,}: {event['text']}"
 
@@ -195,5 +201,6 @@ _PHRASES = {
     "decision": _decision,
     "note": _note,
     "plan": _plan,
+    "dry_run": _dry_run,
     "end": _end,
 }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from colossus.layout import AXES, ONE_STAGE
+from colossus.layout import AXES, ONE_STAGE, Layout, layout_row
 from colossus.planner.formulas import RECOMPUTE
 
 ALL = 2**20  # layers of a stage, where no number says how many of them are recomputed
@@ -44,6 +44,11 @@ class Layouts:
                 values = [ALL if value is None else value for value in values]
             columns[name] = np.array(values)
         return cls(columns)
+
+    @classmethod
+    def of_layout(cls, layout: Layout) -> Layouts:
+        """Of one; open fields count as the simplest."""
+        return cls.of([layout_row(layout) | {"recompute_layers": layout.recompute_layers}])
 
     def __len__(self) -> int:
         return len(self.columns["tp"])

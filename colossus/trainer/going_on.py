@@ -16,7 +16,7 @@ from colossus.derive import derive_data
 from colossus.derive.dial import longest_sample
 from colossus.errors import UserError
 from colossus.events import EventLog, read_events
-from colossus.job import LENGTHS, PREDICTED, Job, load_run_job
+from colossus.job import CHECKED, LENGTHS, PREDICTED, Job, load_run_job
 from colossus.layout import AXES
 from colossus.section import Section
 from colossus.sections import PhaseChange
@@ -221,7 +221,8 @@ def spread(kept: Job, changed: Mapping[str, Any]) -> Job:
     ):
         open_again += ["layout.recompute", "layout.recompute_layers"]
     if any(name.startswith(("layout.", "fleet.")) for name in changed):  # what was predicted was another
-        kept = dataclasses.replace(kept, made={n: v for n, v in kept.made.items() if n not in PREDICTED})
+        asked = {*PREDICTED, *CHECKED}
+        kept = dataclasses.replace(kept, made={n: v for n, v in kept.made.items() if n not in asked})
         if "auto" in (kept.layout.preset, changed.get("layout.preset")):
             open_again = [*FOLLOWS_LAYOUT]  # what is open is planned again, around what was asked for
     if changed.keys() & {"fleet.device", "fleet.count"}:

@@ -10,6 +10,7 @@ import pytest
 
 from colossus import api
 from colossus.cli import main
+from colossus.dryrun.mend import mended
 from colossus.dryrun.rank import trace
 from colossus.dryrun.ranks import DryRun, Kind, dry_run, extended, kinds_of, rows_of
 from colossus.dryrun.worker import traces
@@ -90,7 +91,7 @@ def judged(job: Job) -> DryRun:
     hardware = hardware_of(job.fleet)
     little = dataclasses.replace(hardware.accelerator, memory=2.3e9)  # by hand: 2.56, 2.03 and 1.54 GB
     pools = (dataclasses.replace(hardware.pools[0], accelerator=little),)
-    return dry_run(job, dataclasses.replace(hardware, pools=pools))
+    return mended(dry_run(job, dataclasses.replace(hardware, pools=pools)))
 
 
 def test_what_does_not_fit_fits_with_the_smallest_change() -> None:

@@ -14,7 +14,7 @@ import torch
 from colossus.architecture import num_parameters
 from colossus.derive.machine import peak_flops_per_second
 from colossus.events import kept_and_lost, read_events
-from colossus.job import PREDICTED, SECTIONS, Job
+from colossus.job import CHECKED, PREDICTED, SECTIONS, Job
 from colossus.measure.machine import this_machine
 from colossus.measure.memory import peak_memory_bytes
 from colossus.perf.flops import model_flops_per_token
@@ -67,6 +67,11 @@ class Log(Hook):
             seconds, size = (float(job.made[name]) for name in PREDICTED)
             layout = job.layout.model_dump(exclude_none=True)
             training.event("plan", predicted_step_seconds=seconds, predicted_bytes=int(size), layout=layout)
+        if CHECKED[0] in job.made:
+            size, there, seconds = (float(job.made[name]) for name in CHECKED)
+            training.event(
+                "dry_run", predicted_bytes=int(size), memory_bytes=int(there), dry_run_seconds=seconds
+            )
         training.event("data", corpora=training.data.facts())
         training.log.start_clock()
 
