@@ -31,8 +31,9 @@ from torch.distributed import fsdp  # noqa: F401
 
 from colossus import api
 from colossus.checkpoints.find import latest_verified
-from colossus.checkpoints.format import COMMITTED, read_manifest
+from colossus.checkpoints.format import COMMITTED
 from colossus.checkpoints.load import open_checkpoint
+from colossus.checkpoints.pieces import read_manifest
 from colossus.job import Job, load_job
 from colossus.measure.machine import this_machine
 from colossus.monitor import report  # noqa: F401

@@ -38,6 +38,7 @@ FLOORS = {
     "architecture": 0,
     "scaling": 0,
     "layout": 0,
+    "cuts": 0,
     "job": 0,
     "section": 0,
     "sections": 0,

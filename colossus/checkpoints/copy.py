@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import replace
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from colossus.checkpoints.find import committed, verify
+from colossus.checkpoints.claims import committed
+from colossus.checkpoints.find import verify
 from colossus.checkpoints.format import (
     COMMITTED,
     MANIFEST,
     checkpoints_folder,
     committed_line,
-    encode,
+    folder_name,
     read_serial,
     sync_folder,
     write_synced,
 )
+from colossus.checkpoints.manifest import with_meta
+from colossus.checkpoints.pieces import pieces_of
 
 
 def copy_checkpoint(source: Path, run_folder: Path, meta: dict[str, Any], *, shared: bool = False) -> Path:
@@ -38,11 +40,11 @@ def copy_checkpoint(source: Path, run_folder: Path, meta: dict[str, Any], *, sha
     newest = next(iter(committed(run_folder, say=lambda message: None)), None)
     serial = read_serial(newest) + 1 if newest is not None else 1
     target = _made(folder, manifest.step)
-    for name in manifest.files:
+    for name in pieces_of(source, manifest).names():
         _copy(source / name, target / name, shared)
     sync_folder(target)
     sync_folder(folder)
-    data = encode(replace(manifest, serial=serial, meta=manifest.meta | meta))
+    data = with_meta((source / MANIFEST).read_bytes(), serial, meta)
     write_synced(target / MANIFEST, data)
     write_synced(target / COMMITTED, committed_line(serial, data).encode())
     return target
@@ -50,9 +52,8 @@ def copy_checkpoint(source: Path, run_folder: Path, meta: dict[str, Any], *, sha
 
 def _made(folder: Path, step: int) -> Path:
     """A new folder, named as a save would name it."""
-    name = f"step-{step:08d}"
-    for end in chain([""], (f".{n}" for n in count(2))):
-        path = folder / (name + end)
+    for n in count(1):
+        path = folder / folder_name(step, n)
         if not path.exists():
             path.mkdir()
             return path

@@ -10,17 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from colossus.checkpoints.find import (
-    Say,
-    committed,
-    latest,
-    latest_verified,
-    num_threads,
-    read_exactly,
-    verify,
-    verify_files,
-    warn,
-)
+from colossus.checkpoints.claims import Say, committed, warn
+from colossus.checkpoints.find import latest, latest_verified, num_threads, read_exactly, verify, verify_files
 from colossus.checkpoints.format import (
     ITEM_BYTES,
     DamagedCheckpoint,
@@ -28,11 +19,10 @@ from colossus.checkpoints.format import (
     Key,
     Manifest,
     Piece,
-    check_tiling,
     checkpoints_folder,
-    read_claim,
-    read_manifest,
 )
+from colossus.checkpoints.manifest import read_claim
+from colossus.checkpoints.pieces import Pieces, pieces_of
 from colossus.checkpoints.ranks import OneRank, Ranks
 from colossus.checkpoints.shards import bytes_of, shard_of
 from colossus.errors import MachineError, UserError, nearest
@@ -53,7 +43,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is no checkpoint: there is no such folder")
-    return Checkpoint(path, read_manifest(path))
+    manifest = read_claim(path)
+    pieces = pieces_of(path, manifest)
+    pieces.check_sizes()
+    return Checkpoint(path, manifest, pieces)
 
 
 def newest_whole(run_folder: str | Path, world: Ranks | None = None, say: Say = warn) -> Checkpoint | None:
@@ -129,9 +122,10 @@ def load_agreed(checkpoint: Checkpoint, load: Callable[[Checkpoint], None], worl
 
 
 def _open(path: Path, world: Ranks) -> Checkpoint:
-    checkpoint = Checkpoint(path, read_claim(path))
-    verify_files(path, checkpoint.manifest, world.rank, world.size)
-    return checkpoint
+    manifest = read_claim(path)
+    pieces = pieces_of(path, manifest)
+    verify_files(path, pieces, world.rank, world.size)
+    return Checkpoint(path, manifest, pieces)
 
 
 def _tried(act: Callable[..., Found], *arguments: Any) -> tuple[Found | None, Exception | None]:
@@ -145,12 +139,11 @@ def _tried(act: Callable[..., Found], *arguments: Any) -> tuple[Found | None, Ex
 class Checkpoint:
     """A committed checkpoint. Whatever is read is compared with its checksums first."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, pieces: Pieces) -> None:
         self.path = path
         self.manifest = manifest
         self.damage: Exception | None = None  # that a rank found while it loaded
-        for entry in manifest.tensors.values():
-            check_tiling(entry, path)
+        self._pieces = pieces
 
     @property
     def step(self) -> int:
@@ -164,6 +157,11 @@ class Checkpoint:
     def names(self, kind: str | None = None) -> list[Key]:
         """(name, kind) of every tensor, or of those of one kind."""
         return [key for key in self.manifest.tensors if kind in (None, key[1])]
+
+    def pieces(self, name: str, kind: str = "weight") -> list[Piece]:
+        """Where a tensor lies."""
+        entry = self._entry((name, kind))
+        return list(self._pieces.within(entry, (0,) * len(entry.shape), entry.shape))
 
     def shape(self, name: str, kind: str = "weight") -> tuple[int, ...]:
         return self._entry((name, kind)).shape
@@ -199,9 +197,9 @@ class Checkpoint:
         shards = [shard_of(key, tensor) for key, tensor in pairs]
         tasks = []
         for shard in shards:
-            entry = self._entry(shard.key)
-            if entry.shape != shard.shape:
-                raise UserError(f"{self.path}: {_title(entry)} is {entry.shape}, not {shard.shape}")
+            entry = self._entry(shard.entry.key)
+            if entry.shape != shard.entry.shape:
+                raise UserError(f"{self.path}: {_title(entry)} is {entry.shape}, not {shard.entry.shape}")
             dtype = TYPES[entry.dtype]
             convertible = dtype.is_floating_point and shard.values.dtype.is_floating_point
             if dtype != shard.values.dtype and not convertible:
@@ -224,17 +222,14 @@ class Checkpoint:
 
     def _fill(self, entry: Entry, out: torch.Tensor, offset: Sequence[int]) -> None:
         """Fills `out` with the box of the tensor that begins at `offset`."""
+        last = [a + n for a, n in zip(offset, out.shape, strict=True)]
         with torch.no_grad():
-            for piece in entry.pieces:
+            for piece in self._pieces.within(entry, offset, last):
                 begin = [max(a, b) for a, b in zip(piece.offset, offset, strict=True)]
-                end = [
-                    min(a + m, b + n)
-                    for a, m, b, n in zip(piece.offset, piece.shape, offset, out.shape, strict=True)
-                ]
-                if all(a < b for a, b in zip(begin, end, strict=True)):
-                    here = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, offset, strict=True))
-                    there = [slice(a - o, b - o) for a, b, o in zip(begin, end, piece.offset, strict=True)]
-                    self._copy(entry, piece, there, out[here])
+                end = [min(a + n, b) for a, n, b in zip(piece.offset, piece.shape, last, strict=True)]
+                here = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, offset, strict=True))
+                there = [slice(a - o, b - o) for a, b, o in zip(begin, end, piece.offset, strict=True)]
+                self._copy(entry, piece, there, out[here])
 
     def _copy(self, entry: Entry, piece: Piece, box: list[slice], out: torch.Tensor) -> None:
         """Reads a box of a piece; straight into `out` where its bytes lie there as they do in the file."""

@@ -12,6 +12,10 @@ class Ranks(Protocol):
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
+    @property
+    def num_writers(self) -> int:
+        """The first so many ranks hold all that there is: one replica."""
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
 
@@ -27,6 +31,7 @@ class OneRank:
 
     rank = 0
     size = 1
+    num_writers = 1
 
     def broadcast(self, value: Any) -> Any:
         return value

@@ -11,73 +11,59 @@ import fcntl
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from colossus.checkpoints.find import committed, verify
+from colossus.checkpoints.claims import committed
 from colossus.checkpoints.format import (
     COMMITTED,
-    DamagedCheckpoint,
     checkpoints_folder,
     is_committed,
     is_ours,
-    read_manifest,
     step_of,
     sync_folder,
 )
-from colossus.errors import UserError
 
-
-def is_whole(path: Path, most_bytes: float = math.inf) -> bool:
-    """Whether every byte of a checkpoint is as it was written. Reads them all, unless there are more than
-    `most_bytes`: then sizes have to do."""
-    try:
-        if read_manifest(path).num_bytes <= most_bytes:
-            verify(path)
-    except DamagedCheckpoint:
-        return False
-    except UserError:  # of a newer format: not ours to judge
-        return True
-    return True
+ENDING_SECONDS = 1.0  # that a save of a killed attempt may take to notice it
 
 
 def prune(
     run_folder: str | Path,
     keep: int,
     keep_every: int = 0,
-    counts: Callable[[Path], bool] = is_whole,
+    damaged: Collection[str] = (),
     before: int | None = None,
     first: int | None = None,
 ) -> list[Path]:
-    """Deletes the older checkpoints of a run; returns them.
+    """Deletes the older checkpoints of a run; returns them. Of each, its marker alone is read.
 
-    The newest `keep` (>= 1) whole ones stay, and for good those whose step is a multiple of `keep_every`
-    (0: none). A damaged one does not count as kept; it goes when `keep` whole ones are newer. So the only
-    whole one is never deleted.
+    The newest `keep` (>= 1) stay, and for good those whose step is a multiple of `keep_every` (0: none). One
+    that is known to be damaged does not count as kept; it goes when `keep` others are newer.
 
-    counts: whether one is whole; who knows of some need not read them.
-    before: the newest whole one of at most this step stays, too: where the rate begins to fall, from which a
-        run can be made longer.
+    damaged: names of such; who prunes has just committed the newest, so that the only whole one is never
+        deleted.
+    before: the newest one of at most this step stays, too: where the rate begins to fall, from which a run
+        can be made longer.
     first: one of this step stays for good: what a branch began with, from which who follows it begins.
 
     A reader in another process may lose the race with this: on POSIX what it has open stays readable; what
     it opens later is reported as deleted, and `latest` then knows a newer one.
     """
     assert keep >= 1
-    num_whole = 0
+    num_kept = 0
     deleted = []
     for path in committed(run_folder, say=lambda message: None):
-        step = step_of(path.name)
+        step, counts = step_of(path.name), path.name not in damaged
         assert step is not None, "`committed` gives folders of saves"
         is_last_before = before is not None and step <= before
-        if is_last_before and counts(path):
+        if is_last_before and counts:
             before = None
-        if num_whole >= keep:
+        if num_kept >= keep:
             if not is_last_before and step != first and not (keep_every and step % keep_every == 0):
                 delete(path)
                 deleted.append(path)
-        elif counts(path):
-            num_whole += 1
+        elif counts:
+            num_kept += 1
     return deleted
 
 
@@ -127,23 +113,32 @@ def delete_leftovers(run_folder: str | Path, seconds: float = math.inf) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, *, alone: bool = False) -> Iterator[bool]:
-    """Held through a save by its first rank. alone: gives whether no save holds it, and keeps them out.
+    """Held through a save by its first rank, and by the process that commits. alone: gives whether no save
+    holds it, and keeps them out.
 
     Where a file system has no such locks, that of the run's folder must do.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        free = True
+        yield _is_locked(descriptor, alone)
+    finally:
+        os.close(descriptor)
+
+
+def _is_locked(descriptor: int, alone: bool) -> bool:
+    end = time.monotonic() + ENDING_SECONDS
+    while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
         except BlockingIOError:
-            free = False
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.01)
+            continue
         except OSError as error:
             if error.errno not in (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
-        yield free
-    finally:
-        os.close(descriptor)
+        return True
 
 
 def _is_folder(path: Path) -> bool:

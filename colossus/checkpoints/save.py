@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -11,35 +12,41 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from colossus.checkpoints.find import committed, latest, warn
+from colossus.checkpoints.announce import announce, announce_failure
+from colossus.checkpoints.claims import committed, warn
+from colossus.checkpoints.commit import Order
+from colossus.checkpoints.committer import Committer, Ended
+from colossus.checkpoints.find import latest
 from colossus.checkpoints.format import (
     Key,
-    announcement_name,
     checkpoints_folder,
     folder_name,
+    group_size,
+    index_name,
     is_committed,
     is_ours,
     pieces_name,
     read_serial,
     sync_folder,
 )
-from colossus.checkpoints.parts import Part, announce, announce_failure, collect, commit, forget, take_back
+from colossus.checkpoints.index import Index
+from colossus.checkpoints.manifest import read_claim
 from colossus.checkpoints.ranks import OneRank, Ranks
-from colossus.checkpoints.retention import delete_empty, delete_leftovers, is_whole, locked, prune
-from colossus.checkpoints.shards import Shard, Snapshot, shard_of, writes
+from colossus.checkpoints.retention import delete_empty, delete_leftovers, locked
+from colossus.checkpoints.shards import Shard, Snapshot, shards_to_write
 from colossus.checkpoints.write import write_shards
 from colossus.errors import MachineError, UserError
 
 FAREWELL_SECONDS = 30.0
-READ_BYTES = 4 << 30  # of an older checkpoint, to know whether it is whole: seconds
 CLEANING_SECONDS = 60.0  # of leftovers at the start, while the other ranks wait
 LOOK_SECONDS = 0.02  # between two looks at what is waited for
+LOOKED_AT = 8  # files of a folder that is there already, to know whose it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ class _Save:
     serial: int
     meta: dict[str, Any]
     shards: list[Shard]  # that this rank writes
-    held: list[Key]  # that this rank holds, and another writes
+    held: list[Key]  # see `Index`
     began: float
     copied: bool
     blocked_seconds: float = 0.0
@@ -81,8 +88,8 @@ class Saver:
 
     `save` copies the state in memory and returns; a thread writes it. One save is under way at a time: the
     next one waits for it. No collectives are used after construction, but while all ranks stand still for a
-    save without a copy: each rank writes what it holds, rank 0 waits until all parts are on storage and
-    commits.
+    save without a copy: the ranks of one replica write what they hold, and a process beside rank 0 waits
+    until all parts are on storage and commits (see `commit`).
 
     A save that fails (no space, no permission) deletes what it wrote itself and nothing else, leaves the
     earlier checkpoints as they were, and raises MachineError at the next `save`, `poll` or `wait`. What is
@@ -96,12 +103,10 @@ class Saver:
     Args:
         run_folder: of the run; a second Saver of another process does no harm, but may find its steps taken.
         world: rank, size and broadcast; None is a world of one.
-        keep: the newest so many whole checkpoints stay. One of an earlier attempt is read for that, once;
-            one of more than READ_BYTES is judged by its sizes, so that no save waits for that.
+        keep: the newest so many checkpoints stay.
         keep_every: those of every so many steps stay for good; 0: none do.
-        patience_seconds: how long rank 0 waits for the other ranks' parts.
-        found: the checkpoint that the run goes on from, which was read and is whole; damaged: those that
-            were read before it, and are not.
+        patience_seconds: how long one writer's part is waited for once those before it are there.
+        damaged: checkpoints that were read and are not whole, and do not count.
 
     Raises:
         MachineError: the folder cannot be made, read or cleaned, on any rank.
@@ -114,7 +119,6 @@ class Saver:
         keep: int = 2,
         keep_every: int = 0,
         patience_seconds: float = 600.0,
-        found: Path | None = None,
         damaged: Iterable[Path] = (),
     ) -> None:
         self._run_folder = Path(run_folder)
@@ -130,7 +134,8 @@ class Saver:
         self.num_saves = 0  # begun
         self._last: _Save | None = None
         self._lock = threading.Lock()
-        self._is_whole = {path.name: False for path in damaged} | ({found.name: True} if found else {})
+        self._damaged = sorted(path.name for path in damaged)
+        self._committer = Committer()
         self.before: int | None = None  # see `prune`; whoever saves may set it, and `first`
         self.first: int | None = None
 
@@ -142,13 +147,13 @@ class Saver:
 
     def prepare(self, tensors: Mapping[Key, torch.Tensor]) -> None:
         """Touches the memory that a save of these will need, in a thread, so that the first is quick too."""
-        shards = self._own_shards(tensors)
+        shards, _ = self._own_shards(tensors)
         self._preparing = threading.Thread(target=self._snapshot.reserve, args=(shards,), daemon=True)
         self._preparing.start()
 
     def copy_bytes(self, tensors: Mapping[Key, torch.Tensor]) -> int:
         """Memory that a copy of what this rank writes of these takes."""
-        return sum(shard.num_bytes for shard in self._own_shards(tensors))
+        return sum(shard.num_bytes for shard in self._own_shards(tensors)[0])
 
     def save(
         self,
@@ -179,8 +184,7 @@ class Saver:
         number, self.num_saves = self.num_saves, self.num_saves + 1
         folder = self._folder / self._new_name(step)  # counted even if we raise: all ranks count alike
         self._finish()
-        shards = self._own_shards(tensors)
-        own = {shard.key for shard in shards}
+        shards, held = self._own_shards(tensors)
         save = self._current = self._last = _Save(
             step=step,
             folder=folder,
@@ -188,7 +192,7 @@ class Saver:
             serial=self._first_serial + number,
             meta=json.loads(json.dumps(meta, allow_nan=False)) if self._world.rank == 0 else {},
             shards=shards,
-            held=[key for key in tensors if key not in own],
+            held=held,
             began=began,
             copied=asynchronous,
         )
@@ -198,8 +202,11 @@ class Saver:
                 self._preparing = None
             save.shards = self._snapshot.take(shards)
             save.blocked_seconds = time.perf_counter() - began
-        save.thread = threading.Thread(target=self._run, args=(save,), daemon=True)
-        save.thread.start()
+        if self._writes:
+            save.thread = threading.Thread(target=self._run, args=(save,), daemon=True)
+            save.thread.start()
+        else:
+            save.saved, save.ended = Saved(step, folder, 0, 0.0, 0.0), True
         if not asynchronous:
             if together:
                 self.wait_together()
@@ -211,11 +218,14 @@ class Saver:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Lets the save under way finish. If training failed, its error is the one that is raised."""
-        if error is None:
-            self.wait()
-        elif self._current is not None and self._current.thread is not None:
-            alone = self._world.size == 1  # else the parts of ranks that are gone would be waited for
-            self._current.thread.join(None if alone else FAREWELL_SECONDS)
+        try:
+            if error is None:
+                self.wait()
+            elif self._current is not None and self._current.thread is not None:
+                alone = self._world.size == 1  # else the parts of ranks that are gone would be waited for
+                self._current.thread.join(None if alone else FAREWELL_SECONDS)
+        finally:
+            self._committer.close()
 
     def poll(self) -> list[Saved]:
         """The saves that finished since the last call, without waiting. Raises MachineError if one failed."""
@@ -253,6 +263,7 @@ class Saver:
         """Lets rank 0 wait no longer for parts of the save under way: some rank has failed."""
         if self._current is not None:
             self._current.cancelled.set()
+            self._committer.cancel(self._current.id)
 
     def take_back(self) -> None:
         """Deletes what this rank wrote of its last save: rank 0 said that it gave it up."""
@@ -281,9 +292,18 @@ class Saver:
         except UserError as error:
             return f"cannot save to {self._folder}: {error}"
 
-    def _own_shards(self, tensors: Mapping[Key, torch.Tensor]) -> list[Shard]:
-        rank, size = self._world.rank, self._world.size
-        return [shard_of(key, t) for key, t in tensors.items() if writes(key, t, rank, size)]
+    @property
+    def _writes(self) -> bool:
+        """Whether this rank is of the replica that writes."""
+        return self._world.rank < self._world.num_writers
+
+    @property
+    def _leads(self) -> bool:
+        """Whether it waits for others: each first rank of a group does, in a process of its own."""
+        return self._writes and self._world.rank % group_size(self._world.num_writers) == 0
+
+    def _own_shards(self, tensors: Mapping[Key, torch.Tensor]) -> tuple[list[Shard], list[Key]]:
+        return shards_to_write(tensors, self._world.rank, self._world.num_writers)
 
     def _new_name(self, step: int) -> str:
         name = next(name for n in count(1) if (name := folder_name(step, n)) not in self._names)
@@ -326,58 +346,92 @@ class Saver:
                     self._delete_made(save)
 
     def _write(self, save: _Save) -> int:
-        """Writes this rank's part; rank 0 then commits. Returns the bytes that this rank vouches for."""
-        rank, size = self._world.rank, self._world.size
-        if rank != 0:
-            part = self._write_part(save)
-            announce(save.folder, rank, save.id, part)
-            save.made.append(save.folder / announcement_name(rank))
-            return part.file.bytes
-        with locked(self._folder):
-            part = self._write_part(save)
-            parts = [part, *collect(save.folder, save.id, size, self._patience, save.cancelled)]
-            manifest = commit(save.folder, save.step, save.serial, save.meta, parts)
-            save.made = []  # what is committed is nobody's to take back
-        self._is_whole[save.folder.name] = True
-        try:  # the checkpoint is whole; what is left to do is tidying
-            forget(save.folder, size)
-            prune(self._run_folder, self._keep, self._keep_every, self._counts, self.before, self.first)
-        except Exception as error:
-            warn(f"cannot tidy {self._folder}: {error}")
-        return manifest.num_bytes
+        """Writes this rank's part, and waits for the commit where this is rank 0. Returns the bytes that this
+        rank vouches for."""
+        if not self._leads:
+            return self._write_part(save).file.bytes
+        with locked(self._folder) if self._world.rank == 0 else contextlib.nullcontext():
+            self._committer.begin(self._order(save))
+            if save.cancelled.is_set():
+                self._committer.cancel(save.id)
+            try:
+                index = self._write_part(save)
+            except BaseException as error:
+                self._committer.cancel(save.id, f"rank {self._world.rank}: {_reason(error)}")
+                with contextlib.suppress(MachineError):
+                    self._committer.answer()
+                raise
+            self._committer.look()
+            if self._world.rank != 0:
+                with contextlib.suppress(MachineError):  # rank 0 tells what is wrong with the group
+                    self._committer.answer()
+                return index.file.bytes
+            return self._committed(save)
 
-    def _counts(self, path: Path) -> bool:
-        """Whether a checkpoint is one of those that are kept."""
-        if path.name not in self._is_whole:
-            self._is_whole[path.name] = is_whole(path, READ_BYTES)
-        return self._is_whole[path.name]
+    def _order(self, save: _Save) -> Order:
+        tidy = {
+            "run_folder": str(self._run_folder),
+            "keep": self._keep,
+            "keep_every": self._keep_every,
+            "damaged": self._damaged,
+            "before": self.before,
+            "first": self.first,
+        }
+        is_first, world = self._world.rank == 0, self._world
+        return Order(
+            save=save.id,
+            folder=str(save.folder),
+            rank=world.rank,
+            num_writers=world.num_writers,
+            patience_seconds=self._patience,
+            commit=(save.step, save.serial, save.meta) if is_first else None,
+            tidy=tidy if is_first else {},
+        )
 
-    def _write_part(self, save: _Save) -> Part:
-        """Writes what this rank holds, to a folder of this save alone."""
+    def _committed(self, save: _Save) -> int:
+        """Waits for the commit; returns the bytes of the checkpoint."""
+        try:
+            answer = self._committer.answer()
+        except Ended:
+            # Perhaps between the commit and its answer. Another saver's commit is not ours.
+            if not is_committed(save.folder) or read_serial(save.folder) != save.serial:
+                raise
+            answer = {"bytes": read_claim(save.folder).num_bytes}
+        save.made = []  # what is committed is nobody's to take back
+        if "warning" in answer:
+            warn(f"cannot tidy {self._folder}: {answer['warning']}")
+        num_bytes: int = answer["bytes"]
+        return num_bytes
+
+    def _write_part(self, save: _Save) -> Index:
+        """Writes what this rank holds, to a folder of this save alone, and tells of it."""
         try:
             save.folder.mkdir()
         except FileExistsError:  # another rank was here before; a user, or another saver, may have been
-            if self._world.size == 1 or not all(is_ours(path.name) for path in save.folder.iterdir()):
+            if self._world.size == 1 or not _is_ours(save.folder):
                 raise
         sync_folder(self._folder)
-        name = pieces_name(self._world.rank)
-        file, entries = write_shards(save.folder / name, save.shards)
-        save.made.append(save.folder / name)
-        return Part(name, file, entries, save.held)
+        rank = self._world.rank
+        index = write_shards(save.folder, save.shards, rank, save.id, save.held)
+        save.made.append(save.folder / pieces_name(rank))
+        announce(save.folder, rank, index)
+        save.made.append(save.folder / index_name(rank))
+        return index
 
     def _give_up(self, save: _Save, error: BaseException) -> str:
         """Takes back what this save wrote; returns what to tell the user."""
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = _reason(error)
         rank = self._world.rank
         if rank == 0:
-            with contextlib.suppress(OSError):
-                take_back(save.folder, save.id, self._world.size)
-        # Once a rank was about to announce its part, rank 0 may have read that, and only it knows whether it
-        # commits.
+            with contextlib.suppress(MachineError):
+                self._committer.begin(dataclasses.replace(self._order(save), take_back=True))
+                self._committer.answer()
+        # Once a rank was about to announce its part, it may have been read, and only rank 0 knows whether it
+        # is committed.
         if rank == 0 or not save.made:
             self._delete_made(save)
         if rank != 0:
-            announce_failure(save.folder, rank, save.id, reason)
+            announce_failure(save.folder, index_name(rank), save.id, reason)
         return f"cannot save step {save.step} to {save.folder}: {reason}; {self._what_is_saved()}"
 
     def _delete_made(self, save: _Save) -> None:
@@ -395,3 +449,13 @@ class Saver:
         except (MachineError, UserError):
             path = None
         return f"{path.name} is saved whole" if path is not None else "nothing of this run is saved yet"
+
+
+def _reason(error: BaseException) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a save made the first files of a folder that are listed."""
+    with os.scandir(folder) as files:
+        return all(is_ours(file.name) for file in islice(files, LOOKED_AT))

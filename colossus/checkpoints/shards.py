@@ -5,30 +5,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from colossus.checkpoints.format import Key
-from colossus.models.box import box
+from colossus.checkpoints.format import Entry, Key
+from colossus.cuts import Cut
+from colossus.models.box import box, cuts_of
 from colossus.models.hf.header import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The box of a logical tensor that this rank holds, and its values."""
+    """The box of a logical tensor that this rank holds, and its values. entry: `Entry`'s rule is known where
+    it is to be written (`shards_to_write`)."""
 
-    key: Key
-    shape: tuple[int, ...]  # of the logical tensor
+    entry: Entry
     offset: tuple[int, ...]
     values: torch.Tensor
-
-    @property
-    def dtype(self) -> str:
-        return DTYPES[self.values.dtype]
 
     @property
     def num_bytes(self) -> int:
@@ -48,32 +46,85 @@ class Shard:
 
 def shard_of(key: Key, tensor: torch.Tensor) -> Shard:
     """A view of the local part of a plain tensor or a DTensor; shares its memory."""
-    if not isinstance(tensor, DTensor):
-        return Shard(key, tuple(tensor.shape), (0,) * tensor.ndim, tensor.detach())
-    local = tensor.to_local().detach()
+    values = tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
     offset, sizes = box(tensor)
-    assert sizes == tuple(local.shape), f"{key}: the local part is {tuple(local.shape)}, not {sizes}"
-    return Shard(key, tuple(tensor.shape), offset, local)
+    assert sizes == tuple(values.shape), f"{key}: the local part is {tuple(values.shape)}, not {sizes}"
+    return Shard(Entry(*key, DTYPES[values.dtype], tuple(tensor.shape)), offset, values)
 
 
-def writes(key: Key, tensor: torch.Tensor, rank: int, world_size: int) -> bool:
-    """Whether this rank is the one of several equal holders that writes its part of `tensor`.
+class Grids:
+    """Where the ranks of meshes stand: the first one's number, and each axis' stride. Ours are all cut from
+    one count of the ranks, so that two numbers an axis tell all of a mesh. Each is looked at once."""
 
-    The holders take turns by the tensor's name, so that each writes about as much. A plain tensor is held,
-    equal, by every rank of the world; a DTensor by the ranks of its mesh.
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[DeviceMesh, int, list[int]]] = {}
+
+    def of(self, mesh: DeviceMesh) -> tuple[int, list[int]]:
+        if id(mesh) not in self._known:
+            ranks = mesh.mesh
+            zeros = (0,) * ranks.ndim
+            first = int(ranks[zeros])
+            strides = [
+                int(ranks[(*zeros[:axis], 1, *zeros[axis + 1 :])]) - first if size > 1 else 0
+                for axis, size in enumerate(ranks.shape)
+            ]
+            regular = torch.full_like(ranks, first)
+            for axis, (size, stride) in enumerate(zip(ranks.shape, strides, strict=True)):
+                steps = torch.arange(size, dtype=ranks.dtype) * stride
+                regular += steps.view([-1 if a == axis else 1 for a in range(ranks.ndim)])
+            assert torch.equal(ranks, regular), f"the ranks of {mesh} are not evenly spaced"
+            self._known[id(mesh)] = (mesh, first, strides)  # the mesh, so that its id is not given away
+        return self._known[id(mesh)][1:]
+
+
+def placed(
+    key: Key, tensor: torch.Tensor, num_writers: int, grids: Grids
+) -> tuple[int, tuple[Cut, ...], tuple[int, ...]]:
+    """The rule by which a tensor is cut over its writers (see `Entry`): the first one, the cuts, and this
+    rank's place on each.
+
+    The first `num_writers` ranks hold all of it. Where several of them hold the same they take turns by the
+    tensor's name, so that each writes about as much. A plain tensor is held, equal, by every rank of the
+    world; a DTensor by the ranks of its mesh.
     """
     turn = zlib.crc32("/".join(key).encode())
     if not isinstance(tensor, DTensor):
-        return turn % world_size == rank
-    coordinates = tensor.device_mesh.get_coordinate()
-    if coordinates is None:
-        return False
-    for axis, placement in enumerate(tensor.placements):
-        if placement.is_replicate():
-            turn, chosen = divmod(turn, tensor.device_mesh.size(axis))
-            if coordinates[axis] != chosen:
-                return False
-    return True
+        return turn % num_writers, (), ()
+    mesh = tensor.device_mesh
+    first, strides = grids.of(mesh)
+    first %= num_writers
+    coordinates = mesh.get_coordinate()
+    assert coordinates is not None
+    cuts, places = list[Cut](), list[int]()
+    for axis, cut in enumerate(cuts_of(tensor)):
+        stride = strides[axis]
+        if cut is not None and mesh.size(axis) > 1:
+            cuts.append(dataclasses.replace(cut, stride=stride))
+            places.append(coordinates[axis])
+        elif stride < num_writers:  # else it leads to other replicas
+            turn, chosen = divmod(turn, mesh.size(axis))
+            first += chosen * stride
+    return first, tuple(cuts), tuple(places)
+
+
+def shards_to_write(
+    tensors: Mapping[Key, torch.Tensor], rank: int, num_writers: int
+) -> tuple[list[Shard], list[Key]]:
+    """What of these tensors is this rank's to write, with the rules; and what another one must have written:
+    of each mesh the first rank tells that, and of plain tensors every one."""
+    grids, shards, held = Grids(), list[Shard](), list[Key]()
+    for key, tensor in tensors.items() if rank < num_writers else ():
+        mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
+        if mesh is not None and mesh.get_coordinate() is None:
+            continue
+        first, cuts, places = placed(key, tensor, num_writers, grids)
+        shard = shard_of(key, tensor)
+        entry = dataclasses.replace(shard.entry, first=first, cuts=cuts)
+        if entry.writer(places) == rank:
+            shards.append(dataclasses.replace(shard, entry=entry))
+        elif mesh is None or grids.of(mesh)[0] % num_writers == rank:
+            held.append(key)
+    return shards, held
 
 
 def bytes_of(values: torch.Tensor) -> memoryview[Any]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from colossus.checkpoints.format import Key, checkpoints_folder, folder_name, pieces_name, sync_folder
+from colossus.checkpoints.announce import announce
+from colossus.checkpoints.commit import collected, commit
+from colossus.checkpoints.format import Entry, Key, checkpoints_folder, folder_name, sync_folder
 from colossus.checkpoints.load import Checkpoint
-from colossus.checkpoints.parts import Part, commit
 from colossus.checkpoints.write import write_shards
 from colossus.models.hf.header import DTYPES, TYPES
 from colossus.models.hf.tensors import Box, Readable, bands, bytes_of, sizes_of, within
@@ -30,8 +31,10 @@ def save_streamed(
     folder = checkpoints_folder(run_folder) / folder_name(step)
     folder.mkdir(parents=True)
     sync_folder(folder.parent)
-    file, entries = write_shards(folder / pieces_name(0), [_Stream(k, t) for k, t in tensors.items()])
-    commit(folder, step, 1, meta, [Part(pieces_name(0), file, entries, [])])
+    shards = [_Stream(Entry(*key, DTYPES[t.dtype], tuple(t.shape)), t) for key, t in tensors.items()]
+    index = write_shards(folder, shards, 0)
+    announce(folder, 0, index)
+    commit(folder, collected(folder, index.save, 1, (step, 1, meta), 0.0, lambda seconds: None))
     return folder
 
 
@@ -39,24 +42,12 @@ def save_streamed(
 class _Stream:
     """A whole tensor as `write_shards` takes it."""
 
-    key: Key
+    entry: Entry
     tensor: Readable
-
-    @property
-    def dtype(self) -> str:
-        return DTYPES[self.tensor.dtype]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
 
     @property
     def sizes(self) -> tuple[int, ...]:
         return self.tensor.shape
-
-    @property
-    def offset(self) -> tuple[int, ...]:
-        return (0,) * len(self.tensor.shape)
 
     @property
     def num_bytes(self) -> int:

@@ -86,8 +86,8 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
 def _read(path: Path, source: Readable, tensor: torch.Tensor) -> None:
     """Fills a tensor, or this rank's part of it."""
     shard = shard_of((source.name, "weight"), tensor)
-    if source.shape != shard.shape:
-        raise UserError(f"{path}: {source.name} is {source.shape}, not {shard.shape}")
+    if source.shape != shard.entry.shape:
+        raise UserError(f"{path}: {source.name} is {source.shape}, not {shard.entry.shape}")
     ends = [begin + size for begin, size in zip(shard.offset, shard.values.shape, strict=True)]
     with torch.no_grad():
         source.read_into(shard.values, [slice(a, b) for a, b in zip(shard.offset, ends, strict=True)])

@@ -5,26 +5,20 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from colossus.checkpoints.format import CHUNK_BYTES, ITEM_BYTES, Entry, File, Key, Piece, new_file
+from colossus.checkpoints.format import CHUNK_BYTES, Entry, File, Key, in_order, new_file, pieces_name
+from colossus.checkpoints.index import Index, digest
 
 
 class Writable(Protocol):
     """A box of a logical tensor, and its row-major bytes, one part after the other."""
 
     @property
-    def key(self) -> Key: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the logical tensor."""
-
-    @property
-    def offset(self) -> tuple[int, ...]: ...
+    def entry(self) -> Entry: ...
     @property
     def sizes(self) -> tuple[int, ...]:
         """Of the box."""
@@ -34,22 +28,27 @@ class Writable(Protocol):
     def parts(self) -> Iterable[memoryview]: ...
 
 
-def write_shards(path: Path, shards: Sequence[Writable]) -> tuple[File, list[Entry]]:
-    """Writes shards to a new safetensors file, on storage when this returns; where that fails, none is left.
+def write_shards(
+    folder: Path, shards: Sequence[Writable], rank: int, save_id: str = "", held: Iterable[Key] = ()
+) -> Index:
+    """Writes shards to this rank's new safetensors file, on storage when this returns; where that fails, none
+    is left. Returns what its index says of it, which is not written yet.
 
-    Returns what the manifest says of the file, and of each tensor the piece that is in it.
+    held: see `Index`.
     """
-    shards = sorted(shards, key=lambda shard: -ITEM_BYTES[shard.dtype])  # so that each is aligned
-    header, begins = _header(shards)
-    entries = []
-    with new_file(path) as descriptor:
+    shards = sorted(shards, key=lambda shard: in_order(shard.entry))
+    header = _header(shards)
+    checksums = array("I")
+    with new_file(folder / pieces_name(rank)) as descriptor:
         _write(descriptor, memoryview(header))
-        for shard, begin in zip(shards, begins, strict=True):
-            checksums = _write_parts(descriptor, shard.parts())
-            piece = Piece(path.name, _name_in_file(shard), shard.offset, shard.sizes, begin, checksums)
-            entries.append(Entry(*shard.key, shard.dtype, shard.shape, (piece,)))
+        for shard in shards:
+            checksums.extend(_write_parts(descriptor, shard.parts()))
         size = os.fstat(descriptor).st_size
-    return File(size, len(header), zlib.crc32(header)), entries
+    entries = [shard.entry for shard in shards]
+    listed = tuple(entry for entry in entries if entry.first == rank)
+    return Index(
+        save_id, File(size, len(header), zlib.crc32(header)), digest(entries), listed, tuple(held), checksums
+    )
 
 
 def _write_parts(descriptor: int, parts: Iterable[memoryview]) -> tuple[int, ...]:
@@ -66,26 +65,20 @@ def _write_parts(descriptor: int, parts: Iterable[memoryview]) -> tuple[int, ...
     return (*checksums, checksum) if room < CHUNK_BYTES else tuple(checksums)
 
 
-def _header(shards: Sequence[Writable]) -> tuple[bytes, list[int]]:
-    """The header of a safetensors file, and where in the file each tensor begins."""
+def _header(shards: Sequence[Writable]) -> bytes:
+    """The header of a safetensors file."""
     tree: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begins, end = [], 0
+    end = 0
     for shard in shards:
-        begins.append(end)
-        end += shard.num_bytes
-        tree[_name_in_file(shard)] = {
-            "dtype": shard.dtype,
+        begin, end = end, end + shard.num_bytes
+        tree[f"{shard.entry.kind}/{shard.entry.name}"] = {
+            "dtype": shard.entry.dtype,
             "shape": list(shard.sizes),
-            "data_offsets": [begins[-1], end],
+            "data_offsets": [begin, end],
         }
     text = json.dumps(tree, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, [8 + len(text) + begin for begin in begins]
-
-
-def _name_in_file(shard: Writable) -> str:
-    name, kind = shard.key
-    return f"{kind}/{name}"
+    return len(text).to_bytes(8, "little") + text
 
 
 def _write(descriptor: int, data: memoryview) -> None:

@@ -103,6 +103,11 @@ class World:
         return self.meshes.place if self.meshes is not None else Place(0, 0, 0, 0, 0)
 
     @property
+    def num_writers(self) -> int:
+        """The ranks of the first replica, which come first: between them they hold all that a run saves."""
+        return self.size // (self.layout.dp_replicate or 1)
+
+    @property
     def data(self) -> DataRank:
         """This one among the ranks that share rows of a batch, as who reads or evaluates them sees it. Ranks
         of cp and pp add up to what comes of the rows; those of tp have the same."""

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from colossus.checkpoints.find import committed, latest, latest_verified, verify
+from colossus.checkpoints.claims import committed
+from colossus.checkpoints.find import latest, latest_verified, verify
 from colossus.checkpoints.format import (
     DamagedCheckpoint,
     Manifest,
     checkpoints_folder,
     is_committed,
-    read_manifest,
     step_of,
 )
+from colossus.checkpoints.pieces import read_manifest
 from colossus.derive import derive_data
 from colossus.errors import UserError
 from colossus.job import Job

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from colossus.checkpoints.claims import committed
 from colossus.checkpoints.copy import copy_checkpoint
-from colossus.checkpoints.find import committed, latest, verify
-from colossus.checkpoints.format import DamagedCheckpoint, read_manifest
+from colossus.checkpoints.find import latest, verify
+from colossus.checkpoints.format import DamagedCheckpoint
+from colossus.checkpoints.pieces import read_manifest
 from colossus.data.order import BatchSchedule, skipped_before
 from colossus.derive import derive_data
 from colossus.derive.dial import longest_sample

@@ -114,7 +114,7 @@ class Training:
             keeps = world.broadcast(this_machine().keeps_freed_memory if world.rank == 0 else None)
             if job.fleet.device == "cpu" and keep_freed(keeps):
                 stack.callback(keep_freed, False)
-            job, state, decisions, found, damaged = _go_on(job, folder, logged, world, log)
+            job, state, decisions, damaged = _go_on(job, folder, logged, world, log)
             step, parts = state.step, course.parts(job, decisions)
             settled = decisions.get("machine", step) or {}
             for part in decoders(state.model):
@@ -142,7 +142,6 @@ class Training:
                     world,
                     keep=every.keep,
                     keep_every=every.keep_every,
-                    found=found,
                     damaged=damaged,
                 )
             )
@@ -324,9 +323,9 @@ class Training:
 
 def _go_on(
     job: Job, folder: Path, logged: list[dict[str, Any]], world: World, log: EventLog | None
-) -> tuple[Job, TrainState, Decisions, Path | None, list[Path]]:
+) -> tuple[Job, TrainState, Decisions, list[Path]]:
     """The run as its newest whole checkpoint left it, or as it begins: the job of this attempt, its state and
-    decisions, that checkpoint, and those that turned out to be damaged.
+    decisions, and the checkpoints that turned out to be damaged.
 
     logged: the decisions of the event log.
     """
@@ -349,14 +348,14 @@ def _go_on(
             state = None  # freed before another is built
             state, built = TrainState.build(course.parts(settled, decisions)[0].job, world), settled
         if load_agreed(checkpoint, state.restore, world):
-            return settled, state, decisions, checkpoint.path, damaged
+            return settled, state, decisions, damaged
         damaged.append(checkpoint.path)
     decisions = Decisions.merge(logged)
     job = _settle_machine(job, decisions, 0, world, log)
     state = TrainState.build(course.parts(job, decisions)[0].job, world)
     if job.model.init_from is not None:
         state.begin_with(open_weights(job.model.init_from))
-    return job, state, decisions, None, []
+    return job, state, decisions, []
 
 
 def _decisions_of(checkpoint: Checkpoint, world: World) -> list[dict[str, Any]] | None:

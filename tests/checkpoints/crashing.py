@@ -4,6 +4,7 @@ It imports torch once and forks for every life; a forked saver must not find ano
 cannot happen inside the test process.
 
     python -m tests.checkpoints.crashing points FOLDER N  # at each call of the system of a save after step N
+    python -m tests.checkpoints.crashing commit FOLDER N  # at each of the process that commits it
     python -m tests.checkpoints.crashing random FOLDER N  # N lives, each ended at a random instant
 """
 
@@ -21,12 +22,14 @@ from typing import Any
 
 import torch
 
+from colossus.checkpoints import committer
 from colossus.checkpoints.format import Key
 from colossus.checkpoints.load import newest_whole
 from colossus.checkpoints.save import Saver
+from colossus.errors import MachineError
+from tests.checkpoints.outside import die_at, with_fault
 
 ENOUGH = 10  # steps
-CALLS = ("mkdir", "open", "write", "fsync", "close", "unlink", "rmdir")
 
 
 def state(step: int) -> dict[Key, torch.Tensor]:
@@ -66,26 +69,6 @@ def outcome(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def die_at(call: int) -> None:
-    """Makes this process kill itself before its `call`-th call of the system, or midway if it is a write."""
-    count = 0
-
-    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            if count == call:
-                if name == "write":
-                    original(args[0], args[1][: len(args[1]) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
-            return original(*args, **kwargs)
-
-        return wrapper
-
-    for name in CALLS:
-        setattr(os, name, counted(name, getattr(os, name)))
-
-
 def crash_at_points(folder: Path, saved: int) -> int:
     """Saves step `saved`, where that is not 0; then, for each point in the life of a Saver that saves the
     next step (and deletes the one before), dies there.
@@ -117,6 +100,40 @@ def crash_at_points(folder: Path, saved: int) -> int:
         if ended == 0:
             return point
     raise AssertionError("a save never ended")
+
+
+def crash_commits_at_points(folder: Path, saved: int) -> int:
+    """The same where the process that commits dies; the one that trains goes on, and is told."""
+    command = committer.command
+    for point in range(1000):
+        run, failed = folder / f"point-{point}", False
+        with Saver(run, keep=1) as saver:
+            if saved:
+                saver.save(saved, state(saved), {"step": saved}, asynchronous=False)
+                saver._committer.close()
+            committer.command = with_fault("die", point)
+            try:
+                saver.save(saved + 1, state(saved + 1), {"step": saved + 1}, asynchronous=False)
+            except MachineError as error:
+                assert "exit code -9" in str(error), f"point {point}: {error}"
+                failed = True
+            process = saver._committer._process
+            survived = not failed and process is not None and process.poll() is None
+            committer.command = command
+            step = saved_step(run)
+            allowed = (0, saved) if failed else (saved + 1,)
+            assert step in allowed, f"point {point}: step {step} loads"
+            saver._committer.close()
+            saver.save(saved + 2, state(saved + 2), {"step": saved + 2})
+        assert saved_step(run) == saved + 2
+        with Saver(run, keep=1) as saver:
+            saver.save(saved + 3, state(saved + 3), {"step": saved + 3})
+        left = sorted(path.name for path in (run / "checkpoints").iterdir())
+        assert left == [f"step-{saved + 3:08d}"], f"point {point}: {left} are left"
+        shutil.rmtree(run)
+        if survived:
+            return point
+    raise AssertionError("a commit never ended")
 
 
 def crash_at_random(run: Path, lives: int) -> int:
@@ -166,6 +183,8 @@ def main() -> None:
     mode, folder, *rest = sys.argv[1:]
     if mode == "points":
         print(crash_at_points(Path(folder), int(rest[0])))
+    elif mode == "commit":
+        print(crash_commits_at_points(Path(folder), int(rest[0])))
     else:
         print(crash_at_random(Path(folder), int(rest[0])))
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from colossus.checkpoints.format import Key, Manifest, checkpoints_folder, pieces_name
-from colossus.checkpoints.parts import Part, commit
+from colossus.checkpoints.announce import announce
+from colossus.checkpoints.commit import collected, commit
+from colossus.checkpoints.format import Entry, Key, checkpoints_folder
 from colossus.checkpoints.shards import Shard
 from colossus.checkpoints.write import write_shards
+from colossus.cuts import Cut, box_at
 from colossus.models.hf.header import DTYPES
 
 
@@ -51,10 +54,19 @@ def save_parts(
     """Writes and commits a checkpoint of which each rank writes the given shards."""
     folder = checkpoints_folder(run_folder) / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    parts = []
     for rank, shards in enumerate(ranks):
-        name = pieces_name(rank)
-        parts.append(Part(name, *write_shards(folder / name, shards), held=[]))
-    manifest: Manifest = commit(folder, step, serial, meta or {}, parts)
-    assert manifest.step == step
+        announce(folder, rank, write_shards(folder, shards, rank))
+    commit(folder, collected(folder, "", len(ranks), (step, serial, meta or {}), 0.0, lambda seconds: None))
     return folder
+
+
+def parts_of(tensor: torch.Tensor, cuts: tuple[Cut, ...], num: int) -> list[list[Shard]]:
+    """What each of `num` ranks writes of a tensor `w` that is cut so."""
+    entry = Entry("w", "weight", DTYPES[tensor.dtype], tuple(tensor.shape), 0, cuts)
+    found: list[list[Shard]] = [[] for _ in range(num)]
+    for places in itertools.product(*(range(cut.parts) for cut in cuts)):
+        box = box_at(entry.shape, cuts, places)
+        assert box is not None
+        values = tensor[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))]
+        found[entry.writer(places)].append(Shard(entry, box[0], values))
+    return found

@@ -22,11 +22,12 @@ def crash(*arguments: str) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.parametrize(("saved", "calls"), [(0, 20), (1, 25)])
-def test_killed_before_every_call_of_the_system(saved: int, calls: int, tmp_path: Path) -> None:
-    """In the first save of a run, and in one that also deletes the one before."""
-    points = crash("points", str(tmp_path), str(saved))
-    assert points > calls  # two folders, three files, each opened, written, synced
+@pytest.mark.parametrize(("who", "saved", "calls"), [("points", 0, 20), ("commit", 0, 10), ("commit", 1, 16)])
+def test_killed_before_every_call_of_the_system(who: str, saved: int, calls: int, tmp_path: Path) -> None:
+    """The process that trains, or the one that commits beside it; in the first save of a run, and in one that
+    also deletes the one before."""
+    points = crash(who, str(tmp_path), str(saved))
+    assert points > calls  # folders and files: two of each there, two here; opened, written, synced
 
 
 def test_killed_at_random_instants(tmp_path: Path) -> None:

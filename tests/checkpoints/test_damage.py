@@ -13,11 +13,12 @@ import torch
 from colossus.checkpoints import format as layout
 from colossus.checkpoints.find import read_exactly
 from colossus.checkpoints.load import DamagedCheckpoint, latest, newest_whole, open_checkpoint, verify
+from colossus.checkpoints.manifest import encode
 from colossus.checkpoints.save import Saver
 from colossus.errors import UserError
 from tests.checkpoints.samples import equal, state, zeros_like
 
-FILES = ["COMMITTED", "manifest.json", "pieces-00000.safetensors"]
+FILES = ["COMMITTED", "manifest.json", "pieces-00000.index", "pieces-00000.safetensors"]
 SMALL = {key: tensor for key, tensor in state().items() if tensor.numel() < 10_000}
 
 
@@ -99,7 +100,7 @@ def test_the_message_names_file_and_tensor(tmp_path: Path) -> None:
         saver.save(1, state(), {})
     path = tmp_path / "checkpoints" / "step-00000001"
     pieces = path / "pieces-00000.safetensors"
-    piece = open_checkpoint(path).manifest.tensors["large", "weight"].pieces[0]
+    (piece,) = open_checkpoint(path).pieces("large")
     data = bytearray(pieces.read_bytes())
     data[piece.begin + layout.CHUNK_BYTES + 5] ^= 1  # in the second of two chunks
     pieces.write_bytes(data)
@@ -128,7 +129,7 @@ def test_of_a_part_of_a_chunk_the_whole_is_looked_at(row: int, box: list[slice],
         saver.save(1, {("rows", "weight"): tensor}, {})
     checkpoint = open_checkpoint(tmp_path / "checkpoints" / "step-00000001")
     assert torch.equal(checkpoint.read("rows", slices=box), tensor[tuple(box)])
-    (piece,) = checkpoint.manifest.tensors["rows", "weight"].pieces
+    (piece,) = checkpoint.pieces("rows")
     data = bytearray((checkpoint.path / piece.file).read_bytes())
     data[piece.begin + 4 * (row * 100 + 5)] ^= 1
     (checkpoint.path / piece.file).write_bytes(data)
@@ -158,18 +159,19 @@ def test_after_falling_back_the_run_s_own_saves_are_the_newest(run: Path) -> Non
 
 def test_a_newer_format_is_refused_in_words(run: Path) -> None:
     path = run / "checkpoints" / "step-00000002"
-    data = layout.encode(dataclasses.replace(verify(path), format=layout.FORMAT + 1))
+    data = encode(dataclasses.replace(verify(path), format=layout.FORMAT + 1))
     (path / "manifest.json").write_bytes(data)
     (path / "COMMITTED").write_text(layout.committed_line(2, data))
-    with pytest.raises(UserError, match="format 2; this version of colossus reads up to 1"):
+    with pytest.raises(UserError, match="format 3; this version of colossus reads up to 2"):
         newest_whole(run)
 
 
-def test_the_first_format_always_loads() -> None:
-    path = Path(__file__).parent / "fixtures" / "step-00000007"
+@pytest.mark.parametrize(("version", "name"), [(1, "step-00000007"), (2, "step-00000008")])
+def test_every_format_always_loads(version: int, name: str) -> None:
+    path = Path(__file__).parent / "fixtures" / name
     verify(path)
     checkpoint = open_checkpoint(path)
-    assert checkpoint.manifest.format == 1
+    assert checkpoint.manifest.format == version
     assert checkpoint.meta == {"step": 7, "sample": 448, "decisions": [], "tokens": 57344}
     assert sorted(checkpoint.names()) == [
         ("embedding.weight", "exp_avg"),

@@ -6,17 +6,21 @@ hold it then: without anything that was not synced, or without what was not sync
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from colossus.checkpoints.find import committed, verify
+from colossus.checkpoints import committer
+from colossus.checkpoints.claims import committed
+from colossus.checkpoints.find import verify
 from colossus.checkpoints.load import DamagedCheckpoint
 from colossus.checkpoints.save import Saver
+from tests.checkpoints import outside
 from tests.checkpoints.crashing import saved_step, state
 
 
@@ -29,44 +33,29 @@ class Call:
     data: bytes = b""
 
 
+class Calls:
+    """What this process and the one that commits have done to files, in order."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+
+    def __iter__(self) -> Iterator[Call]:
+        for line in self._log.read_text().splitlines():
+            what, path, data = json.loads(line)
+            yield Call(what, path, base64.b64decode(data))
+
+    def saved(self, path: str, step: int) -> None:
+        line = json.dumps(["saved", path, base64.b64encode(bytes([step])).decode()])
+        with self._log.open("a") as log:
+            log.write(line + "\n")
+
+
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
-    made: list[Call] = []
-    real: dict[str, Callable[..., Any]] = {
-        name: getattr(os, name) for name in ("open", "write", "fsync", "mkdir", "unlink", "rmdir")
-    }
-
-    def path_of(descriptor: int) -> str:
-        return str(Path(f"/proc/self/fd/{descriptor}").readlink())
-
-    def opened(path: Any, flags: int, *rest: Any, **more: Any) -> int:
-        descriptor: int = real["open"](path, flags, *rest, **more)
-        if flags & os.O_CREAT:
-            made.append(Call("make", str(path)))
-        return descriptor
-
-    def written(descriptor: int, data: bytes) -> int:
-        count: int = real["write"](descriptor, data)
-        made.append(Call("write", path_of(descriptor), bytes(data[:count])))
-        return count
-
-    def synced(descriptor: int) -> None:
-        real["fsync"](descriptor)
-        made.append(Call("sync", path_of(descriptor)))
-
-    def changed(name: str) -> Callable[..., None]:
-        def act(path: Any, *rest: Any, **more: Any) -> None:
-            real[name](path, *rest, **more)
-            made.append(Call(name, str(path)))
-
-        return act
-
-    monkeypatch.setattr(os, "open", opened)
-    monkeypatch.setattr(os, "write", written)
-    monkeypatch.setattr(os, "fsync", synced)
-    for name in ("mkdir", "unlink", "rmdir"):
-        monkeypatch.setattr(os, name, changed(name))
-    yield made
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calls]:
+    log = tmp_path / "log"
+    monkeypatch.setattr(committer, "command", outside.with_fault("record", log))
+    outside.record(log, monkeypatch.setattr)
+    yield Calls(log)
     monkeypatch.undo()
 
 
@@ -108,20 +97,19 @@ def restore(tree: dict[str, bytes | None], run: Path, there: Path) -> None:
             target.write_bytes(content)
 
 
-def test_a_power_failure_at_any_moment(calls: list[Call], tmp_path: Path) -> None:
+def test_a_power_failure_at_any_moment(calls: Calls, tmp_path: Path) -> None:
     """Also in the first save of all, and while the checkpoint before is deleted. What was told as saved is
     there, and nothing ever claims to be a checkpoint and is not."""
     run = tmp_path / "run"
     run.mkdir()
-    calls.clear()
     with Saver(run, keep=1) as saver:
         for step in (1, 2, 3):
             saver.save(step, state(step), {"step": step})
             saver.wait()
-            calls.append(Call("saved", str(run / "."), bytes([step])))
-    record = [call for call in calls if Path(call.path).is_relative_to(run)]
+            calls.saved(str(run / "."), step)
+    record = [c for c in calls if Path(c.path).is_relative_to(run) and c != Call("mkdir", str(run))]
     names = {call.path for call in record if call.what in ("make", "mkdir")}
-    assert len(record) > 60 and len(names) == 13  # 3 x (folder, three files), and `checkpoints`
+    assert len(record) > 60 and len(names) == 16  # 3 x (folder, four files), and `checkpoints`
     told, seen, tried = 0, set[int](), 0
     for end in range(1, len(record) + 1):
         told = record[end - 1].data[0] if record[end - 1].what == "saved" else told
@@ -142,13 +130,13 @@ def test_a_power_failure_at_any_moment(calls: list[Call], tmp_path: Path) -> Non
     assert seen == {0, 1, 2, 3}
 
 
-def test_the_order_of_a_commit(calls: list[Call], tmp_path: Path) -> None:
+def test_the_order_of_a_commit(calls: Calls, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with Saver(run) as saver:
         saver.save(1, state(1), {"step": 1})
     folder = run / "checkpoints" / "step-00000001"
     order = [(call.what, os.path.relpath(call.path, folder)) for call in calls]
-    files = ["pieces-00000.safetensors", "manifest.json", "COMMITTED"]
+    files = ["pieces-00000.safetensors", "pieces-00000.index", "manifest.json", "COMMITTED"]
     expected = [("mkdir", "."), ("sync", "..")]
     for name in files:
         expected += [("make", name), ("sync", name), ("sync", ".")]

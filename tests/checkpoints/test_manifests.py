@@ -18,6 +18,7 @@ from colossus.checkpoints.load import DamagedCheckpoint, newest_whole, open_chec
 from colossus.checkpoints.save import Saver
 from colossus.errors import UserError
 from colossus.generation.load import open_weights
+from colossus.models.hf.header import TYPES
 
 Tree = dict[str, Any]
 
@@ -44,68 +45,71 @@ def w(tree: Tree) -> Tree:
     return found
 
 
-def piece(tree: Tree) -> Tree:
-    found: Tree = w(tree)["pieces"][0]
+def vouched(tree: Tree) -> list[Any]:
+    found: list[Any] = tree["writers"]["vouched"]
     return found
 
 
-def rename(name: str) -> Callable[[Tree], Any]:
-    def change(tree: Tree) -> None:
-        tree["files"][name] = tree["files"].pop("pieces-00000.safetensors")
-        for entry in tree["tensors"]:
-            for each in entry["pieces"]:
-                each["file"] = name
+def cut(tree: Tree, *cuts: object) -> None:
+    """As if `w` was cut so."""
+    tree["cuts"].append(cuts)
+    w(tree)["cuts"] = len(tree["cuts"]) - 1
 
-    return change
+
+def writers(tree: Tree, num: object, group: object = 1, **more: object) -> None:
+    tree["writers"].update(num=num, group=group, **more)
 
 
 CHANGES: dict[str, Callable[[Tree], Any]] = {
-    "absolute name": rename("/etc/hostname"),
-    "name of a parent": rename("../../../pieces-00000.safetensors"),
-    "name in a folder": rename("sub/pieces-00000.safetensors"),
-    "other name": rename("weights.bin"),
-    "name with a line": rename("pieces-00000.safetensors\n"),
-    "empty name": rename(""),
     "shape too large": lambda t: w(t).update(shape=[10**15, 5]),
-    "shape and piece too large": lambda t: (
+    "shape and file too large": lambda t: (
         w(t).update(shape=[10**15, 5]),
-        piece(t).update(shape=[10**15, 5]),
+        vouched(t).__setitem__(0, [10**17, vouched(t)[0][1]]),
     ),
+    "another shape": lambda t: w(t).update(shape=[39, 5]),
     "negative shape": lambda t: w(t).update(shape=[-40, -5]),
     "shape of floats": lambda t: w(t).update(shape=[40.0, 5.0]),
-    "shape of booleans": lambda t: w(t).update(shape=[True, True]),
-    "shape of text": lambda t: w(t).update(shape="40"),
-    "many dimensions": lambda t: (
-        w(t).update(shape=[1] * 10_000),
-        piece(t).update(shape=[1] * 10_000, offset=[0] * 10_000),
-    ),
-    "piece outside": lambda t: piece(t).update(offset=[1, 0]),
-    "piece of fewer dimensions": lambda t: piece(t).update(offset=[0]),
-    "piece before the data": lambda t: piece(t).update(begin=0),
-    "negative begin": lambda t: piece(t).update(begin=-1),
-    "piece behind the end": lambda t: piece(t).update(begin=10**12),
-    "piece of no file": lambda t: piece(t).update(file="pieces-00001.safetensors"),
-    "the same bytes often": lambda t: w(t).update(
-        shape=[40 * 10_000, 5], pieces=[piece(t) | {"offset": [40 * n, 0]} for n in range(10_000)]
-    ),
-    "no checksums": lambda t: piece(t).update(checksums=[]),
-    "too many checksums": lambda t: piece(t).update(checksums=[0] * 10_000),
-    "checksums of text": lambda t: piece(t).update(checksums=["0"]),
+    "shape of text": lambda t: w(t).update(shape="405"),
+    "shape of many dimensions": lambda t: w(t).update(shape=[1] * 10_000),
+    "no shape": lambda t: w(t).pop("shape"),
     "unknown type": lambda t: w(t).update(dtype="F128"),
     "no type": lambda t: w(t).pop("dtype"),
     "type of a list": lambda t: w(t).update(dtype=["F32"]),
+    "another type": lambda t: w(t).update(dtype="F16"),
     "no name": lambda t: w(t).update(name=None),
+    "another name": lambda t: w(t).update(name="v", dtype="I64", shape=[100]),
     "a tensor twice": lambda t: t["tensors"].append(w(t)),
+    "a tensor more": lambda t: t["tensors"].append(w(t) | {"name": "v", "shape": [1]}),
+    "a tensor less": lambda t: t["tensors"].pop(),
+    "first writer that is none": lambda t: w(t).update(first=1),
+    "first writer below zero": lambda t: w(t).update(first=-1),
+    "first writer of text": lambda t: w(t).update(first="0"),
+    "rule that is none": lambda t: w(t).update(cuts=1),
+    "rule below zero": lambda t: w(t).update(cuts=-1),
+    "parts for more writers": lambda t: cut(t, [0, 1, 2, 1]),
+    "parts for very many writers": lambda t: cut(t, [0, 1, 10**12, 1]),
+    "two parts for one writer": lambda t: cut(t, [0, 1, 1, 0]),
+    "pieces without end": lambda t: cut(t, [0, 10**12, 1, 1]),
+    "no pieces": lambda t: cut(t, [0, 0, 1, 1]),
+    "dimension that is none": lambda t: cut(t, [2, 1, 1, 1]),
+    "cuts without end": lambda t: cut(t, *([0, 1, 1, 1] for _ in range(10_000))),
+    "cut of text": lambda t: cut(t, "0111"),
+    "cut of less": lambda t: cut(t, [0, 1, 1]),
+    "no cuts": lambda t: t.pop("cuts"),
+    "no writers": lambda t: writers(t, 0),
+    "more writers": lambda t: writers(t, 2),
+    "very many writers": lambda t: writers(t, 10**12, 10**12),
+    "groups of none": lambda t: writers(t, 1, 0),
+    "writers of text": lambda t: writers(t, "1"),
+    "a group that is none": lambda t: writers(t, 1, 64),
+    "nobody vouched for": lambda t: writers(t, 1, vouched=[]),
+    "vouched for without a checksum": lambda t: vouched(t)[0].pop(),
+    "a checksum of text": lambda t: vouched(t)[0].__setitem__(1, "../" * 21 + "x"),
+    "another checksum": lambda t: vouched(t)[0].__setitem__(1, "0" * 64),
+    "another length": lambda t: vouched(t)[0].__setitem__(0, vouched(t)[0][0] + 1),
+    "other chunks": lambda t: t.update(chunk_bytes=100),
     "chunks of nothing": lambda t: t.update(chunk_bytes=0),
     "huge chunks": lambda t: t.update(chunk_bytes=2**50),
-    "huge header": lambda t: t["files"]["pieces-00000.safetensors"].update(header_bytes=10**12),
-    "header as long as the file": lambda t: t["files"]["pieces-00000.safetensors"].update(
-        header_bytes=t["files"]["pieces-00000.safetensors"]["bytes"]
-    ),
-    "no files": lambda t: t.pop("files"),
-    "files of a list": lambda t: t.update(files=[]),
-    "a file of a list": lambda t: t.update(files={"pieces-00000.safetensors": []}),
-    "a file with more": lambda t: t["files"]["pieces-00000.safetensors"].update(mode=7),
     "tensors of numbers": lambda t: t.update(tensors=[1, 2]),
     "no tensors": lambda t: t.update(tensors=None),
     "meta of text": lambda t: t.update(meta="step"),
@@ -113,8 +117,13 @@ CHANGES: dict[str, Callable[[Tree], Any]] = {
     "negative step": lambda t: t.update(step=-1),
     "format of text": lambda t: t.update(format="1"),
     "negative format": lambda t: t.update(format=-1),
+    "another format": lambda t: t.update(format=1),
     "another serial": lambda t: t.update(serial=2),
 }
+
+
+SEEN_WHEN_READ = {"another shape", "another type", "another name", "a tensor more", "a tensor less",
+                  "another checksum", "other chunks"}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CHANGES)
@@ -122,7 +131,13 @@ def test_a_manifest_that_no_save_writes(case: str, path: Path) -> None:
     tree = tree_of(path)
     CHANGES[case](tree)
     sign(path, json.dumps(tree).encode())
-    for act in (open_checkpoint, verify):
+
+    def load(path: Path) -> None:
+        checkpoint = open_checkpoint(path)
+        entries = checkpoint.manifest.tensors.items()
+        checkpoint.load_into({key: torch.empty(e.shape, dtype=TYPES[e.dtype]) for key, e in entries})
+
+    for act in (load, verify) if case in SEEN_WHEN_READ else (open_checkpoint, verify):
         with pytest.raises(DamagedCheckpoint) as caught:
             act(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
@@ -139,7 +154,9 @@ def test_what_is_no_manifest(data: bytes, path: Path) -> None:
         open_checkpoint(path)
 
 
-@pytest.mark.parametrize("name", ["COMMITTED", "manifest.json", "pieces-00000.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["COMMITTED", "manifest.json", "pieces-00000.index", "pieces-00000.safetensors"]
+)
 @pytest.mark.parametrize("kind", ["fifo", "device", "link", "folder", "sparse"])
 def test_what_is_no_file_of_the_checkpoint(name: str, kind: str, path: Path, tmp_path: Path) -> None:
     """A link to the right bytes, too: they lie elsewhere."""

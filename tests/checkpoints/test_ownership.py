@@ -6,19 +6,19 @@ import errno
 import logging
 import os
 import shutil
-import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from colossus.checkpoints.find import committed, latest, verify
+from colossus.checkpoints import committer
+from colossus.checkpoints.claims import committed
+from colossus.checkpoints.find import latest, verify
 from colossus.checkpoints.format import Key
-from colossus.checkpoints.parts import commit
-from colossus.checkpoints.retention import delete_leftovers, locked, prune
+from colossus.checkpoints.retention import delete_leftovers, locked
 from colossus.checkpoints.save import Saver
 from colossus.errors import MachineError
+from tests.checkpoints.outside import with_fault
 
 
 def state(value: float = 0.0) -> dict[Key, torch.Tensor]:
@@ -28,12 +28,6 @@ def state(value: float = 0.0) -> dict[Key, torch.Tensor]:
 def save(saver: Saver, step: int) -> None:
     saver.save(step, state(step), {"step": step})
     saver.wait()
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
 
 
 def names(run: Path) -> set[str]:
@@ -55,19 +49,14 @@ def test_two_savers_on_one_folder(tmp_path: Path) -> None:
 def test_a_second_saver_leaves_alone_what_the_first_is_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saver, may_commit = Saver(tmp_path), threading.Event()
-
-    def slowly(*arguments: Any) -> Any:
-        assert may_commit.wait(60)
-        return commit(*arguments)
-
-    monkeypatch.setattr("colossus.checkpoints.save.commit", slowly)
+    saver, may_commit = Saver(tmp_path / "run"), tmp_path / "now"
+    monkeypatch.setattr(committer, "command", with_fault("wait", may_commit))
     saver.save(1, state(1), {})
-    folder = tmp_path / "checkpoints" / "step-00000001"
-    while not (folder / "pieces-00000.safetensors").exists():
+    folder = tmp_path / "run" / "checkpoints" / "step-00000001"
+    while not (folder / "pieces-00000.index").exists():
         pass
-    Saver(tmp_path)
-    may_commit.set()
+    Saver(tmp_path / "run")
+    may_commit.touch()
     saver.wait()
     assert verify(folder).step == 1
 
@@ -152,14 +141,11 @@ def test_a_link_to_an_archive_is_left_alone(tmp_path: Path, caplog: pytest.LogCa
     assert "passed over" in caplog.text
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), ValueError("a bug"), KeyError("x")])
+@pytest.mark.parametrize("error", ["disk", "value", "key"])
 def test_what_goes_wrong_after_the_commit_is_a_warning(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr("colossus.checkpoints.save.prune", broken)
+    monkeypatch.setattr(committer, "command", with_fault("tidy", error))
     saver = Saver(tmp_path)
     with caplog.at_level(logging.WARNING):
         save(saver, 1)
@@ -172,21 +158,8 @@ def test_a_marker_that_can_neither_be_synced_nor_deleted_keeps_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be read again, so what it vouches for stays, although the save is told as failed."""
-    sync, unlink = os.fsync, os.unlink
-
-    def broken_sync(descriptor: int) -> None:
-        if (Path(f"/proc/self/fd/{descriptor}").readlink() / "COMMITTED").exists():
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        sync(descriptor)
-
-    def broken_unlink(path: Any, **options: Any) -> None:
-        if Path(path).name == "COMMITTED":
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        unlink(path, **options)
-
     saver = Saver(tmp_path)
-    monkeypatch.setattr(os, "fsync", broken_sync)
-    monkeypatch.setattr(os, "unlink", broken_unlink)
+    monkeypatch.setattr(committer, "command", with_fault("marker"))
     with pytest.raises(MachineError, match=r"cannot save step 4 .*Input/output error"):
         save(saver, 4)
     monkeypatch.undo()
@@ -210,41 +183,17 @@ def test_leftovers_that_cannot_be_deleted_do_not_keep_a_run_from_starting(
     assert "cannot tidy" in caplog.text
 
 
-def test_keep_counts_whole_ones_alone(tmp_path: Path) -> None:
-    """Of equal length, but with a flipped bit: step 3 does not count, so that steps 4 and 2 are the two."""
+def test_what_is_known_to_be_damaged_does_not_count(tmp_path: Path) -> None:
+    """Step 3 does not, so that steps 4 and 2 are the two."""
     with Saver(tmp_path, keep=9) as saver:
         for step in (1, 2, 3):
             save(saver, step)
-    pieces = tmp_path / "checkpoints" / "step-00000003" / "pieces-00000.safetensors"
-    flip(pieces)
-    assert [path.name for path in prune(tmp_path, keep=2)] == []
-    found = tmp_path / "checkpoints" / "step-00000002"
-    with Saver(tmp_path, keep=2, found=found) as saver:
+    damaged = [tmp_path / "checkpoints" / "step-00000003"]
+    with Saver(tmp_path, keep=2, damaged=damaged) as saver:
         save(saver, 4)
         assert names(tmp_path) == {"step-00000002", "step-00000003", "step-00000004"}
         save(saver, 5)
     assert names(tmp_path) == {"step-00000004", "step-00000005"}
-
-
-@pytest.mark.parametrize(
-    ("read_bytes", "told", "kept"),
-    [(10**9, False, {2, 3, 4}), (0, False, {3, 4}), (0, True, {2, 3, 4})],
-    ids=["read", "too long to read", "read at the start"],
-)
-def test_an_older_one_is_read_unless_it_is_long(
-    read_bytes: int, told: bool, kept: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of four, step 3 is damaged: with it, two are three."""
-    monkeypatch.setattr("colossus.checkpoints.save.READ_BYTES", read_bytes)
-    with Saver(tmp_path, keep=9) as saver:
-        for step in (1, 2, 3):
-            save(saver, step)
-    folder = tmp_path / "checkpoints"
-    flip(folder / "step-00000003" / "pieces-00000.safetensors")
-    found, damaged = (folder / "step-00000002", [folder / "step-00000003"]) if told else (None, [])
-    with Saver(tmp_path, keep=2, found=found, damaged=damaged) as saver:
-        save(saver, 4)
-    assert names(tmp_path) == {f"step-{step:08d}" for step in kept}
 
 
 def test_a_lock_of_saves(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from colossus.checkpoints.claims import committed
 from colossus.checkpoints.copy import copy_checkpoint
-from colossus.checkpoints.find import committed
 from colossus.checkpoints.load import DamagedCheckpoint, latest, open_checkpoint, verify
 from colossus.checkpoints.retention import delete_leftovers, prune
 from colossus.checkpoints.save import Saver
@@ -30,14 +30,21 @@ def test_the_newest_and_every_so_many_stay(tmp_path: Path) -> None:
     assert steps(tmp_path) == [50, 100, 110, 120]
 
 
-def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
+def test_one_that_is_known_to_be_damaged_does_not_count_as_kept(tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 3)
-    folder = tmp_path / "checkpoints"
-    (folder / "step-00000003" / "pieces-00000.safetensors").write_bytes(b"short")
-    assert [path.name for path in prune(tmp_path, keep=1)] == ["step-00000001"]
+    assert [path.name for path in prune(tmp_path, keep=1, damaged=["step-00000003"])] == ["step-00000001"]
     assert steps(tmp_path) == [2, 3]
-    (folder / "step-00000002" / "manifest.json").unlink()
-    assert prune(tmp_path, keep=1) == []
+    assert prune(tmp_path, keep=1, damaged=["step-00000003", "step-00000002"]) == []
+
+
+def test_nothing_but_the_marker_is_read(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3)
+    for path in (tmp_path / "checkpoints").glob("*/*"):
+        if path.name != "COMMITTED":
+            path.unlink()
+            path.mkdir()  # cannot be read
+    prune(tmp_path, keep=2)
+    assert [path.name for path in committed(tmp_path)] == ["step-00000003", "step-00000002"]
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -88,10 +95,9 @@ def test_the_first_one_of_a_branch_stays(tmp_path: Path) -> None:
     assert steps(tmp_path) == [20, 50, 70]
 
 
-def test_of_those_before_a_step_a_whole_one_stays(tmp_path: Path) -> None:
+def test_of_those_before_a_step_one_stays_that_is_not_damaged(tmp_path: Path) -> None:
     save(tmp_path, *range(10, 70, 10))
-    (tmp_path / "checkpoints" / "step-00000030" / "pieces-00000.safetensors").write_bytes(b"short")
-    prune(tmp_path, keep=1, before=35)
+    prune(tmp_path, keep=1, before=35, damaged=["step-00000030"])
     assert steps(tmp_path) == [20, 30, 60]
 
 

@@ -12,12 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colossus.checkpoints.format import CHUNK_BYTES, Entry, Piece, check_tiling
+from colossus.checkpoints.format import CHUNK_BYTES, Entry, Piece
+from colossus.checkpoints.format1 import check_tiling
 from colossus.checkpoints.load import DamagedCheckpoint, latest, newest_whole, open_checkpoint, verify
 from colossus.checkpoints.save import Saver
-from colossus.checkpoints.shards import Shard
+from colossus.cuts import Cut
 from colossus.errors import MachineError, UserError
-from tests.checkpoints.samples import equal, save_parts, state, zeros_like
+from tests.checkpoints.samples import equal, parts_of, save_parts, state, zeros_like
 
 META = {"step": 3, "tokens": 10**15, "loss": 0.1 + 0.2, "decisions": [{"name": "type", "value": "fp32"}]}
 
@@ -48,6 +49,7 @@ def test_pieces_are_plain_safetensors(tmp_path: Path) -> None:
     assert sorted(p.name for p in path.iterdir()) == [
         "COMMITTED",
         "manifest.json",
+        "pieces-00000.index",
         "pieces-00000.safetensors",
     ]
     read = safetensors.torch.load_file(path / "pieces-00000.safetensors")
@@ -145,7 +147,7 @@ def test_nothing_saved_and_no_such_folder(tmp_path: Path) -> None:
 
 def test_strided_slices_of_a_large_tensor(tmp_path: Path) -> None:
     whole = torch.arange(3 * CHUNK_BYTES // 4, dtype=torch.int32).view(-1, 1024)
-    path = save_parts(tmp_path, 1, [[Shard(("w", "weight"), tuple(whole.shape), (0, 0), whole)]])
+    path = save_parts(tmp_path, 1, parts_of(whole, (), 1))
     checkpoint = open_checkpoint(path)
     for rows, columns in [
         (slice(1000, 2000), slice(None)),
@@ -156,75 +158,78 @@ def test_strided_slices_of_a_large_tensor(tmp_path: Path) -> None:
     assert checkpoint.read("w", slices=(slice(7, 7),)).shape == (0, 1024)
 
 
-cuts = st.lists(st.floats(0, 1), max_size=3)
-dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int16, torch.bool])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_cut_is_read_in_any_other(data: st.DataObject) -> None:
+    """Axes cut dimensions again and again, in any order of their strides."""
+    shape = tuple(data.draw(st.lists(st.integers(0, 9), max_size=3)))
+    dtype = data.draw(
+        st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int16, torch.bool])
+    )
+    whole = torch.randint(0, 100, shape).to(dtype)
+    cuts, num = list[Cut](), 1
+    for _ in range(data.draw(st.integers(0, 3)) if shape else 0):
+        parts = data.draw(st.integers(2, 4))
+        cuts.append(Cut(data.draw(st.integers(0, len(shape) - 1)), 1, parts, num))
+        num *= parts
+    order = tuple(data.draw(st.permutations(cuts)))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = open_checkpoint(save_parts(Path(folder), 1, parts_of(whole, order, num)))
+        assert equal(checkpoint.read("w"), whole)
+        for _ in range(4):
+            ends = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
+            box = tuple(slice(*each) for each in ends)
+            assert equal(checkpoint.read("w", slices=box), whole[box])
+        verify(checkpoint.path)
 
 
-def grid(
-    shape: tuple[int, ...], cuts_by_axis: list[list[float]]
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Boxes (offset, sizes) that cut `shape` at the given fractions of each axis; some may be empty."""
+def test_pieces_of_pieces_are_read(tmp_path: Path) -> None:
+    """FSDP over tensor parallel, uneven: 22 rows, of which each of 2 ranks of tp has 11, and each of 3 others
+    some of these."""
+    whole = torch.arange(22 * 5.0).view(22, 5)
+    cuts = (Cut(0, 2, 3, 2), Cut(0, 1, 2, 1))
+    checkpoint = open_checkpoint(save_parts(tmp_path, 1, parts_of(whole, cuts, 6)))
+    assert [piece.offset[0] for piece in checkpoint.pieces("w")] == [0, 11, 4, 15, 8, 19]
+    assert equal(checkpoint.read("w"), whole)
+    for first in range(22):
+        assert equal(checkpoint.read("w", slices=[slice(first, first + 4)]), whole[first : first + 4])
+
+
+def boxes(shape: tuple[int, ...], data: st.DataObject) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Boxes (offset, sizes), none empty, that cut `shape` on a grid."""
     axes = []
-    for size, fractions in zip(shape, cuts_by_axis, strict=True):
-        edges = [0, *sorted(round(f * size) for f in fractions), size]
-        axes.append([(a, b - a) for a, b in itertools.pairwise(edges)])
+    for size in shape:
+        inner = data.draw(st.sets(st.integers(1, size - 1), max_size=3)) if size > 1 else set[int]()
+        axes.append([(a, b - a) for a, b in itertools.pairwise([0, *sorted(inner), size])])
     return [(tuple(a for a, _ in box), tuple(n for _, n in box)) for box in itertools.product(*axes)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_cut_is_read_in_any_other(data: st.DataObject) -> None:
-    shape = tuple(data.draw(st.lists(st.integers(0, 9), max_size=3)))
-    dtype = data.draw(dtypes)
-    whole = torch.randint(0, 100, shape).to(dtype)
-    written = grid(shape, [data.draw(cuts) for _ in shape])
-    key = ("w", "weight")
-    shards = [
-        Shard(key, shape, offset, whole[tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))])
-        for offset, sizes in written
-    ]
-    data.draw(st.randoms()).shuffle(shards)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = open_checkpoint(save_parts(Path(folder), 1, [[shard] for shard in shards]))
-        assert equal(checkpoint.read("w"), whole)
-        for offset, sizes in grid(shape, [data.draw(cuts) for _ in shape]):
-            box = tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))
-            assert equal(checkpoint.read("w", slices=box), whole[box])
-        verify(checkpoint.path)
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_holes_and_overlaps_are_seen(data: st.DataObject) -> None:
+def test_holes_and_overlaps_in_lists_are_seen(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
-    boxes = [box for box in grid(shape, [data.draw(cuts) for _ in shape]) if 0 not in box[1]]
-    index = data.draw(st.integers(0, len(boxes) - 1))
-    offset, sizes = boxes[index]
+    cut = boxes(shape, data)
+    index = data.draw(st.integers(0, len(cut) - 1))
+    offset, sizes = cut[index]
     axis = data.draw(st.integers(0, len(shape) - 1))
     grown = (offset, tuple(n + (i == axis) for i, n in enumerate(sizes)))
     moved = (tuple(o + (i == axis) for i, o in enumerate(offset)), sizes)
 
-    def entry(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Entry:
-        return Entry("w", "weight", "F32", shape, tuple(Piece("f", "k", o, n, 0, ()) for o, n in boxes))
+    def check(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+        check_tiling(Entry("w", "weight", "F32", shape), [Piece("f", o, n, 0, ()) for o, n in boxes])
 
-    check_tiling(entry(boxes))
+    check(cut)
     for wrong in (
-        [*boxes, boxes[index]],
-        boxes[:index] + boxes[index + 1 :],
-        *([*boxes[:index], other, *boxes[index + 1 :]] for other in (grown, moved)),
+        [*cut, cut[index]],
+        cut[:index] + cut[index + 1 :],
+        *([*cut[:index], other, *cut[index + 1 :]] for other in (grown, moved)),
     ):
         with pytest.raises(DamagedCheckpoint):
-            check_tiling(entry(wrong))
+            check(wrong)
 
 
 def test_a_missing_part_is_not_committed(tmp_path: Path) -> None:
-    half = Shard(("w", "weight"), (4,), (0,), torch.ones(2))
-    with pytest.raises(MachineError, match="do not make up"):
-        save_parts(tmp_path, 1, [[half]])
+    halves = parts_of(torch.ones(4), (Cut(0, 1, 2, 1),), 2)
+    with pytest.raises(MachineError, match="rank 1 wrote other tensors, or other parts, than its share"):
+        save_parts(tmp_path, 1, [halves[0], []])
     assert latest(tmp_path) is None
-
-
-def test_equal_boxes_of_two_ranks_count_once(tmp_path: Path) -> None:
-    whole = Shard(("w", "weight"), (4,), (0,), torch.arange(4))
-    checkpoint = open_checkpoint(save_parts(tmp_path, 1, [[whole], [whole]]))
-    assert checkpoint.read("w").tolist() == [0, 1, 2, 3]

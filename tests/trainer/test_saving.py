@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from colossus import api
+from colossus.checkpoints import committer
 from colossus.checkpoints.find import latest_verified, verify
 from colossus.errors import MachineError
 from colossus.job import Job
@@ -20,6 +20,7 @@ from colossus.trainer.hooks import Hook
 from colossus.trainer.hooks import save as saving
 from colossus.trainer.step import StepResult
 from colossus.trainer.training import Training
+from tests.checkpoints.outside import break_sync, with_fault
 from tests.trainer.running import assert_bitwise_equal, run_of, train_in_processes
 
 Make = Callable[..., Job]
@@ -34,19 +35,11 @@ class BreakSync(Hook):
     rank: int = 0
 
     def on_start(self, training: Training) -> None:
-        real, left = os.fsync, self.times
-
-        def fsync(descriptor: int) -> None:
-            nonlocal left
-            path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
-            if left and any(name in path for name in self.names):
-                left -= 1
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            real(descriptor)
-
         if training.world.rank == self.rank:
-            os.fsync = fsync
+            real = break_sync(self.names, self.times)
             training.at_end.callback(lambda: setattr(os, "fsync", real))
+            command, committer.command = committer.command, with_fault("sync", *self.names, self.times)
+            training.at_end.callback(lambda: setattr(committer, "command", command))
 
 
 class Wait(Hook):
@@ -103,7 +96,7 @@ def test_a_save_that_failed_is_tried_again_after_a_pause(small_job: Make) -> Non
 
 def test_a_disk_that_is_gone_ends_the_run_once_too_much_is_at_stake(small_job: Make) -> None:
     """Nothing is saved however often it is tried; the run goes on once the disk is back."""
-    job = small_job("run", "checkpoint.minutes=0.002", "run.steps=2000")
+    job = small_job("run", "checkpoint.minutes=0.01", "run.steps=2000")
     with pytest.raises(MachineError, match=r"cannot save step \d+ .*Input/output error; nothing of this run"):
         api.train(job, [BreakSync(("step-",), 10**9), Wait()])
     assert 2 <= len(run_of(job).events("save_failed")) < 60
@@ -131,7 +124,7 @@ def test_the_disk_of_another_rank(small_job: Make) -> None:
     whole, job = small_job("whole", *settings), small_job("run", *settings)
     assert train_in_processes(whole) == [0, 0]
     broken = BreakSync(
-        ("step-00000004/pieces-00001.safetensors", "step-00000004/pieces-00001.json"), 2, rank=1
+        ("step-00000004/pieces-00001.safetensors", "step-00000004/pieces-00001.failed"), 2, rank=1
     )
     assert train_in_processes(job, [broken, Wait()]) == [0, 0]
     failed = run_of(job).events("save_failed")
