@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from colossus import api
-from colossus.checkpoints.format import DamagedCheckpoint, committed_line, read_manifest, read_serial
+from colossus.checkpoints.format import DamagedCheckpoint, committed_line, read_serial
+from colossus.checkpoints.pieces import read_manifest
 from colossus.cli import main
 from colossus.data.shards import replace_synced
 from colossus.errors import MachineError
