@@ -66,13 +66,22 @@ def gather(
     """Waits for the writers of a group. Raises MachineError where one has failed or does not come."""
     size = group_size(num_writers)
     members = range(group * size, min((group + 1) * size, num_writers))
-    rows, entries, held = list[Row](), list[Entry](), dict[Key, None]()
+    rows, listing, held = list[Row](), list[int](), dict[Key, None]()
     names = ((f"rank {rank}", index_name(rank)) for rank in members)
-    for data, index in _wait_for(folder, names, save_id, decode_index, patience_seconds, pause):
+    indexes = _wait_for(folder, names, save_id, decode_index, patience_seconds, pause)
+    for rank, (data, index) in zip(members, indexes, strict=True):
         rows.append(Row(index.file.bytes, index.rules, hashlib.sha256(data).hexdigest()))
-        entries += index.entries
+        listing += [rank] if index.entries else []
         held |= dict.fromkeys(index.held)
-    return Group(save_id, tuple(entries), tuple(held), tuple(rows))
+    return Group(save_id, tuple(listing), tuple(held), tuple(rows))
+
+
+def listed(folder: Path, rank: int, row: Row) -> tuple[Entry, ...]:
+    """The entries of which a writer is the first. Raises MachineError where its index is another by now."""
+    data = (folder / index_name(rank)).read_bytes()
+    if hashlib.sha256(data).hexdigest() != row.sha256:
+        raise MachineError(f"{index_name(rank)} changed since it was written")
+    return decode_index(data).entries
 
 
 def announce_group(folder: Path, number: int, group: Group) -> bytes:

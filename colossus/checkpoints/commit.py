@@ -29,6 +29,7 @@ from colossus.checkpoints.announce import (
     announce_group,
     gather,
     gather_groups,
+    listed,
     take_back,
 )
 from colossus.checkpoints.format import (
@@ -165,16 +166,17 @@ def collected(
     groups tell it by way of their leaders. Raises MachineError where one has failed or does not come."""
     step, serial, meta = what
     group = gather(folder, save, num, 0, patience, pause)
-    entries, held, rows = list(group.entries), set(group.held), list(group.rows)
+    listing, held, rows = [*group.listing], {*group.held}, [*group.rows]
     if num > group_size(num):
         vouched = [_vouched(group.rows, announce_group(folder, 0, group))]
         for data, other in gather_groups(folder, save, num, patience, pause):
-            entries += other.entries
+            listing += other.listing
             held |= {*other.held}
             rows += other.rows
             vouched.append(_vouched(other.rows, data))
     else:
         vouched = [row.vouched for row in rows]
+    entries = [entry for rank in listing for entry in listed(folder, rank, rows[rank])]
     tensors = merge(entries, held, rows)
     size = group_size(num) if num > group_size(num) else 1
     return Manifest(step, serial, meta, tensors, Writers(num, size, tuple(vouched)))

@@ -56,10 +56,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What the first writer of a group says of all in it. entries, held: those of their indexes."""
+    """What the first writer of a group says of all in it. listing: the writers whose indexes have entries.
+    held: those of all their indexes."""
 
     save: str
-    entries: tuple[Entry, ...]
+    listing: tuple[int, ...]
     held: tuple[Key, ...]
     rows: tuple[Row, ...]
 
@@ -99,7 +100,7 @@ def decode_index(data: bytes) -> Index:
 def encode_group(group: Group) -> bytes:
     head = {
         "save": group.save,
-        "tensors": [entry_to_json(entry) for entry in group.entries],
+        "listing": group.listing,
         "held": group.held,
     }
     return _line(head) + b"".join(_ROW.pack(r.bytes, r.rules, bytes.fromhex(r.sha256)) for r in group.rows)
@@ -110,8 +111,8 @@ def decode_group(data: bytes) -> Group:
     try:
         head, rest = _head(data)
         rows = tuple(Row(size, rules, sha.hex()) for size, rules, sha in _ROW.iter_unpack(rest))
-        entries = tuple(entry_from_json(entry) for entry in head["tensors"])
-        return Group(head["save"], entries, _held(head), rows)
+        listing = tuple(natural(writer) for writer in head["listing"])
+        return Group(head["save"], listing, _held(head), rows)
     except (KeyError, TypeError, AttributeError, struct.error) as error:
         raise ValueError(f"{type(error).__name__} at {error}") from None
 

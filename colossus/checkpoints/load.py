@@ -22,6 +22,7 @@ from colossus.checkpoints.format import (
     checkpoints_folder,
 )
 from colossus.checkpoints.manifest import read_claim
+from colossus.checkpoints.passing import reads
 from colossus.checkpoints.pieces import Pieces, pieces_of
 from colossus.checkpoints.ranks import OneRank, Ranks
 from colossus.checkpoints.shards import bytes_of, shard_of
@@ -183,20 +184,24 @@ class Checkpoint:
         self._fill(entry, out, offset)
         return out
 
-    def load_into(self, tensors: Mapping[Key, torch.Tensor] | Iterable[tuple[Key, torch.Tensor]]) -> None:
+    def load_into(
+        self, tensors: Mapping[Key, torch.Tensor] | Iterable[tuple[Key, torch.Tensor]], *, share: bool = False
+    ) -> None:
         """Fills tensors in place: plain ones whole, DTensors of any layout with this rank's part.
 
         Several may be asked for by one key. Floating-point types are converted to the tensor's own; other
         types must be equal.
+
+        share: of what other ranks hold, too, this one reads what is its turn; `pass_on` brings it the rest.
 
         Raises:
             UserError: the checkpoint has no such tensor, or one of another shape or type; nothing is filled.
             DamagedCheckpoint: as `read`; some tensors may be filled by then.
         """
         pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-        shards = [shard_of(key, tensor) for key, tensor in pairs]
+        shards = [(shard_of(key, tensor), not share or reads(key, tensor)) for key, tensor in pairs]
         tasks = []
-        for shard in shards:
+        for shard, is_read in shards:
             entry = self._entry(shard.entry.key)
             if entry.shape != shard.entry.shape:
                 raise UserError(f"{self.path}: {_title(entry)} is {entry.shape}, not {shard.entry.shape}")
@@ -204,7 +209,7 @@ class Checkpoint:
             convertible = dtype.is_floating_point and shard.values.dtype.is_floating_point
             if dtype != shard.values.dtype and not convertible:
                 raise UserError(f"{self.path}: {_title(entry)} is {dtype}, not {shard.values.dtype}")
-            if shard.values.numel():
+            if is_read and shard.values.numel():
                 tasks.append((entry, shard.values, shard.offset))
         tasks.sort(key=lambda task: -task[1].numel())  # the long ones first: the threads end together
         with ThreadPoolExecutor(num_threads()) as pool:

@@ -37,7 +37,7 @@ def write_shards(
     held: see `Index`.
     """
     shards = sorted(shards, key=lambda shard: in_order(shard.entry))
-    header = _header(shards)
+    header = file_header(shards)
     checksums = array("I")
     with new_file(folder / pieces_name(rank)) as descriptor:
         _write(descriptor, memoryview(header))
@@ -65,7 +65,7 @@ def _write_parts(descriptor: int, parts: Iterable[memoryview]) -> tuple[int, ...
     return (*checksums, checksum) if room < CHUNK_BYTES else tuple(checksums)
 
 
-def _header(shards: Sequence[Writable]) -> bytes:
+def file_header(shards: Sequence[Writable]) -> bytes:
     """The header of a safetensors file."""
     tree: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -14,6 +14,7 @@ from colossus import optim
 from colossus.architecture import Architecture
 from colossus.checkpoints.format import Key
 from colossus.checkpoints.load import Checkpoint
+from colossus.checkpoints.passing import pass_on
 from colossus.checkpoints.weights import Weights
 from colossus.errors import UserError
 from colossus.job import Job
@@ -64,16 +65,22 @@ class TrainState:
         copied = self._copied()
         return {key: tensor for key, tensor in self._held() if key[0] not in copied}
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint, *, share: bool = False) -> None:
         """Takes weights, optimizer state and step from a checkpoint of any layout.
+
+        share: reads its share of what ranks have in common; once all have done so, `pass_on` brings the rest.
 
         Raises:
             UserError: it is of another model, on every rank. MachineError: it is damaged.
         """
         check_model(checkpoint, self.arch)
-        checkpoint.load_into(self._held())
+        checkpoint.load_into(self._held(), share=share)
         self.optimizer.num_steps = checkpoint.meta["optimizer_steps"]
         self.step = checkpoint.meta["step"]
+
+    def pass_on(self) -> None:
+        """Brings what each rank has read to all that hold it. Every rank calls this."""
+        pass_on(self._held())
 
     def begin_with(self, weights: Weights) -> None:
         """Takes the weights of another model, and no more: step 0 of a new schedule."""

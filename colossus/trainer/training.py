@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -347,7 +348,8 @@ def _go_on(
         if state is None or settled != built:
             state = None  # freed before another is built
             state, built = TrainState.build(course.parts(settled, decisions)[0].job, world), settled
-        if load_agreed(checkpoint, state.restore, world):
+        if load_agreed(checkpoint, partial(state.restore, share=True), world):
+            state.pass_on()
             return settled, state, decisions, damaged
         damaged.append(checkpoint.path)
     decisions = Decisions.merge(logged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -10,10 +11,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from colossus.checkpoints import load
 from colossus.checkpoints.format import Key
 from colossus.checkpoints.load import newest_whole
+from colossus.checkpoints.passing import pass_on
 from colossus.checkpoints.save import Saver
 from colossus.layout import Layout
+from colossus.parallel.placements import replicated
 from colossus.parallel.world import World
 
 STEPS = 3
@@ -74,3 +78,43 @@ def save_and_load(folder: Path) -> None:
             checkpoint.load_into(tensors)
             for key, tensor in tensors.items():
                 assert torch.equal(whole(tensor), whole(saved[key])), key
+
+
+def pass_on_in_replicas(folder: Path) -> tuple[int, bool]:
+    """Runs in each of 4 ranks, two replicas of two: saves, loads what it reads once, and looks for damage.
+
+    Returns the bytes that this rank has read of tensors, and whether it agreed that the damaged one is whole.
+    """
+    read = 0
+    real = load.read_exactly
+
+    def counted(stream: io.FileIO, out: memoryview, begin: int) -> int:
+        nonlocal read
+        read += len(out)
+        return real(stream, out, begin)
+
+    load.read_exactly = counted  # type: ignore[attr-defined]
+    with World.join(Layout(dp_replicate=2, dp_shard=2), "cpu") as world:
+        assert world.meshes is not None
+        mesh = world.meshes.dense
+        model = build()
+        fully_shard(model, mesh=mesh["dp_replicate", "fsdp"])
+        saved = state(model, train(model, STEPS))
+        saved |= {key: replicated(t, mesh) for key, t in saved.items() if key[1] == "buffer"}
+        with Saver(folder, world) as saver:
+            saver.save(STEPS, saved, {}, asynchronous=False)
+        dist.barrier()
+        fresh = {key: torch.zeros_like(tensor) for key, tensor in saved.items()}
+        for checkpoint in load.candidates(folder, world):
+            assert load.load_agreed(checkpoint, lambda c: c.load_into(fresh, share=True), world)
+            pass_on(fresh.items())
+            break
+        for key, tensor in fresh.items():
+            assert torch.equal(whole(tensor), whole(saved[key])), key
+        if world.rank == 0:
+            pieces = folder / "checkpoints" / f"step-{STEPS:08d}" / "pieces-00001.safetensors"
+            data = pieces.read_bytes()
+            pieces.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        dist.barrier()
+        checkpoint = next(iter(load.candidates(folder, world)))
+        return read, load.load_agreed(checkpoint, lambda c: c.load_into(fresh, share=True), world)
