@@ -1,11 +1,12 @@
 """Four ranks save and load a checkpoint of 1.1 GB, beside an earlier version of the program, in turns.
 
 In layouts of shards, of replicas, and of both. A save lasts until the checkpoint is whole; a load is what a
-run that goes on does: it looks for the newest checkpoint, each rank reads and verifies what is its own to read,
-all agree that it is whole, and what several hold is passed on. Loads are from the page cache, and with an empty
-one (`cold`), for which each file is dropped from it first. Of each the median of the turns, of the slowest rank.
+run that goes on does: it looks for the newest checkpoint, each rank reads and verifies what is its own to
+read, all agree that it is whole, and what several hold is passed on. Loads are from the page cache, and with
+an empty one (`cold`), for which each file is dropped from it first. Of each the median of the turns, of the
+slowest rank.
 
-    python -m benchmarks.checkpoint_load [--quick] [--out FILE] [--baseline FOLDER] [--turns N] [--folder FOLDER]
+    python -m benchmarks.checkpoint_load [--quick] [--out FILE] [--folder FOLDER] [--baseline FOLDER]
 """
 
 from __future__ import annotations
