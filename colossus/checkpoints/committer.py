@@ -36,13 +36,17 @@ class Committer:
         self._process: subprocess.Popen[bytes] | None = None
         self._writing = threading.Lock()
 
-    def begin(self, order: Order) -> None:
-        """Gives an order; `answer` tells what came of it. Raises MachineError where no process can be
-        started."""
-        line = asdict(order)
-        if self._process is None or self._process.poll() is not None or not self._send(line):
+    def start(self) -> None:
+        """Starts it, if it does not run: it is ready a moment later. Raises MachineError where that fails."""
+        if self._process is None or self._process.poll() is not None:
             self._start()
-            self._send(line)
+
+    def begin(self, order: Order) -> None:
+        """Gives an order; `answer` tells what came of it. Raises as `start`."""
+        self.start()
+        if not self._send(asdict(order)):  # it has just ended
+            self._start()
+            self._send(asdict(order))
 
     def look(self) -> None:
         """Has it look at once for what it waits for."""

@@ -146,7 +146,11 @@ class Saver:
         self._names = set(names)
 
     def prepare(self, tensors: Mapping[Key, torch.Tensor]) -> None:
-        """Touches the memory that a save of these will need, in a thread, so that the first is quick too."""
+        """Touches the memory that a save of these will need, in a thread, and starts the process that
+        commits: the first save is quick, too."""
+        if self._leads:
+            with contextlib.suppress(MachineError):  # which the save will tell
+                self._committer.start()
         shards, _ = self._own_shards(tensors)
         self._preparing = threading.Thread(target=self._snapshot.reserve, args=(shards,), daemon=True)
         self._preparing.start()
