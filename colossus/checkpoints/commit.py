@@ -77,9 +77,10 @@ def main() -> None:
     with contextlib.suppress(OSError):  # a container may forbid it
         os.nice(10)  # training comes first
     orders = Orders(sys.stdin.fileno())
-    while (order := orders.next()) is not None:
-        answers.write(json.dumps(obey(order, orders)) + "\n")
-        answers.flush()
+    with contextlib.suppress(BrokenPipeError):  # nobody waits for the answer any more
+        while (order := orders.next()) is not None:
+            answers.write(json.dumps(obey(order, orders)) + "\n")
+            answers.flush()
 
 
 def obey(order: Order, orders: Orders) -> dict[str, Any]:
