@@ -6,7 +6,7 @@ read, all agree that it is whole, and what several hold is passed on. Loads are 
 an empty one (`cold`), for which each file is dropped from it first. Of each the median of the turns, of the
 slowest rank.
 
-    python -m benchmarks.checkpoint_load [--quick] [--out FILE] [--folder FOLDER] [--baseline FOLDER]
+    python -m benchmarks.checkpoint_load [--quick] [--out FILE] [--folder DIR] [--baseline DIR] [--turns N]
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ class Ranks(Protocol):
     def size(self) -> int: ...
     @property
     def num_writers(self) -> int:
-        """The first so many ranks hold all that there is: one replica."""
+        """The first so many ranks write; they hold all that there is, once or several times."""
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

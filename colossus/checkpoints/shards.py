@@ -101,8 +101,8 @@ def placed(
         if cut is not None and mesh.size(axis) > 1:
             cuts.append(dataclasses.replace(cut, stride=stride))
             places.append(coordinates[axis])
-        elif stride < num_writers:  # else it leads to other replicas
-            turn, chosen = divmod(turn, mesh.size(axis))
+        elif mesh.size(axis) > 1:  # it may lead to replicas that do not write
+            turn, chosen = divmod(turn, max(1, min(mesh.size(axis), num_writers // stride)))
             first += chosen * stride
     return first, tuple(cuts), tuple(places)
 

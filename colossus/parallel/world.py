@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _abort_process_group  # no other name has it yet
 
+from colossus.checkpoints.format import LONGEST_LIST
 from colossus.errors import UserError
 from colossus.hardware.machine import ranks_here
 from colossus.layout import Layout
@@ -104,8 +105,11 @@ class World:
 
     @property
     def num_writers(self) -> int:
-        """The ranks of the first replica, which come first: between them they hold all that a run saves."""
-        return self.size // (self.layout.dp_replicate or 1)
+        """Ranks that write what a run saves: those of the first replica, which come first and hold all of it
+        between them; of the next ones, too, as long as these are few."""
+        replicas = self.layout.dp_replicate or 1
+        each = self.size // replicas
+        return each * max(1, min(replicas, LONGEST_LIST // each))
 
     @property
     def data(self) -> DataRank:

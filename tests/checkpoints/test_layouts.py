@@ -50,9 +50,9 @@ STATE: dict[Key, torch.Tensor] = {
 class Turns:
     """Ranks that take turns in one process; rank 0 is asked first."""
 
-    def __init__(self, size: int, told: list[Any], rank: int) -> None:
+    def __init__(self, size: int, told: list[Any], rank: int, num_writers: int | None = None) -> None:
         self.size, self.rank, self._told = size, rank, told
-        self.num_writers = size
+        self.num_writers = num_writers or size
 
     def broadcast(self, value: Any) -> Any:
         if self.rank == 0:
@@ -113,11 +113,12 @@ def expected(key: Key, offset: tuple[int, ...], sizes: tuple[int, ...]) -> torch
     return STATE[key][tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))]
 
 
-def save(run: Path, layout: Layout, skip: int | None = None) -> None:
+def save(run: Path, layout: Layout, skip: int | None = None, num_writers: int | None = None) -> None:
     sizes, placements = layout
     world_size = int(torch.tensor(sizes).prod())
     told: list[Any] = []
-    savers = [Saver(run, Turns(world_size, told, rank), patience_seconds=0.2) for rank in range(world_size)]
+    turns = [Turns(world_size, told, rank, num_writers) for rank in range(world_size)]
+    savers = [Saver(run, turn, patience_seconds=0.2) for turn in turns]
     for rank in reversed(range(world_size)):  # rank 0 last: it waits for the others' parts
         if rank != skip:
             with mesh_of(rank, sizes) as mesh:
@@ -188,6 +189,18 @@ def test_every_element_is_stored_once_and_by_turns(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(path)
     writers = {piece.file for key in STATE for piece in checkpoint.pieces(*key)}
     assert len(writers) >= 3
+
+
+@pytest.mark.parametrize("num_writers", [2, 4, 6])
+def test_of_many_replicas_the_first_ones_write(num_writers: int, tmp_path: Path) -> None:
+    """Three of two ranks each, of which one, two or all share it."""
+    layout: Layout = ((3, 2), (Replicate(), Shard(0)))
+    save(tmp_path, layout, num_writers=num_writers)
+    path = tmp_path / "checkpoints" / "step-00000001"
+    assert sorted(p.name for p in path.glob("*.safetensors")) == [
+        f"pieces-{rank:05d}.safetensors" for rank in range(num_writers)
+    ]
+    check_load(tmp_path, layout)
 
 
 def test_a_rank_that_writes_nothing_prevents_the_commit(tmp_path: Path) -> None:

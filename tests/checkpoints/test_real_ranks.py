@@ -25,14 +25,10 @@ def test_fsdp_saves_and_any_layout_loads(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded[key], tensor.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_one_replica_writes_and_what_is_read_is_read_once(tmp_path: Path) -> None:
+def test_what_several_hold_is_read_once(tmp_path: Path) -> None:
     """The others get it from those that read. All ranks learn of damage that one of them finds."""
     answers = in_ranks(4, pass_on_in_replicas, tmp_path)
     path = tmp_path / "checkpoints" / f"step-{STEPS:08d}"
-    assert sorted(p.name for p in path.glob("pieces-*.safetensors")) == [
-        "pieces-00000.safetensors",
-        "pieces-00001.safetensors",
-    ]
     checkpoint = open_checkpoint(path)
     assert sum(read for read, _ in answers) == sum(e.num_bytes for e in checkpoint.manifest.tensors.values())
     assert all(read for read, _ in answers)
