@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from colossus.cli.files import check_writable, write
 from colossus.cli.output import one_line
 from colossus.cli.words import Words, split
+from colossus.errors import UserError
 
 DOES_NOT_FIT = 1
 
@@ -18,6 +21,13 @@ def dryrun(
     rank: Annotated[
         int | None, typer.Option("--rank", metavar="N", help="This one alone; else one of each kind.")
     ] = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option("--timeline", metavar="FILE", help="Write a step in time, for Perfetto and Chrome."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> int:
     """Run the training program as any rank of a world that is not there.
@@ -25,12 +35,22 @@ def dryrun(
     What it holds in memory, computes and says to others, to the byte, on tensors without numbers:
     colossus dryrun model=llama3.1-405b fleet=colossus-100k layout.tp=8 layout.pp=16 layout.dp_shard=128
     """
+    check_writable("--timeline", timeline)
+    check_writable("--html", html)
     from colossus import api
     from colossus.dryrun import report
+    from colossus.dryrun.page import page
+    from colossus.dryrun.timeline import trace
 
     path, overrides = split(words)
     job = api.load_job(path, overrides)
     with one_line() as show:
         found = api.dry_run(job, rank, say=show)
+    if timeline is not None:
+        if found.price is None:
+            raise UserError(f"--timeline {timeline}: needs every stage of the pipeline; leave --rank out")
+        write(timeline, trace(found).to_json())
+    if html is not None:
+        write(html, page(found))
     print(json.dumps(found.to_dict(), indent=1) if as_json else report.text(found))
     return 0 if found.fits else DOES_NOT_FIT

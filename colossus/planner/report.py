@@ -300,15 +300,16 @@ def page(
     )
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>{STYLE}</style><h1>{html.escape(title)}</h1><pre>{html.escape(said)}</pre>
-<h2>Where the peak goes</h2>{_bars(points, lambda value: f"{value:.1f}%")}
-<h2>Memory of the rank that needs most</h2>{_bars(uses, memory)}
+<h2>Where the peak goes</h2>{bars(points, lambda value: f"{value:.1f}%")}
+<h2>Memory of the rank that needs most</h2>{bars(uses, memory)}
 {_scatter(pareto)}{_tornado(sensitivity)}
 <h2>The best layouts</h2>
 <table><tr><th>step</th><th>MFU</th><th>memory</th><th>layout</th></tr>{rows}</table></html>
 """
 
 
-def _bars(rows: Iterable[tuple[str, float]], words: Callable[[float], str]) -> str:
+def bars(rows: Iterable[tuple[str, float]], words: Callable[[float], str]) -> str:
+    """A bar for each (name, value) above 0, as SVG. words: a value in words."""
     rows = [row for row in rows if row[1] > 0]
     most = max((value for _, value in rows), default=1.0)
     lines = []
@@ -357,4 +358,4 @@ def _tornado(rows: Sequence[tuple[str, float, float]]) -> str:
     )
 
 
-__all__ = ["Choice", "hardware_text", "page", "text", "waterfall"]
+__all__ = ["STYLE", "Choice", "bars", "hardware_text", "page", "text", "waterfall"]
