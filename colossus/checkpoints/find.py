@@ -22,7 +22,8 @@ SHARE = 16  # chunks that a thread verifies in a row
 def latest(run_folder: str | Path, say: Say = warn) -> Path | None:
     """The newest checkpoint that is committed and has all its bytes; None where nothing was ever committed.
 
-    Damaged ones are skipped, each with one line to `say`. Data is not read: `latest_verified` does.
+    Damaged ones are skipped, each with one line to `say`. Data is not read: `latest_verified` does. Where
+    more than 64 ranks wrote, not each file is looked at: who loads does.
 
     Raises:
         DamagedCheckpoint: there are committed checkpoints, but none is whole.

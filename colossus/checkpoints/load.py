@@ -39,14 +39,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         UserError: there is no such folder, or its format is newer than this program.
-        DamagedCheckpoint: it is not committed, or a file is missing, cut or (the manifest) changed.
+        DamagedCheckpoint: it is not committed, or a file is missing, cut or (the manifest) changed; of more
+            than 64 writers that is seen when a file is read.
     """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is no checkpoint: there is no such folder")
     manifest = read_claim(path)
     pieces = pieces_of(path, manifest)
-    pieces.check_sizes()
+    pieces.glance()
     return Checkpoint(path, manifest, pieces)
 
 

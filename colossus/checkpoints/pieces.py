@@ -31,7 +31,7 @@ from colossus.checkpoints.format import (
     pieces_name,
     read_bytes,
 )
-from colossus.checkpoints.format1 import check_tiling
+from colossus.checkpoints.format1 import MAX_HEADER_BYTES, check_tiling
 from colossus.checkpoints.index import (
     MAX_INDEX_BYTES,
     Index,
@@ -73,6 +73,10 @@ class Pieces(Protocol):
         """Raises DamagedCheckpoint unless each file is there, as long as it was written. Of `size` ranks each
         looks at its share; so do those that ask for `headers`."""
 
+    def glance(self) -> None:
+        """The same of few files: of many writers, the indexes of groups alone are read. One process does
+        this, while others may wait."""
+
     def headers(self, rank: int = 0, size: int = 1) -> Iterator[Check]:
         """Of the files of pieces."""
 
@@ -85,12 +89,12 @@ def pieces_of(path: Path, manifest: Manifest) -> Pieces:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a checkpoint that is committed and whole as far as sizes tell; its data is not read.
+    """The manifest of a checkpoint that is committed and whole as far as a glance tells; data is not read.
 
     Raises DamagedCheckpoint, with the file at fault; UserError for a newer format.
     """
     manifest = read_claim(path)
-    pieces_of(path, manifest).check_sizes()
+    pieces_of(path, manifest).glance()
     return manifest
 
 
@@ -115,6 +119,9 @@ class Listed:
     def check_sizes(self, rank: int = 0, size: int = 1) -> None:
         for name, file in [*self._lists.files.items()][rank::size]:
             check_size(self._path / name, file.bytes)
+
+    def glance(self) -> None:
+        self.check_sizes()
 
     def headers(self, rank: int = 0, size: int = 1) -> Iterator[Check]:
         for name, file in [*self._lists.files.items()][rank::size]:
@@ -167,6 +174,13 @@ class Ruled:
             check_size(self._path / pieces_name(writer), self._vouched(writer).bytes)
             if not (self._path / index_name(writer)).exists():
                 raise DamagedCheckpoint(f"{self._path / index_name(writer)}: No such file or directory")
+
+    def glance(self) -> None:
+        if self._writers.group == 1:
+            self.check_sizes()
+        else:
+            for group in range(len(self._writers.vouched)):
+                self._group(group)
 
     def headers(self, rank: int = 0, size: int = 1) -> Iterator[Check]:
         for writer in range(rank, self._writers.num, size):
@@ -223,8 +237,8 @@ class Ruled:
             index = decode_index(data)
         except ValueError as error:
             raise DamagedCheckpoint(f"{path} is no index: {error}") from None
-        if index.file.bytes != vouched.bytes:
-            raise DamagedCheckpoint(f"{path} is of a file of another length")
+        if index.file.bytes != vouched.bytes or index.file.header_bytes > MAX_HEADER_BYTES:
+            raise DamagedCheckpoint(f"{path} is of a file of another length, or too long a header")
         return index
 
     def _vouched(self, writer: int) -> Vouched:

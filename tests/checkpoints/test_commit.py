@@ -17,7 +17,7 @@ from colossus.checkpoints.commit import Order, collected, merge
 from colossus.checkpoints.committer import Committer, command
 from colossus.checkpoints.format import DamagedCheckpoint, Entry, Key, group_name, group_size
 from colossus.checkpoints.index import Index, Row
-from colossus.checkpoints.load import open_checkpoint, verify
+from colossus.checkpoints.load import latest, open_checkpoint, verify
 from colossus.checkpoints.shards import Shard
 from colossus.checkpoints.write import write_shards
 from colossus.cuts import Cut
@@ -119,6 +119,11 @@ def test_many_writers_come_together_by_groups(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     assert checkpoint.meta == {"of": "rank 0"}
     assert equal(checkpoint.read("w"), whole)
+    (folder / "pieces-00100.safetensors").rename(tmp_path / "lost")
+    assert latest(tmp_path) == folder  # looks at few files
+    with pytest.raises(DamagedCheckpoint, match=r"pieces-00100\.safetensors"):
+        verify(folder)
+    (tmp_path / "lost").rename(folder / "pieces-00100.safetensors")
     for name in (group_name(1), "pieces-00100.index"):
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))

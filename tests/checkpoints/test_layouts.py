@@ -25,6 +25,8 @@ from colossus.checkpoints.load import newest_whole, open_checkpoint, verify
 from colossus.checkpoints.save import Saver
 from colossus.checkpoints.shards import shard_of
 from colossus.errors import MachineError
+from colossus.layout import Layout as Spread
+from colossus.parallel.world import World
 from tests.checkpoints.samples import equal
 
 Layout = tuple[tuple[int, ...], tuple[Placement, ...]]  # the mesh, and the placements on it
@@ -189,6 +191,23 @@ def test_every_element_is_stored_once_and_by_turns(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(path)
     writers = {piece.file for key in STATE for piece in checkpoint.pieces(*key)}
     assert len(writers) >= 3
+
+
+@pytest.mark.parametrize(
+    ("axes", "num_writers"),
+    [
+        ({"tp": 8, "pp": 16, "dp_shard": 128, "dp_replicate": 12}, 16_384),
+        ({"dp_shard": 40, "dp_replicate": 3}, 40),
+        ({"dp_shard": 24, "dp_replicate": 3}, 48),
+        ({"dp_replicate": 4}, 4),
+        ({"tp": 2, "dp_shard": 3}, 6),
+    ],
+)
+def test_one_replica_writes_and_of_small_ones_as_many_as_are_few(
+    axes: dict[str, int], num_writers: int
+) -> None:
+    layout = Spread.model_validate(axes).filled()
+    assert World(0, layout.num_ranks, torch.device("cpu"), layout=layout).num_writers == num_writers
 
 
 @pytest.mark.parametrize("num_writers", [2, 4, 6])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
+from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 
 from colossus.checkpoints.find import latest, verify
 from colossus.checkpoints.format import committed_line, is_committed
+from colossus.checkpoints.index import Index, decode_index, encode_index
 from colossus.checkpoints.load import DamagedCheckpoint, newest_whole, open_checkpoint
 from colossus.checkpoints.save import Saver
 from colossus.errors import UserError
@@ -143,6 +147,42 @@ def test_a_manifest_that_no_save_writes(case: str, path: Path) -> None:
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(DamagedCheckpoint, match="is whole"):
         newest_whole(path.parents[1], say=lambda message: None)
+
+
+INDEXES: dict[str, Callable[[Index], bytes]] = {
+    "huge header": lambda i: encode_index(replace(i, file=replace(i.file, header_bytes=10**12))),
+    "header as long as the file": lambda i: encode_index(
+        replace(i, file=replace(i.file, header_bytes=i.file.bytes))
+    ),
+    "shorter header": lambda i: encode_index(replace(i, file=replace(i.file, header_bytes=8))),
+    "another length": lambda i: encode_index(replace(i, file=replace(i.file, bytes=i.file.bytes + 1))),
+    "another checksum of the header": lambda i: encode_index(
+        replace(i, file=replace(i.file, header_checksum=7))
+    ),
+    "other rules": lambda i: encode_index(replace(i, rules=i.rules ^ 1)),
+    "no checksums": lambda i: encode_index(replace(i, checksums=array("I"))),
+    "more checksums": lambda i: encode_index(replace(i, checksums=array("I", [*i.checksums, 0]))),
+    "other checksums": lambda i: encode_index(replace(i, checksums=array("I", [0] * len(i.checksums)))),
+    "half a checksum": lambda i: encode_index(i)[:-1],
+    "nothing": lambda i: b"",
+    "no table": lambda i: b"[]\n",
+    "nested": lambda i: b"[" * 10**6,
+    "numbers of text": lambda i: encode_index(i).replace(b'"file":[', b'"file":["'),
+}
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_an_index_that_no_save_writes(case: str, path: Path) -> None:
+    """Although the manifest vouches for it."""
+    file, tree = path / "pieces-00000.index", tree_of(path)
+    data = INDEXES[case](decode_index(file.read_bytes()))
+    file.write_bytes(data)
+    vouched(tree)[0][1] = hashlib.sha256(data).hexdigest()
+    sign(path, json.dumps(tree).encode())
+    for act in (verify, lambda path: newest_whole(path.parents[1], say=lambda message: None)):
+        with pytest.raises(DamagedCheckpoint) as caught:
+            act(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
