@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from colossus.api import (
+        compare,
         dry_run,
         evaluate,
         evaluate_tasks,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "compare",
     "dry_run",
     "evaluate",
     "evaluate_tasks",

@@ -17,6 +17,7 @@ from colossus.layout import AXES
 
 if TYPE_CHECKING:
     from colossus.data.tokenizer import Tokenizer
+    from colossus.dryrun.compare import Comparison
     from colossus.dryrun.ranks import DryRun
     from colossus.evaluation.corpora import CorpusResult
     from colossus.evaluation.tasks import LoadedTasks, TaskResult
@@ -335,6 +336,22 @@ def dry_run(job: Job, rank: int | None = None, *, say: Callable[[str], None] = l
     corrections = corrections_for(hardware, machine)
     found = run(job, hardware, rank, say=say, notes=notes, corrections=corrections)
     return mended(found, rank, say=say, corrections=corrections)
+
+
+def compare(run: str | Path, *, say: Callable[[str], None] = lambda line: None) -> Comparison:
+    """What a dry run says of the job of a run, beside what that has measured: a step, tokens a second,
+    memory, a checkpoint. No code that the job names is run.
+
+    run: its folder. say: is told what is being traced.
+
+    Raises:
+        UserError: there is no run, or it has taken no step.
+    """
+    from colossus.dryrun.compare import compare as run_dry
+
+    if not (Path(run) / "job.toml").is_file():
+        raise UserError(f"{run}: not the folder of a run (it has no job.toml)")
+    return run_dry(Path(run), load_job(run, trust_code=True), say=say)
 
 
 def _measured() -> Machine | None:

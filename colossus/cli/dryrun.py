@@ -21,6 +21,10 @@ def dryrun(
     rank: Annotated[
         int | None, typer.Option("--rank", metavar="N", help="This one alone; else one of each kind.")
     ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option("--compare", metavar="RUN", help="Of a run's job, beside what the run measured."),
+    ] = None,
     timeline: Annotated[
         Path | None,
         typer.Option("--timeline", metavar="FILE", help="Write a step in time, for Perfetto and Chrome."),
@@ -38,9 +42,19 @@ def dryrun(
     check_writable("--timeline", timeline)
     check_writable("--html", html)
     from colossus import api
+    from colossus.dryrun import compare as comparison
     from colossus.dryrun import report
+    from colossus.dryrun.host import host_of
     from colossus.dryrun.page import page
     from colossus.dryrun.timeline import trace
+
+    if compare is not None:
+        if words or rank is not None or timeline is not None or html is not None:
+            raise UserError(f"--compare {compare}: takes the run's own job, and no other words or options")
+        with one_line() as show:
+            made = api.compare(compare, say=show)
+        print(json.dumps(made.to_dict(), indent=1) if as_json else comparison.text(made))
+        return 0
 
     path, overrides = split(words)
     job = api.load_job(path, overrides)
@@ -52,5 +66,8 @@ def dryrun(
         write(timeline, trace(found).to_json())
     if html is not None:
         write(html, page(found))
-    print(json.dumps(found.to_dict(), indent=1) if as_json else report.text(found))
+    if as_json:
+        print(json.dumps(found.to_dict() | {"node": host_of(found).to_dict()}, indent=1))
+    else:
+        print(report.text(found))
     return 0 if found.fits else DOES_NOT_FIT

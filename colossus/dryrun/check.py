@@ -6,11 +6,12 @@ import time
 from dataclasses import replace
 
 from colossus.dryrun import report
+from colossus.dryrun.compare import like
 from colossus.dryrun.mend import mended
 from colossus.dryrun.price import problem_of
 from colossus.dryrun.ranks import DryRun, Judged, dry_run, fused_bytes
 from colossus.errors import UserError
-from colossus.hardware.fleets import Hardware, hardware_of
+from colossus.hardware.fleets import hardware_of
 from colossus.hardware.machine import Machine, ranks_here
 from colossus.job import CHECKED, Job
 from colossus.planner.columns import Layouts
@@ -36,7 +37,7 @@ def check_fit(job: Job, machine: Machine) -> Job:
         UserError: a rank would not fit; with the smallest change with which all do.
     """
     began = time.perf_counter()
-    hardware = _hardware(job, machine)
+    hardware = like(job, machine)
     found = dry_run(job, hardware)
     if any(_reserved(found, judged) > judged.kind.accelerator.memory for judged in found.ranks):
         found = mended(found, corrections=corrections_for(hardware))
@@ -64,12 +65,3 @@ def _reserved(found: DryRun, judged: Judged) -> float:
 
 def _is_named(job: Job) -> bool:
     return job.fleet.accelerator is not None or job.fleet.pools is not None
-
-
-def _hardware(job: Job, machine: Machine) -> Hardware:
-    """As many machines like this one as there are ranks for, or those that the fleet names."""
-    if _is_named(job):
-        return hardware_of(job.fleet)
-    here = ranks_here(job.layout.num_ranks)
-    one = hardware_of(job.fleet.model_copy(update={"count": None}), machine, ranks=here)
-    return replace(one.with_count(job.layout.num_ranks), node_size=here)

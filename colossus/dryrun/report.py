@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from colossus.dryrun.host import host_of
 from colossus.dryrun.ranks import DryRun, Judged
 from colossus.planner.plan import size_words
-from colossus.words import count, memory, plural, span
+from colossus.words import count, duration, memory, plural, span
 
 SHOWN = 0.005  # of the most that lives: uses that take less are left out
 NAMES = {
@@ -29,7 +30,7 @@ PRICED = "priced as `colossus plan` prices"
 def text(found: DryRun) -> str:
     """The whole report for a terminal."""
     sections = [_head(found), verdict(found), _table(found), _memory(found.worst), _said(found.worst)]
-    sections += [_computed(found.worst), _time(found), list(found.notes)]
+    sections += [_computed(found.worst), _time(found), _host(found), list(found.notes)]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
@@ -144,4 +145,22 @@ def _time(found: DryRun) -> list[str]:
     hidden = sum(told.values()) - sum(causes.get(cause, 0.0) for cause in told)
     if hidden > SHOWN * priced.seconds:
         lines.append(f"{span(hidden):>11}  of messages hide behind that")
+    return lines
+
+
+def _host(found: DryRun) -> list[str]:
+    """Host memory of a node, by estimate; checkpoints and restarts."""
+    host = host_of(found)
+    total = memory(sum(host.memory.values()))
+    lines = [f"host memory of a node of {plural(host.ranks, 'rank')}, by estimate: {total}"]
+    lines += [f"{memory(value):>11}  {use}" for use, value in host.memory.items()]
+    often = "" if host.interval is None else f", every {duration(host.interval)} where failures are many"
+    lines.append(
+        f"a checkpoint has {memory(host.checkpoint)}, {memory(host.of_rank)} of a rank; it stops training "
+        f"for {duration(host.save_seconds)}{often}"
+    )
+    lines.append(
+        f"a start reads as much; from a failure until steps go on {duration(host.restart_seconds)} pass "
+        "(seconds are assumptions of the fleet)"
+    )
     return lines

@@ -73,3 +73,14 @@ def peak_memory_bytes() -> int:
     """The most that this process has had in memory so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def peak_device_bytes() -> dict[str, int]:
+    """The most that this process has had on its GPU so far: of tensors, and reserved for them. Empty without
+    one."""
+    if not torch.cuda.is_initialized():
+        return {}
+    return {
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+    }

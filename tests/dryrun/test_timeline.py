@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from colossus.architecture import num_parameters
 from colossus.cli import main
+from colossus.job import load_job
 from colossus.perf.chrome import MICRO, Trace
 
 SMALL = ["model=llama3.2-1b", "model.num_layers=4", "model.vocab_size=4096", "fleet=dgx-h100-1"]
@@ -72,6 +74,20 @@ def test_memory_reaches_what_was_traced(made: Any) -> None:
         levels = [e["args"]["bytes"] for e in events if e["ph"] == "C" and e["pid"] == pid]
         assert max(levels) == rank["peak_bytes"]
         assert levels[0] == levels[-1] == pytest.approx(rank["at_rest_bytes"], rel=0.01)
+
+
+def test_a_node_and_its_checkpoints(made: Any) -> None:
+    """By hand: fp32 weights and AdamW's two moments are 12 bytes a weight; the first and the last stage have
+    the embedding, which is one parameter, each."""
+    facts, _, _ = made
+    arch = load_job(None, SMALL).model
+    weights = num_parameters(arch) + arch.vocab_size * arch.hidden_size
+    assert facts["node"]["checkpoint_bytes"] == pytest.approx(12 * weights, rel=1e-3)
+    largest = max(sum(r["at_rest_by_use"][use] for use in ("weights", "optimizer")) for r in facts["ranks"])
+    assert facts["node"]["checkpoint_bytes_of_rank"] == largest
+    staged = facts["node"]["host_memory_by_use"]["copies of a checkpoint while it is written"]
+    assert facts["node"]["ranks"] == 8 and staged == 8 * largest
+    assert facts["node"]["restart_seconds"] == 600 and facts["node"]["checkpoint_interval_seconds"] > 0
 
 
 class _Page(HTMLParser):

@@ -16,7 +16,7 @@ from colossus.derive.machine import peak_flops_per_second
 from colossus.events import kept_and_lost, read_events
 from colossus.job import CHECKED, PREDICTED, SECTIONS, Job
 from colossus.measure.machine import this_machine
-from colossus.measure.memory import peak_memory_bytes
+from colossus.measure.memory import peak_device_bytes, peak_memory_bytes
 from colossus.perf.flops import model_flops_per_token
 from colossus.trainer.decisions import BRANCH, CHANGE
 from colossus.trainer.hooks import Hook
@@ -133,7 +133,8 @@ class Log(Hook):
         if training.log is not None and (said := _share_without_targets(training.folder)) is not None:
             training.event("note", text=said)
         reason = training.stop_reason or "finished"
-        training.event("end", synced=True, reason=reason, peak_memory_bytes=peak_memory_bytes())
+        most = {"peak_memory_bytes": peak_memory_bytes()} | peak_device_bytes()
+        training.event("end", synced=True, reason=reason, **most)
 
 
 def surpassed(peak_flops: float, reached: float) -> str:

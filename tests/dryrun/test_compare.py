@@ -1,0 +1,48 @@
+"""A run beside its dry run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import colossus
+from colossus.cli import main
+from colossus.errors import UserError
+from colossus.events import read_events
+from tests.cli.test_train import small_words
+
+
+def test_what_a_run_measured_stands_beside_what_was_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*small_words(tmp_path), "run.steps=6", "layout.compile=false", "model.hidden_size=128"]
+    assert main(words) == 0
+    run = tmp_path / "run"
+    made = colossus.compare(run)
+    rows = {row.what: row for row in made.rows}
+    speeds = [e["tokens_per_second"] for e in read_events(run) if e["kind"] == "step"]
+    measured = rows["tokens/s"].measured
+    assert measured is not None
+    assert min(speeds) <= measured <= max(speeds)
+    saved = rows["a checkpoint"]
+    assert saved.measured == pytest.approx(saved.predicted, rel=0.05)  # and what describes it
+    for name in ("a step", "host memory of rank 0, the most"):
+        row = rows[name]
+        assert row.measured is not None and 0.05 < row.measured / row.predicted < 20
+    capsys.readouterr()
+    assert main(["dryrun", f"--compare={run}"]) == 0
+    said = capsys.readouterr().out
+    assert all(row.what in said for row in made.rows) and "messages: a run records none" in said
+    assert "bound from above" not in said
+    assert main(["dryrun", f"--compare={run}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["what"] for row in found["compared"]} == set(rows)
+
+
+def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="not the folder of a run"):
+        colossus.compare(tmp_path)
+    assert main(["dryrun", f"--compare={tmp_path}", "layout.tp=2"]) == 2
+    assert "takes the run's own job" in capsys.readouterr().err
