@@ -20,6 +20,7 @@ from torch.utils import checkpoint
 from colossus import optim
 from colossus.data.loader import Batch
 from colossus.dryrun.fake import fake_world
+from colossus.dryrun.refused import refusals
 from colossus.dryrun.replay import Replay
 from colossus.dryrun.tracer import Moment, Tracer
 from colossus.dryrun.work import Message, Pass, Work
@@ -82,6 +83,9 @@ def trace(job: Job, rank: int, num_rows: int, seq_len: int, *, replay: bool = Tr
     """Takes `steps` as rank `rank` of the job's world; the last one counts. The first is like all others.
 
     num_rows: sequences of a step that this rank sees. replay: layers stand for those that are alike.
+
+    Raises:
+        UserError: something in the program needs the numbers of a tensor; with the module and the operator.
     """
     began = time.perf_counter()
     job = _as_traced(job)
@@ -110,7 +114,8 @@ def trace(job: Job, rank: int, num_rows: int, seq_len: int, *, replay: bool = Tr
                 everywhere = num_rows * seq_len * job.layout.dp
                 batch = Batch(state.step, 0, tokens_BT, tokens_BT.clone(), None, everywhere, everywhere)
             tracer.forget()
-            step_module.train_step(state, batch, everywhere, 1.0, job, world)
+            with refusals(model):
+                step_module.train_step(state, batch, everywhere, 1.0, job, world)
             tracer.call(model.parameters(), "weights")  # FSDP makes some anew
         micro_batch = job.layout.of_replica(world.place.dp_replicate).micro_batch
         return Traced(

@@ -150,7 +150,9 @@ def dry_run(
     batch = max(sequences for _, sequences, _ in job.shapes(job.run.global_batch or 0))
     check(layout, job.model, global_batch=batch, seq_len=seq_len, node_size=hardware.node_size)
     if layout.num_ranks > hardware.count:
-        raise UserError(f"layout: {layout.num_ranks:,} ranks; {hardware.name} has {hardware.count:,}")
+        most = hardware.count // (layout.num_ranks // layout.dp_shard)
+        near = f"; at most layout.dp_shard={most}" if most else ""
+        raise UserError(f"layout: {layout.num_ranks:,} ranks; {hardware.name} has {hardware.count:,}{near}")
     if rank is not None and not 0 <= rank < layout.num_ranks:
         raise UserError(
             f"--rank {rank}: the layout has {layout.num_ranks:,} ranks; 0 to {layout.num_ranks - 1}"

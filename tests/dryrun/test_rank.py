@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest.mock import patch
 
 import pytest
+import torch
 
 from colossus.architecture import parameter_table
 from colossus.dryrun.rank import Traced
 from colossus.dryrun.work import Message
+from colossus.errors import UserError
 from colossus.job import Job
 from colossus.layout import ONE_STAGE, SCHEDULES
+from colossus.models import mlp
 from tests.dryrun.programs import allocated, dry, really
 from tests.ranks.cases import Case
 from tests.ranks.pool import Pool
@@ -144,6 +148,32 @@ def test_what_selective_recomputation_keeps_is_divided_by_tp(pool: Pool) -> None
     kept = [peak(name, 6) - peak(name, 3) for name in ("selective", "full")]
     products, sums = 3 * heads + 2 * ffn, 2 * 64
     assert kept[0] - kept[1] == 3 * 8 * 256 * (products + sums) // tp * num_bytes
+
+
+def needing_numbers(job: Job, how: str) -> str:
+    """What is said of a program whose MLPs look at the values of their tensors."""
+    forward = mlp.MLP.forward
+
+    def looks(self: mlp.MLP, x_BTD: torch.Tensor) -> torch.Tensor:
+        seen = x_BTD.nonzero() if how == "shape" else torch.equal(x_BTD, x_BTD)
+        assert seen is not None
+        return forward(self, x_BTD)
+
+    with patch.object(mlp.MLP, "forward", looks), pytest.raises(UserError) as error:
+        dry(job, 0)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("how", "operator"), [("shape", "aten.nonzero"), ("number", "aten.equal")])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_what_needs_numbers_is_told_with_its_module(
+    how: str, operator: str, recompute: str, pool: Pool
+) -> None:
+    case = Case.of(dp_shard=2, type="fp32", recompute=recompute)
+    (said,) = pool.run(1, needing_numbers, case.job(), how)
+    inner = "._checkpoint_wrapped_module" * (recompute == "full")
+    assert said.startswith(f"dryrun: layers.0{inner}.mlp (")
+    assert operator in said and "depends on values" in said
 
 
 LARGE = {

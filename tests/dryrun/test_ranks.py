@@ -125,7 +125,7 @@ def test_mistakes() -> None:
     with pytest.raises(UserError, match=r"--rank -1"):
         dry_run(job, hardware, -1)
     few = dataclasses.replace(hardware, pools=(dataclasses.replace(hardware.pools[0], count=2),))
-    with pytest.raises(UserError, match=r"layout: 4 ranks; .* has 2"):
+    with pytest.raises(UserError, match=r"layout: 4 ranks; .* has 2; at most layout.dp_shard=1"):
         dry_run(job, few)
     with pytest.raises(UserError, match=r"layout.tp=3: must divide"):
         api.dry_run(load_job(None, ["model=llama3.1-8b", "fleet=dgx-h100-1", "layout.tp=3"]))
