@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from colossus.layout import INTERLEAVED, V_SHAPED
 
+HALF = 0.3  # of what a layer holds, that the gradients of its inputs take beside it
 EXACT_ROUNDS = 4  # of micro-batches, that a timeline takes; the rest repeats them
 
 Work = Literal["F", "B", "I", "W"]  # forward, whole backward, gradients of inputs, of weights
@@ -306,10 +306,15 @@ def pipeline_seconds(
     return line.seconds + (micro_batches - few) * slowest
 
 
-def in_flight(schedule: str, pp: int, per_rank: int, micro_batches: int) -> NDArray[np.float64]:
-    """The most micro-batches of each stage whose activations are held at once, [stages]: until the gradients
-    of weights are made."""
-    held = _held(schedule, pp, per_rank, shortened(schedule, pp, micro_batches))
+def in_flight(
+    schedule: str, pp: int, per_rank: int, micro_batches: int, layers: tuple[float, ...] | None = None
+) -> NDArray[np.float64]:
+    """How many micro-batches of each stage are held when a rank holds the most, until the gradients of
+    weights are made; and of how many of these the gradients of inputs are made by then: [2, stages].
+
+    layers: of each stage, by which what it holds counts; None: alike.
+    """
+    held = _held(schedule, pp, per_rank, shortened(schedule, pp, micro_batches), layers)
     return np.array(held, dtype=float)
 
 
@@ -331,27 +336,37 @@ def _in_round(pp: int, micro_batches: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _held(schedule: str, pp: int, per_rank: int, micro_batches: int) -> tuple[int, ...]:
+def _held(
+    schedule: str, pp: int, per_rank: int, micro_batches: int, layers: tuple[float, ...] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if schedule == "gpipe":
-        return (micro_batches,) * pp
-    held: Counter[int] = Counter()
-    most: Counter[int] = Counter()
+        return (micro_batches,) * pp, (0,) * pp
     stages = pp * per_rank
+    size = layers or (1.0,) * stages
+    held, half = [0] * stages, [0] * stages
+    most, halves = [0] * stages, [0] * stages
     for rank in range(pp):
-        order = order_of(schedule, rank, pp, per_rank, micro_batches)
-        if schedule not in V_SHAPED:  # once it lets go of one for each that comes, there are no more
-            order = takewhile(lambda action: action.work not in "BW", order)
-        # what counts is the most that a rank holds over its stages at once
-        peak, now = 0, 0
-        for work, stage, _ in order:
-            change = {"F": 1, "B": -1, "W": -1}.get(work, 0)
-            held[stage] += change
-            now += change
+        own = stages_of(schedule, rank, pp, per_rank)
+        peak = now = 0.0
+        for work, stage, _ in order_of(schedule, rank, pp, per_rank, micro_batches):
+            # Gradients of inputs, beside what waits for those of weights, come on top.
+            if work == "F":
+                held[stage] += 1
+                now += size[stage]
+            elif work == "I":
+                half[stage] += 1
+                now += HALF * size[stage]
+            else:
+                held[stage] -= 1
+                now -= size[stage]
+                if work == "W":
+                    half[stage] -= 1
+                    now -= HALF * size[stage]
             if now > peak:
                 peak = now
-                for s in stages_of(schedule, rank, pp, per_rank):
-                    most[s] = held[s]
-    return tuple(most[s] for s in range(stages))
+                for s in own:
+                    most[s], halves[s] = held[s], half[s]
+    return tuple(most), tuple(halves)
 
 
 def bubble(

@@ -32,6 +32,11 @@ class Software:
         gathering of weights behind the forward pass.
     overlaps_pipeline: whether messages between stages hide behind other micro-batches.
     overlaps_experts: the share of the tokens' way to their experts and back that hides.
+    keeps_gathered: what ranks of tp and cp gather in the forward pass waits for the backward pass; else it is
+        gathered once more for the gradients of weights, or of keys. stops_early: recomputation ends with what
+        the backward pass needs last, before a layer's last product.
+    keeps_products: selective recomputation keeps what every product gave and attention's fused kernel; else
+        all but attention's own products.
     sends_once: a token goes to each node of its experts once (DeepEP).
     stages: by what layers are dealt out to the stages of a pipeline: "flops", so that the dearest stage costs
         as little as can be (`perf.stages`), or their number (`planner.stages`).
@@ -58,6 +63,9 @@ class Software:
     overlaps_weights: bool = True
     overlaps_pipeline: bool = True
     overlaps_experts: float = 0.0
+    keeps_gathered: bool = False
+    stops_early: bool = False
+    keeps_products: bool = False
     sends_once: bool = False
     stages: Literal["flops", "layers"] = "layers"
     order: tuple[str, ...] = ("tp", "cp", "dp_shard", "dp_replicate", "pp")
@@ -74,6 +82,9 @@ OURS = Software(
     measured=True,
     casts_weights=True,
     joins_inputs=False,
+    keeps_gathered=True,
+    stops_early=True,
+    keeps_products=True,
     stages="flops",
     order=("tp", "cp", "pp", "dp_shard", "dp_replicate"),
 )

@@ -485,7 +485,7 @@ def rank_weights(arch: Architecture, layouts: Layouts, made: Shape, rank: int) -
     for name, has in (("first", made.first[rank]), ("last", made.last[rank])):
         whole, divided, _ = kind_weights(arch, name)
         dense = dense + has * (whole + divided / tp)
-    if arch.tie_embeddings and made.first[rank] and made.last[rank]:
+    if arch.tie_embeddings and len(made.owner) == 1:  # stages of a pipeline have one each
         dense = dense - arch.vocab_size * arch.hidden_size / tp
     return dense, routed
 

@@ -126,8 +126,8 @@ class _Formulas:
         if kernel is None:
             kernel = FUSED if software.fused_attention else SQUARE
         self.kernel = kernel
-        compiled = software.measured and software.elementwise == "fused"
-        self.parts = parts(arch, piece.seq_len, kernel=kernel, type_bytes=self.size, compiled=compiled)
+        self.compiled = software.measured and software.elementwise == "fused"
+        self.parts = parts(arch, piece.seq_len, kernel=kernel, type_bytes=self.size, compiled=self.compiled)
         self.kinds = layer_kinds(arch)
 
     def rows(self) -> Iterator[Row]:
@@ -170,14 +170,24 @@ class _Formulas:
             made = list(self.elementwise(part, stage))
         yield from made
         again = np.where(self.again(part), 1.0, 0.0)
-        if part.kind is not None and again.any():
+        if part.kind is not None and again.any() and not self.is_last(part):
             for row in made:
                 if row.phase == "forward":
                     yield replace(row, phase="recompute", repeat=again, model=0.0, saved=0.0)
 
+    def is_last(self, part: Part) -> bool:
+        """Whether it is a layer's last product, not made again where nothing asks for what it gives."""
+        return part.kind is not None and part.name == "mlp.w_down" and self.ends_early(part.kind)
+
+    def ends_early(self, kind: LayerKind) -> bool:
+        """Whether recomputation of such layers ends before the last product and the sum over ranks."""
+        return self.software.stops_early and self.arch.norm_placement == "pre" and not kind.experts
+
     def again(self, part: Part) -> Columns:
         """1 where the part is made again in the backward pass."""
         selective = any(part.name.endswith(ending) for ending in SELECTIVE)
+        if self.software.keeps_products and self.kernel.fused and part.name in ATTENTION:
+            selective = False
         return np.asarray((self.piece.recompute == 2) | ((self.piece.recompute == 1) & selective))
 
     def kept(self, part: Part) -> Columns:
@@ -186,6 +196,13 @@ class _Formulas:
         if part.kind is None:
             return held
         return np.where(self.again(part), 0.0, held)
+
+    def kept_product(self, part: Part, outputs: Columns) -> Columns:
+        """As `kept`, of a product that gives so many numbers, or each rank of a sum its part of them."""
+        needless = self.compiled and part.kind is not None and self.is_last(part)
+        if not self.software.keeps_products or part.kind is None or needless:
+            return self.kept(part)
+        return np.where(self.piece.recompute == 1, outputs * self.size, self.kept(part))
 
     def spread(self, part: Part) -> Columns:
         """Over how many ranks of tp a part's tokens or channels are spread."""
@@ -213,6 +230,7 @@ class _Formulas:
             m = routed * piece.ep / experts.num_experts
         elif out_axis not in TP_AXES and in_axis not in TP_AXES:
             m = m / np.where(piece.sp == 1, piece.tp, 1.0)
+        sums = in_axis in TP_AXES  # over ranks, each of which then has its tokens' alone
         precision = self.precision
         if precision == "fp8" and (part.name in ("head", "moe.router") or part.kind is None):
             precision = "bf16"
@@ -223,7 +241,7 @@ class _Formulas:
         common: dict[str, Any] = {"stage": stage, "precision": precision, "count": count}
         yield Row(
             name, "forward", kind="product", m=m, n=n, k=k, executed=flops, model=flops * forward,
-            bytes=moved, saved=self.kept(part), **common,
+            bytes=moved, saved=self.kept_product(part, count * m * n / (split if sums else 1.0)), **common,
         )  # fmt: skip
         half = part.executed_backward * piece.tokens / piece.tp / 2
         yield Row(
@@ -329,35 +347,56 @@ class _Formulas:
         # user buffers gather what the products read, in float8 where they do
         gathered = tensor / 2 if self.precision == "fp8" and self.software.tp_hidden else tensor
         tp = np.where(piece.tp > 1, 1.0, 0.0)
-        again = np.where(piece.recompute == 2, 1.0, 0.0) * tp
+        keeps = self.software.keeps_gathered
+        full = np.where(piece.recompute == 2, 1.0, 0.0)
+        gathers_again = np.where(piece.recompute == 1, 1.0, full) if keeps else full
         has_dense = not kind.experts or (arch.experts is not None and arch.experts.num_shared > 0)
         has_dense = has_dense or arch.has_mlp(self.kinds[kind][0])
         halves = 2.0 if has_dense else 1.0  # attention, and the MLP
         sp = piece.sp == 1
-        phases: tuple[tuple[Phase, Columns], ...] = (("forward", tp), ("recompute", again), ("backward", tp))
-        for phase, times in phases:
-            gathers = np.where(sp, halves, 0.0) * times
-            sums = np.where(sp, 0.0, halves) * times
+        summed_again = full * (halves - float(self.ends_early(kind)))
+        phases: tuple[tuple[Phase, Columns, Columns], ...] = (
+            ("forward", tp * halves, tp * halves),
+            ("recompute", tp * halves * gathers_again, tp * summed_again),
+            ("backward", tp * halves, tp * halves),
+        )
+        for phase, gathers, sums in phases:
+            # What is gathered waits in place of this rank's part.
+            waits = phase == "forward" and keeps
+            saved = np.where(piece.recompute == 0, gathered * (1 - 1 / piece.tp), 0.0) if waits else 0.0
             yield Row(
-                "tp gather", phase, stage, "all_gather", "tp", group="tp", sent=gathered, repeat=gathers
-            )
-            yield Row(
-                "tp scatter", phase, stage, "reduce_scatter", "tp", group="tp", sent=tensor, repeat=gathers,
+                "tp gather", phase, stage, "all_gather", "tp", group="tp", sent=gathered, saved=saved,
+                repeat=np.where(sp, gathers, 0.0),
             )  # fmt: skip
-            yield Row("tp sum", phase, stage, "all_reduce", "tp", group="tp", sent=tensor, repeat=sums)
-        # gathered again for the gradients of the weights, beside the products that make those of the input
-        yield Row("tp gather", "weights", stage, "all_gather", "tp_hidden", group="tp", sent=gathered,
-                  repeat=np.where(sp, halves, 0.0) * tp)  # fmt: skip
+            yield Row(
+                "tp scatter", phase, stage, "reduce_scatter", "tp", group="tp", sent=tensor,
+                repeat=np.where(sp, sums, 0.0),
+            )  # fmt: skip
+            yield Row("tp sum", phase, stage, "all_reduce", "tp", group="tp", sent=tensor,
+                      repeat=np.where(sp, 0.0, sums))  # fmt: skip
+        if not keeps:
+            # for the gradients of the weights, beside the products that make those of the input
+            yield Row("tp gather", "weights", stage, "all_gather", "tp_hidden", group="tp", sent=gathered,
+                      repeat=np.where(sp, halves, 0.0) * tp)  # fmt: skip
         cp = np.where(piece.cp > 1, 1.0, 0.0)
         if arch.latent is None:
             per_token = 2 * arch.num_kv_heads * arch.head_dim / piece.tp
         else:
             per_token = 2 * arch.num_heads * arch.head_dim / piece.tp
         keys = piece.sequences * piece.seq_len * per_token * self.size
-        full = np.where(piece.recompute == 2, 1.0, 0.0)
-        phases = (("forward", cp), ("recompute", cp * full), ("backward", cp))
-        for phase, times in phases:
-            yield Row("cp keys", phase, stage, "all_gather", "cp", group="cp", sent=keys, repeat=times)
+        values = arch.num_heads * (arch.head_dim if arch.latent is None else arch.latent.v_dim)
+        again: tuple[tuple[Phase, Columns], ...] = (
+            ("forward", cp),
+            ("recompute", cp * gathers_again),
+            ("backward", cp * (not keeps)),
+        )
+        for phase, times in again:
+            waits = phase == "forward" and keeps
+            # All keys and values wait in place of this rank's; what attention gives, whole and in blocks.
+            more = keys * (1 - 1 / piece.cp) + piece.tokens * values * self.size / piece.tp
+            saved = np.where(piece.recompute == 0, more, 0.0) if waits else 0.0
+            yield Row("cp keys", phase, stage, "all_gather", "cp", group="cp", sent=keys, saved=saved,
+                      repeat=times)  # fmt: skip
         yield Row("cp keys", "backward", stage, "reduce_scatter", "cp", group="cp", sent=keys, repeat=cp)
         if kind.experts:
             yield from self.expert_messages(stage, full)

@@ -11,7 +11,7 @@ from colossus.architecture import Architecture
 from colossus.hardware.catalogue import Accelerator
 from colossus.layout import V_SHAPED
 from colossus.perf.ledger import Columns
-from colossus.perf.parts import chunk_tokens
+from colossus.perf.parts import ATTENTION, chunk_tokens
 from colossus.perf.schedule import in_flight
 from colossus.planner.columns import Layouts, unique_columns
 from colossus.planner.estimate import (
@@ -23,6 +23,7 @@ from colossus.planner.estimate import (
     shapes_of,
 )
 from colossus.planner.formulas import piece_of
+from colossus.planner.moments import Held, most
 from colossus.planner.stages import Shape
 
 GIB = 2**30
@@ -70,7 +71,7 @@ def memory(problem: Problem, layouts: Layouts) -> Memory:
     for (schedule, pp, per_rank), index in shapes_of(layouts).items():
         made = problem.shape(schedule, pp, per_rank)
         chosen = layouts.take(index)
-        held = _held(schedule, pp, per_rank, micro_batches[index], len(made.by_stage))
+        held = _held(schedule, pp, per_rank, micro_batches[index], made)
         mine = {name: column[index] for name, column in saved.items()}
         ranks = _of_ranks(problem, chosen, made, mine, held, micro_batches[index])
         most = np.argmax(np.sum(list(ranks.values()), axis=0), axis=0)
@@ -88,8 +89,9 @@ def memory(problem: Problem, layouts: Layouts) -> Memory:
 
 
 def _saved(problem: Problem, layouts: Layouts) -> dict[str, Columns]:
-    """Bytes that a micro-batch leaves in one layer of each kind ("kind"), and while that layer is made again
-    ("kind again"), [N]."""
+    """Bytes that a micro-batch leaves in one layer of each kind ("kind"), while that layer is made again
+    ("kind again"), and between the two halves of a backward pass ("kind half": the gradients of what
+    products and norms gave), [N]."""
     keys = np.stack([layouts.number(name) for name in KEYS])
     unique, back = unique_columns(keys)
     columns = dict(zip(KEYS, unique, strict=True))
@@ -103,30 +105,39 @@ def _saved(problem: Problem, layouts: Layouts) -> dict[str, Columns]:
     for stage in dict.fromkeys(ledger.stage.tolist()):
         kept = ledger.total("saved", stage=stage, phase="forward")
         if stage not in ("first", "last"):
-            kept = kept + np.where(piece.recompute == 2, inputs, 0.0)
+            least = 1 if problem.pricer.software.keeps_products else 2  # of a layer that is made again
+            kept = kept + np.where(piece.recompute >= least, inputs, 0.0)
         everything = whole.total("saved", stage=stage, phase="forward")
+        kept = np.minimum(kept, everything)
         found[stage] = kept[back]
         found[f"{stage} again"] = np.maximum(everything - kept, 0.0)[back]
+        rows = ledger.where(stage=stage, phase="forward", kind="product")
+        rows &= ~np.isin(ledger.name, ATTENTION)
+        half = (ledger.count * ledger.m * ledger.n)[rows].sum(axis=0) * size + 2 * inputs
+        found[f"{stage} half"] = np.broadcast_to(half, piece.tokens.shape)[back]
     return found
 
 
-def _held(
-    schedule: str, pp: int, per_rank: int, micro_batches: Columns, num_stages: int
-) -> NDArray[np.float64]:
-    """The most micro-batches of each stage that wait at once, [stages, n]."""
+def _held(schedule: str, pp: int, per_rank: int, micro_batches: Columns, made: Shape) -> NDArray[np.float64]:
+    """The most micro-batches of each stage that wait at once, and of how many of these the gradients of
+    inputs are there, [2, stages, n]."""
+    num_stages = len(made.by_stage)
+    layers = tuple(made.by_stage.sum(axis=1).tolist())
     if pp == 1:
-        return np.ones((num_stages, len(micro_batches)))
+        ones = np.ones((num_stages, len(micro_batches)))
+        return np.stack([ones, np.zeros_like(ones)])
     chunks = 2 if schedule in V_SHAPED else per_rank
     if schedule == "gpipe":
-        return np.tile(micro_batches, (num_stages, 1))
+        whole = np.tile(micro_batches, (num_stages, 1))
+        return np.stack([whole, np.zeros_like(whole)])
     unique, back = np.unique(np.minimum(micro_batches, 4 * pp), return_inverse=True)
     by_count = []
-    for count in unique:
-        whole = int(count)
-        if chunks > 1 and schedule not in V_SHAPED and whole > pp:
-            whole -= whole % pp
-        by_count.append(in_flight(schedule, pp, chunks, max(whole, 1)))
-    return np.asarray(np.array(by_count)[back.reshape(-1)].T)
+    for number in unique:
+        count = int(number)
+        if chunks > 1 and schedule not in V_SHAPED and count > pp:
+            count -= count % pp
+        by_count.append(in_flight(schedule, pp, chunks, max(count, 1), layers))
+    return np.asarray(np.array(by_count)[back.reshape(-1)].transpose(1, 2, 0))
 
 
 def _of_ranks(
@@ -134,11 +145,11 @@ def _of_ranks(
     layouts: Layouts,
     made: Shape,
     saved: dict[str, Columns],
-    held: NDArray[np.float64],
+    held_and_halves: NDArray[np.float64],
     micro_batches: Columns,
 ) -> dict[str, NDArray[np.float64]]:
-    """Bytes of each pipeline rank by use, [pp, n]. held: micro-batches of each stage that wait at once,
-    [stages, n]."""
+    """Bytes of each pipeline rank by use, [pp, n]. held_and_halves: see `_held`."""
+    held, halves = held_and_halves
     arch, software = problem.arch, problem.pricer.software
     dense, routed = np.zeros((2, len(made.first), len(layouts)))
     for ranks in made.alike:
@@ -151,8 +162,9 @@ def _of_ranks(
     everything = dense + routed
     first, last = made.first[:, None], made.last[:, None]
     head = last * kind_weights(arch, "last")[1] / tp
-    edges = first * sum(kind_weights(arch, "first")) + head
-    edges = edges - first * head * float(arch.tie_embeddings)
+    edges = first * _edge(arch, "first", tp) + last * _edge(arch, "last", tp)
+    if arch.tie_embeddings and len(made.first) == 1:  # stages of a pipeline have one each
+        edges = edges - arch.vocab_size * arch.hidden_size / tp
     size = 4.0 if problem.precision == "fp32" else 2.0
     layers = np.maximum(made.counts.sum(axis=1), 1.0)[:, None]
     by_stage = made.recomputed(recomputed_layers(layouts, np.arange(len(layouts))))
@@ -165,10 +177,8 @@ def _of_ranks(
         gradients = np.where(divided, shards, everything) * 4
         optimizer = np.where(zero >= 1, shards, everything) * 8
         if problem.optimizer == "muon":  # one moment of the layers' matrices, which are nearly all of them
-            ends = first * _edge(arch, "first", tp) + last * _edge(arch, "last", tp)
-            ends = ends - first * last * float(arch.tie_embeddings) * arch.vocab_size * arch.hidden_size / tp
-            layer_shards = (dense - ends) / over + routed / over_experts
-            optimizer = optimizer - 4 * np.where(zero >= 1, layer_shards, everything - ends)
+            layer_shards = (dense - edges) / over + routed / over_experts
+            optimizer = optimizer - 4 * np.where(zero >= 1, layer_shards, everything - edges)
         live = np.where(zero >= 3, np.minimum(1.0, LIVE_LAYERS / layers), 1.0)
         copied = everything - edges if software.measured else everything
         cast = live
@@ -187,20 +197,22 @@ def _of_ranks(
     more = np.stack([saved[f"{kind} again"] for kind in made.kinds])  # of a layer that is not recomputed
     left = made.by_stage[:, :, None] - by_stage
     activations = made.of_ranks(held * (made.by_stage @ kept + (left * more).sum(axis=1)))
-    activations = activations + first * saved["first"] + last * saved["last"]
+    half = np.stack([saved[f"{kind} half"] for kind in made.kinds])
+    activations = activations + made.of_ranks(halves * (made.by_stage @ half))
+    activations = activations + first * held[0] * saved["first"] + last * held[-1] * saved["last"]
     activations = activations + np.where(recomputed > 0, more, 0.0).max(axis=1)
     tokens = layouts.number("micro_batch") * problem.seq_len / layouts.number("cp")
     logits = last * tokens * arch.vocab_size / tp * (size + 4)
     if software.fp32_weights:
         logits = last * _loss_bytes(problem, tokens, tp) + (4.0 if size == 4 else 8.0) * head
+    # What a layer's backward pass has at once beside what was saved: gradients of its widest tensors.
+    widest = 3 * arch.intermediate_size + 4 * arch.hidden_size
     if software.measured:
-        # What a layer's backward pass has at once beside what was saved: gradients of its widest tensors.
-        widest = 3 * arch.intermediate_size + 4 * arch.hidden_size
         layer = tokens * widest * size / tp + 4 * head
         logits = np.maximum(logits, layer)
         # With one micro-batch, gradients take the place of the activations that made them.
         gradients = np.where(micro_batches > 1, gradients, np.maximum(0.0, gradients - activations - logits))
-    return {
+    alone = {
         "weights": weights,
         "gradients": gradients,
         "optimizer": optimizer,
@@ -208,6 +220,33 @@ def _of_ranks(
         "loss or one layer's gradients": logits,
         "copies of weights": copies,
     }
+    several = layouts.ranks > 1
+    if not software.measured or not several.any():
+        return alone
+    again = np.where(recomputed > 0, more, 0.0).max(axis=1)
+    together = most(
+        Held(
+            weights=everything,
+            shards=shards,
+            edges=edges,
+            head=head,
+            layer=(everything - edges) / layers,
+            optimizer=optimizer,
+            activations=activations - again,
+            again=again,
+            loss=_loss_bytes(problem, tokens, tp),
+            output=tokens * arch.hidden_size * size,
+            tp=tp,
+            waiting=np.maximum(1.0, held[-1]) * last,
+            working=np.broadcast_to(tokens * widest * size / tp, dense.shape),
+            last=last,
+            size=size,
+            zero=zero,
+            micro_batches=micro_batches,
+            chunks=layouts.number("stages_per_rank"),
+        )
+    )
+    return {name: np.where(several, together[name], alone[name]) for name in alone}
 
 
 def _edge(arch: Architecture, kind: str, tp: Columns) -> Columns:

@@ -15,7 +15,7 @@ from colossus.layout import ZERO_BUBBLE
 from colossus.perf import communication as comm
 from colossus.perf.corrections import Corrections
 from colossus.perf.price import UPDATE_BYTES
-from colossus.perf.schedule import bubble, in_flight, timeline
+from colossus.perf.schedule import HALF, bubble, in_flight, timeline
 from colossus.perf.software import MEGATRON_CORE, OURS
 from colossus.planner.choice import all_refined, exact_pipeline
 from colossus.planner.columns import Layouts
@@ -54,25 +54,25 @@ def kept(made, **row) -> float:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "chunks", "layers", "more"),
+    ("schedule", "chunks", "layers", "halves", "ends"),
     [
-        ("gpipe", 1, 16 * 2, 0),  # all 16 micro-batches, of two layers
-        ("1f1b", 1, 4 * 2, 0),  # as many as there are ranks after this one, itself included
-        ("interleaved_1f1b", 2, 4 + 2 * 3 + 1, 0),  # a round of the first stage, two a later rank, and one
-        ("interleaved_1f1b", 1, 4 * 2, 0),
-        ("interleaved_zero_bubble", 2, 4 + 3 + 1, 1),  # one a later rank; as many weights' gradients wait
-        ("zbv_zero_bubble", 2, 2 * 4, 1),  # two stages of a layer; as 1F1B on its first rank
-        ("dualpipe_v", 2, 2 * 4 + 1, 1),
+        ("gpipe", 1, 16 * 2, 0, 16),  # all 16 micro-batches, of two layers
+        ("1f1b", 1, 4 * 2, 0, 0),  # as many as there are ranks after this one, itself included
+        ("interleaved_1f1b", 2, 4 + 2 * 3 + 1, 0, 0),  # a round of the first stage, two a later rank, and one
+        ("interleaved_1f1b", 1, 4 * 2, 0, 0),
+        ("interleaved_zero_bubble", 2, 4 + 3 + 1, 4, 4),  # one a later rank; as many weights' gradients wait
+        ("zbv_zero_bubble", 2, 7, 7, 0),  # the last rank's; the first has eight layers, and one of these
+        ("dualpipe_v", 2, 2 * 4 + 1, 0, 1),
     ],
 )  # fmt: skip
-def test_micro_batches_in_flight_wait_in_every_layer_of_a_rank(schedule, chunks, layers, more):
+def test_micro_batches_in_flight_wait_in_every_layer_of_a_rank(schedule, chunks, layers, halves, ends):
+    """halves: of which the gradients of inputs wait, too: of what products gave (q, k, v, out, gate, up,
+    down) and of two norms, in two bytes. ends: micro-batches whose last norm waits."""
     made = eight()
     (needs,) = parts(made, {"pp": 4, "schedule": schedule, "stages_per_rank": chunks})
-    ends = float(made.ledger(piece(TOKENS, 1.0)).total("saved", stage="last", phase="forward")[0])
-    found = needs["activations"]
-    assert found in (pytest.approx(layers * kept(made)), pytest.approx(layers * kept(made) + ends))
-    if more:  # the rank that needs most has the end, too
-        assert found > layers * kept(made)
+    end = float(made.ledger(piece(TOKENS, 1.0)).total("saved", stage="last", phase="forward")[0])
+    half = TOKENS * 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32 + 2 * 32)
+    assert needs["activations"] == pytest.approx(layers * kept(made) + halves * half + ends * end)
 
 
 @pytest.mark.parametrize(("name", "per_rank", "pp", "micro_batches"), CASES)
@@ -80,15 +80,18 @@ def test_activations_wait_until_the_gradients_of_weights_are_made(name, per_rank
     """Counted over PyTorch's own orders, action by action."""
     if name in ("gpipe", "1f1b"):
         pytest.skip("PyTorch writes down no order of schedules with one stage")
-    held = in_flight(name, pp, per_rank, micro_batches)
+    held, half = in_flight(name, pp, per_rank, micro_batches)
     for rank in range(pp):
-        now = most = 0
+        now = most = together = 0.0
         order = torch_order(name, pp, per_rank, micro_batches, rank)
+        waiting = 0
         for work, *_ in order:
             now += {"F": 1, "I": 0}.get(work, -1)
+            waiting += {"I": 1, "W": -1}.get(work, 0)
             most = max(most, now)
+            together = max(together, now + HALF * waiting)
         own = {stage for _, stage, _ in order}
-        assert sum(held[stage] for stage in own) == most
+        assert sum(held[stage] + HALF * half[stage] for stage in own) == pytest.approx(together)
         if name == "interleaved_zero_bubble" and micro_batches > pp:
             freed_early = most - rank  # so many gradients of weights are put off
             assert freed_early < most or rank == 0
@@ -102,8 +105,8 @@ def test_a_layer_that_is_made_again_is_there_once_beside_the_inputs_of_all():
     ends = plain["activations"] - 8 * kept(made)
     inputs = 32 * 2 * TOKENS  # of a layer, in two bytes
     assert full["activations"] == pytest.approx(8 * inputs + (kept(made) - inputs) + ends)
-    some = kept(made, recompute=1.0)
-    assert inputs < some < kept(made)
+    some = inputs + kept(made, recompute=1.0)
+    assert 2 * inputs < some < kept(made)
     assert selective["activations"] == pytest.approx(8 * some + (kept(made) - some) + ends)
     # three of a stage's four layers: one keeps all
     (three,) = parts(made, {"pp": 2, "recompute": "full", "recompute_layers": 3})
@@ -122,23 +125,17 @@ def test_states_are_sharded_over_dp_shard_and_cp_and_divided_by_tp():
         assert needs["gradients"] == pytest.approx(4 * weights)
 
 
-def test_products_read_copies_of_what_lies_between_the_ends():
-    """In two bytes, as long as weights stay; of two layers at once, where they are let go of."""
+def test_products_of_one_rank_read_copies_of_layers():
+    """In two bytes, of what lies between the ends and the last norm."""
     for tied in (False, True):
-        made = eight(tie_embeddings=tied)
-        one, stay, leave = parts(made, {}, {"dp_shard": 2, "zero": 2.0}, {"dp_shard": 2, "zero": 3.0})
-        total = 8 * LAYER + FIRST + (32 if tied else LAST)
-        layers = total - FIRST - (0 if tied else 64 * 32)
-        assert one["copies of weights"] == pytest.approx(2 * layers)
-        gathered = 4 * total / 2  # FSDP's buffer in fp32, half of the time
-        assert stay["copies of weights"] == pytest.approx(2 * layers + gathered)
-        assert leave["copies of weights"] == pytest.approx((2 * layers + gathered) * 2 / 8)
+        (one,) = parts(eight(tie_embeddings=tied), {})
+        assert one["copies of weights"] == pytest.approx(2 * 8 * LAYER)
 
 
 def test_copies_of_layers_that_are_made_again_go_with_them():
     """Three of eight layers: the copies of five stay, and of the one at work."""
     some, every = parts(eight(), {"recompute": "full", "recompute_layers": 3}, {"recompute": "full"})
-    layers = 8 * LAYER + 32  # and the last norm
+    layers = 8 * LAYER
     assert some["copies of weights"] == pytest.approx(2 * layers * 6 / 8)
     assert every["copies of weights"] == pytest.approx(2 * layers / 8)
 
@@ -221,9 +218,11 @@ def test_a_step_is_its_micro_batches_of_the_slowest_rank():
     assert work[1] == pytest.approx(6 * alone, rel=1e-9)
     again = 6 * 3 * float(found.phases["recompute", "dense"][1])
     assert found.parts["recomputation"][1] == pytest.approx(again, rel=1e-9)
-    assert found.phases["recompute", "dense"][1] == pytest.approx(
-        found.phases["forward", "dense"][1], rel=0.02
-    )
+    forward = found.phases["forward", "dense"][1]
+    assert 0.7 * forward < found.phases["recompute", "dense"][1] < forward  # without its last product
+    whole = eight(batch=12, num_layers=3, software=replace(OURS, stops_early=False))
+    found = seconds_of(whole, {"micro_batch": 2, "recompute": "full"})
+    assert found.phases["recompute", "dense"][0] == pytest.approx(forward, rel=0.02)
 
 
 @pytest.mark.parametrize(("schedule", "chunks"), [("1f1b", 1), ("gpipe", 1), ("interleaved_1f1b", 2)])
@@ -375,13 +374,16 @@ def sent(ledger, phase: str, kind: str, stream: str) -> float:
 
 @pytest.mark.parametrize("recompute", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("tp", [1.0, 2.0])
-def test_context_gathers_keys_and_values_and_sums_their_gradients(tp, recompute):
-    ledger = layers_ledger(tiny("llama3.1-8b"), piece(64, 3.0, cp=4.0, tp=tp, recompute=recompute), OURS)
+@pytest.mark.parametrize("software", [OURS, MEGATRON_CORE], ids=lambda software: software.name)
+def test_context_gathers_keys_and_values_and_sums_their_gradients(software, tp, recompute):
+    """Ours keeps what was gathered, unless it recomputes; others gather once more for the gradients."""
+    ledger = layers_ledger(tiny("llama3.1-8b"), piece(64, 3.0, cp=4.0, tp=tp, recompute=recompute), software)
     keys = 3 * 64 * 2 * 2 * 8 / tp * 2  # all tokens; keys and values; two heads of 8, in two bytes
     assert sent(ledger, "forward", "all_gather", "cp") == keys
-    assert sent(ledger, "backward", "all_gather", "cp") == keys
+    assert sent(ledger, "backward", "all_gather", "cp") == (0.0 if software is OURS else keys)
     assert sent(ledger, "backward", "reduce_scatter", "cp") == keys
-    assert sent(ledger, "recompute", "all_gather", "cp") == (keys if recompute == 2 else 0.0)
+    again = recompute >= 1 if software is OURS else recompute == 2
+    assert sent(ledger, "recompute", "all_gather", "cp") == (keys if again else 0.0)
 
 
 @pytest.mark.parametrize("recompute", [0.0, 2.0])
@@ -397,11 +399,14 @@ def test_tokens_go_to_their_experts_and_come_back(recompute):
 
 
 def test_selective_recomputation_makes_what_lies_between_products_again():
+    """Attention too, where it is plain products, of which there are tokens x tokens."""
     arch = tiny("llama3.1-8b")
-    ledger = layers_ledger(arch, piece(64, 1.0, recompute=1.0), OURS)
-    again = set(ledger.name[(ledger.phase == "recompute") & (ledger.repeat[:, 0] > 0)].tolist())
-    assert {"attention.scores", "attention.values"} <= again
-    assert not any(name.endswith((".wq", ".wo", "w_up", "w_down")) for name in again)
+    for software, is_again in ((replace(OURS, fused_attention=False), True), (OURS, False)):
+        ledger = layers_ledger(arch, piece(64, 1.0, recompute=1.0), software)
+        again = set(ledger.name[(ledger.phase == "recompute") & (ledger.repeat[:, 0] > 0)].tolist())
+        assert ({"attention.scores", "attention.values"} <= again) == is_again
+        assert "attention_norm" in again
+        assert not any(name.endswith((".wq", ".wo", "w_up", "w_down")) for name in again)
 
 
 def test_products_are_divided_over_tp_where_their_weights_are():

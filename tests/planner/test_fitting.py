@@ -69,8 +69,9 @@ def test_each_recomputed_layer_costs_its_forward_pass_and_saves_its_activations(
     several = Layouts.joined([at(Layouts.of([{"zero": 2.0}]), 2.0, n) for n in (1, 2, 3, 31, 32)])
     priced, needs = estimate(made, several), memory(made, several)
     again = priced.parts["recomputation"]
-    forward = priced.phases["forward", "dense"][0]
-    assert again == pytest.approx(4 * forward * np.array([1, 2, 3, 31, 32]), rel=1e-3)
+    each = priced.phases["recompute", "dense"][0]  # the forward pass without its last product
+    assert 0.6 * priced.phases["forward", "dense"][0] < each < priced.phases["forward", "dense"][0]
+    assert again == pytest.approx(4 * each * np.array([1, 2, 3, 31, 32]), rel=1e-3)
     saved = -np.diff(needs.parts["activations"])
     assert saved[0] == pytest.approx(saved[1], rel=1e-9) and saved[2] == pytest.approx(
         28 * saved[0], rel=1e-9
@@ -97,7 +98,7 @@ def test_as_few_layers_are_recomputed_as_the_memory_asks_for(size):
         best = min(best, float(seconds[room].min(initial=np.inf)))
     run = Search()
     found = fitting(made, price(made, space, run), limits, 4, True, run)
-    assert found.seconds[0] == best
+    assert found.seconds[0] == pytest.approx(best, rel=1e-12)
     assert (np.diff(found.seconds) >= 0).all()
 
 
@@ -160,7 +161,7 @@ def planned(*words: str):
 @pytest.mark.parametrize(
     ("words", "ranks"),
     [
-        (["fleet.count=2048", "layout.dp_shard=128", "layout.pp=16"], 2048),
+        (["fleet.count=2048", "layout.dp_shard=64", "layout.tp=2", "layout.pp=16"], 2048),
         (["fleet.count=16384", "layout.tp=8", "layout.pp=16", "layout.dp_shard=128"], 16384),
         (["fleet.count=16384", "layout.tp=8", "layout.pp=16", "layout.dp_replicate=4", "layout.dp_shard=32"],
          16384),
@@ -185,7 +186,8 @@ def test_no_large_part_of_a_fleet_idles_where_ranks_are_open():
     assert plan.best.ranks > 0.95 * 16384
     data = plan.to_dict()["accelerators"]
     assert data == {"working": plan.best.ranks, "reserve": plan.reserve, "idle": plan.idle}
-    assert f"{plan.reserve:,} wait in reserve" in plan.use()
+    said = f"{plan.reserve:,} wait in reserve" if plan.reserve else f"failures ask for {plan.spares:,}"
+    assert said in plan.use()
 
 
 def test_a_reserve_that_costs_more_than_twice_its_share_is_given_up():

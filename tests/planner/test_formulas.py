@@ -82,7 +82,8 @@ def test_recomputation_repeats_the_forward_pass_and_keeps_less():
     forward = total(plain, arch, "executed", phase="forward") - float(
         plain.total("executed", stage="last", phase="forward")[0]
     )
-    assert total(again, arch, "executed", phase="recompute") == pytest.approx(forward, rel=1e-12)
+    last = float(plain.total("executed", name="mlp.w_down", phase="forward")[0]) * arch.num_layers
+    assert total(again, arch, "executed", phase="recompute") == pytest.approx(forward - last, rel=1e-12)
     assert total(again, arch, "saved") < 0.2 * total(plain, arch, "saved")
 
 

@@ -41,15 +41,20 @@ def of(ledger: Ledger, column: str, **words: str) -> float:
 # ---------------------------------------------------------------------- messages of tensor parallelism
 
 
-@pytest.mark.parametrize("recompute", [0.0, 2.0])
-def test_tensor_parallelism_sends_the_activations_of_attention_mlp_and_ends(recompute):
-    ledger = rows(tp=2.0, recompute=recompute)
+@pytest.mark.parametrize("recompute", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("software", [OURS, MEGATRON_CORE], ids=lambda software: software.name)
+def test_tensor_parallelism_sends_the_activations_of_attention_mlp_and_ends(software, recompute):
+    ledger = rows(software, tp=2.0, recompute=recompute)
     tensor = T * D * 2
-    for phase in ("forward", "backward", *(["recompute"] if recompute else [])):
-        for kind in ("all_gather", "reduce_scatter"):
-            assert of(ledger, "sent", stage="dense", stream="tp", phase=phase, kind=kind) == 2 * tensor
-    # what the products read is gathered once more for the gradients of their weights
-    assert of(ledger, "sent", stage="dense", phase="weights", stream="tp_hidden") == 2 * tensor
+    ours = software is OURS
+    # Ours gathers again what selective recomputation did not keep, and does not sum what nothing asks for.
+    again = {0.0: (0, 0), 1.0: (2, 0), 2.0: (2, 1)} if ours else {0.0: (0, 0), 1.0: (0, 0), 2.0: (2, 2)}
+    for phase, times in (("forward", (2, 2)), ("recompute", again[recompute]), ("backward", (2, 2))):
+        for kind, number in zip(("all_gather", "reduce_scatter"), times, strict=True):
+            assert of(ledger, "sent", stage="dense", stream="tp", phase=phase, kind=kind) == number * tensor
+    # others gather once more for the gradients of weights what the products read
+    more = of(ledger, "sent", stage="dense", phase="weights", stream="tp_hidden")
+    assert more == (0 if ours else 2 * tensor)
     ends = {("first", "forward"): "reduce_scatter", ("first", "backward"): "all_gather",
             ("last", "forward"): "all_gather", ("last", "backward"): "reduce_scatter"}  # fmt: skip
     for (stage, phase), kind in ends.items():

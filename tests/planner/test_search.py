@@ -132,9 +132,10 @@ def test_replicas_of_unequal_pools_share_a_batch_so_that_the_last_ends_as_early_
 
 
 def test_the_smallest_fleet_holds_the_model_and_one_fewer_does_not():
-    """9.6B parameters take 16 bytes each, so 2 of 79 GiB hold them; 22B take 5."""
+    """9.6B parameters take 16 bytes each, which 2 of 79 GiB would hold, and 22B 5; but what lies outside
+    layers (1.05B) is gathered, and its gradients are on their way: by dry runs it takes 3 and 6."""
     made = problem("llama3.1-8b", seq_len=128, batch=8)
-    for layers, fewest in ((39, 2), (96, 5)):
+    for layers, fewest in ((39, 3), (96, 6)):
         deep = replace(made, arch=made.arch.model_copy(update={"num_layers": layers}))
         assert smallest_fleet(deep) == fewest
 

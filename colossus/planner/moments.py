@@ -1,0 +1,106 @@
+"""Memory of our own program over several ranks, at the moments of a step when it may be most: the loss of the
+last stage, and the backward pass of a layer. What FSDP holds (PyTorch's `fully_shard`, which several ranks
+always use) follows from `layout.zero`; dry runs are what this is held to (`benchmarks.plan_memory`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from colossus.perf.ledger import Columns
+
+FP32 = 4.0
+
+
+@dataclass(frozen=True)
+class Held:
+    """Of each pipeline rank and layout, [pp, n], or of each layout, [n].
+
+    Numbers of weights: `weights` on the rank before sharding, `shards` after it, `edges` outside layers,
+    `head` of the output matrix, `layer` of one layer. Bytes: `optimizer`; `activations` of all micro-batches
+    that wait; `again` of a layer that is computed once more; `loss` of a chunk's logits; `output` of what the
+    output matrix is multiplied with; `working` of a layer's backward pass; `size` of an element of these.
+    waiting: micro-batches of the last stage whose loss has its gradients already. chunks: stages of a rank.
+    """
+
+    weights: NDArray[np.float64]
+    shards: NDArray[np.float64]
+    edges: NDArray[np.float64]
+    head: NDArray[np.float64]
+    layer: NDArray[np.float64]
+    optimizer: NDArray[np.float64]
+    activations: NDArray[np.float64]
+    again: NDArray[np.float64]
+    loss: NDArray[np.float64]
+    output: Columns
+    tp: Columns
+    waiting: NDArray[np.float64]
+    working: NDArray[np.float64]
+    last: NDArray[np.float64]
+    size: float
+    zero: Columns
+    micro_batches: Columns
+    chunks: Columns
+
+
+def most(held: Held) -> dict[str, NDArray[np.float64]]:
+    """Bytes by use at the moment when they are most."""
+    moments = [_loss(held), _backward(held)]
+    totals = np.stack([np.sum(np.stack(list(moment.values())), axis=0) for moment in moments])
+    which = np.argmax(totals, axis=0)
+    return {
+        name: np.choose(which, [np.broadcast_to(moment[name], which.shape) for moment in moments])
+        for name in moments[0]
+    }
+
+
+def _sums(held: Held) -> NDArray[np.float64]:
+    """Of gradients, while micro-batches follow: whole, or divided from ZeRO's second level on."""
+    whole = np.where(held.zero >= 2, held.shards, held.weights) * FP32
+    return np.where(held.micro_batches > 1, whole, 0.0)
+
+
+def _gathered(held: Held, layers: float) -> NDArray[np.float64]:
+    """Copies of weights in the type of products: all, or those outside layers and of so many layers."""
+    some = np.minimum(held.weights, held.edges + layers * held.layer)
+    return held.size * np.where(held.zero >= 3, some, held.weights)
+
+
+def _summing(held: Held, own: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Gradients on their way, in fp32: FSDP lets go of what it has summed when it sums again. Each stage of a
+    rank has an FSDP of its own. own: numbers of the stage at work."""
+    others = held.edges + (held.chunks - 1) * held.layer
+    apart = np.where(held.chunks > 1, others, own)
+    return np.where((held.zero >= 2) | (held.micro_batches == 1), FP32 * apart, 0.0)
+
+
+def _loss(held: Held) -> dict[str, NDArray[np.float64]]:
+    # Of the last layer, as it was gathered.
+    gathering = np.where((held.zero >= 3) | (held.micro_batches == 1), held.size * held.layer, 0.0)
+    follows = (held.micro_batches > 1) & (held.waiting <= 1)  # a backward pass
+    summing = np.where(follows, _summing(held, held.edges), 0.0)
+    # The gradient of the output matrix's input, of each micro-batch that waits; under tp what was gathered.
+    inputs = held.output * (held.waiting + 1 - 1 / held.tp)
+    loss = held.last * (held.loss + held.waiting * FP32 * held.head + inputs)
+    return {
+        "weights": FP32 * held.shards,
+        "gradients": np.where(held.waiting > 1, 0.0, _sums(held)),
+        "optimizer": held.optimizer,
+        "activations": held.activations,
+        "loss or one layer's gradients": loss,
+        "copies of weights": _gathered(held, 0.0) + gathering + summing,
+    }
+
+
+def _backward(held: Held) -> dict[str, NDArray[np.float64]]:
+    one = held.working + held.size * held.layer + held.last * held.size * held.head
+    return {
+        "weights": FP32 * held.shards,
+        "gradients": _sums(held),
+        "optimizer": held.optimizer,
+        "activations": held.activations + held.again,
+        "loss or one layer's gradients": one,
+        "copies of weights": _gathered(held, 2.0) + _summing(held, np.maximum(held.edges, held.layer)),
+    }

@@ -1,0 +1,69 @@
+"""Memory of several ranks at the moments that may need most, by hand: 10 numbers outside layers, 4 of
+them the output matrix, and 6 layers of 20, over 2 shards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from colossus.planner.moments import Held, most
+
+HELD = Held(
+    weights=np.array([[130.0]]), shards=np.array([[65.0]]), edges=np.array([[10.0]]), head=np.array([[4.0]]),
+    layer=np.array([[20.0]]), optimizer=np.array([[520.0]]), activations=np.array([[1000.0]]),
+    again=np.array([[0.0]]), loss=np.array([[5000.0]]), output=np.array([7.0]), tp=np.array([1.0]),
+    waiting=np.array([[1.0]]), working=np.array([[100.0]]), last=np.array([[1.0]]), size=2.0,
+    zero=np.array([1.0]), micro_batches=np.array([8.0]), chunks=np.array([1.0]),
+)  # fmt: skip
+LOSS, COPIES = "loss or one layer's gradients", "copies of weights"
+
+
+def by_use(**changed: float) -> dict[str, float]:
+    arrays = {name: np.full(np.shape(getattr(HELD, name)), value) for name, value in changed.items()}
+    return {name: float(value[0, 0]) for name, value in most(replace(HELD, **arrays)).items()}
+
+
+@pytest.mark.parametrize(
+    ("zero", "gradients", "copies"),
+    [
+        (1, 4 * 130, 2 * 130),  # sums whole, weights whole in two bytes
+        (2, 4 * 65, 2 * 130 + 4 * 10),  # sums divided; those outside layers on their way, in fp32
+        (
+            3,
+            4 * 65,
+            2 * 10 + 2 * 20 + 4 * 10,
+        ),  # weights outside layers whole, and the last layer's as it came
+    ],
+)
+def test_the_loss(zero: int, gradients: int, copies: int) -> None:
+    found = by_use(zero=zero)
+    assert found["weights"] == 4 * 65 and found["optimizer"] == 520 and found["activations"] == 1000
+    assert found["gradients"] == gradients and found[COPIES] == copies
+    assert found[LOSS] == 5000 + 4 * 4 + 7  # the output matrix's gradient in fp32, and its input's
+
+
+def test_the_only_micro_batch_has_gathered_layers_and_no_sums() -> None:
+    found = by_use(micro_batches=1)
+    assert found["gradients"] == 0 and found[COPIES] == 2 * 130 + 2 * 20
+
+
+def test_losses_that_wait_keep_their_gradients() -> None:
+    found = by_use(waiting=8)
+    assert found["gradients"] == 0 and found[LOSS] == 5000 + 8 * (4 * 4 + 7)
+
+
+def test_what_tp_gathers_for_the_output_matrix() -> None:
+    assert by_use(tp=4)[LOSS] == 5000 + 4 * 4 + 7 * (2 - 1 / 4)
+
+
+@pytest.mark.parametrize(("zero", "copies"), [(1, 2 * 130), (2, 2 * 130 + 4 * 20), (3, 2 * 50 + 4 * 20)])
+def test_a_layers_backward_pass(zero: int, copies: int) -> None:
+    """Of a rank without the end: a layer made again, its gradients in two bytes, and sums on their way."""
+    found = by_use(zero=zero, last=0, loss=0, again=300)
+    assert found["activations"] == 1300 and found[LOSS] == 100 + 2 * 20 and found[COPIES] == copies
+
+
+def test_each_stage_of_a_rank_sums_for_itself() -> None:
+    assert by_use(zero=2, last=0, loss=0, again=300, chunks=3)[COPIES] == 2 * 130 + 4 * (10 + 2 * 20)
