@@ -4,7 +4,7 @@ In layouts of shards, of replicas, and of both. A save lasts until the checkpoin
 run that goes on does: it looks for the newest checkpoint, each rank reads and verifies what is its own to
 read, all agree that it is whole, and what several hold is passed on. Loads are from the page cache, and with
 an empty one (`cold`), for which each file is dropped from it first. Of each the median of the turns, of the
-slowest rank.
+slowest rank; `processor` is what all ranks together compute to load, which neighbours disturb less.
 
     python -m benchmarks.checkpoint_load [--quick] [--out FILE] [--folder DIR] [--baseline DIR] [--turns N]
 """
@@ -77,14 +77,17 @@ def rank(replicate: int, shard: int, folder: Path, size: int) -> None:
 
                 pass_on(tensors.items())
 
-        def emptied(act: Callable[[], object]) -> float:
+        def emptied(act: Callable[[], object]) -> tuple[float, float]:
+            """Seconds, and those that this rank computed."""
             for each in tensors.values():
                 each.to_local().zero_()  # type: ignore[attr-defined]
+            spent = time.process_time()
             seconds = together(act)
+            spent = time.process_time() - spent
             for n, each in enumerate(tensors.values()):
                 local = each.to_local()  # type: ignore[attr-defined]
                 assert (local == n + 1 + world.place.dp_shard).all(), f"rank {world.rank}: layers.{n}"
-            return seconds
+            return seconds, spent
 
         def drop() -> None:
             for path in folder.glob("checkpoints/*/*"):
@@ -95,10 +98,10 @@ def rank(replicate: int, shard: int, folder: Path, size: int) -> None:
         with Saver(folder, world) as saver:
             saver.save(1, dict([*tensors.items()][:1]), {}, asynchronous=False)  # as runs have saved before
             seconds = {"save": together(save)}
-        seconds["load"] = emptied(load)
+        seconds["load"], seconds["load, processor"] = emptied(load)
         world.sum([0.0])
         drop()
-        seconds["cold load"] = emptied(load)
+        seconds["cold load"], _ = emptied(load)
         if world.rank == 0:
             seconds["bytes"] = sum(
                 p.stat().st_size for p in folder.glob("checkpoints/step-00000002/pieces-*")
@@ -131,7 +134,10 @@ def ranks(code: Path, layout: tuple[int, int], folder: Path, size: int) -> dict[
     answers = [process.communicate()[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), "a rank failed"
     found = [json.loads(answer) for answer in answers]
-    return {name: max(each.get(name, 0.0) for each in found) for name in found[0]}
+    return {
+        name: (sum if "processor" in name else max)(each.get(name, 0.0) for each in found)
+        for name in found[0]
+    }
 
 
 def measure(

@@ -34,7 +34,7 @@ from colossus.checkpoints.index import (
 )
 from colossus.errors import MachineError
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.25  # seconds between two looks at what is waited for
+FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.05  # seconds between two looks at what is waited for
 
 Pause = Callable[[float], None]
 """Waits so many seconds at most. Raises MachineError where nothing is to be waited for any more."""
