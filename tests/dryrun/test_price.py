@@ -37,6 +37,7 @@ CASES = [
     Case.of(WIDE, pp=2, dp_replicate=2, seq_len=2048, type="bf16", zero=1),
     Case.of(WIDE, cp=2, dp_shard=2, seq_len=2048, type="bf16"),
     Case.of(WIDE, dp_shard=2, tp=2, recompute="full", seq_len=2048, type="bf16"),
+    Case.of(WIDE, cp=2, tp=2, recompute="selective", seq_len=2048, type="bf16"),
     Case.of(ROUTED, preset="mixtral-8x7b", dp_shard=4, ep=4, seq_len=2048, type="bf16"),
 ]
 
@@ -73,12 +74,10 @@ def formulas(case: Case, stage: int) -> Iterator[tuple[object, float]]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_products_are_the_planners(case: Case, pool: Pool) -> None:
-    """Every FLOP of every stage. Two are less than the planner says: what is made again in a backward pass,
-    as PyTorch stops as soon as it has what it needs, so that a layer's last product is not computed twice;
-    and attention under cp, where a block meets no keys beyond its end."""
+    """Every FLOP of every stage. Attention under cp is less than the planner says: a block meets no keys
+    beyond its end."""
     layout = case.job().layout
     blocks = (2 * layout.cp + 1) / (4 * layout.cp) if layout.cp > 1 else 1.0  # r and 2 cp - 1 - r, of 2 cp
-    last = 4 * 2 * 2048 * 2048 * 8192 / layout.tp  # of four layers
     for stage, traced in enumerate(ranks_of(case, pool)):
         found, expected = Counter[str](), Counter[str]()
         for work, times in works(traced).items():
@@ -90,7 +89,6 @@ def test_products_are_the_planners(case: Case, pool: Pool) -> None:
             kind = "attention" if row.kind == "fused_attention" else "products"
             expected[kind + " again" * (row.phase == "recompute")] += row.executed * times
         expected["attention"] *= blocks
-        expected["products again"] -= last if layout.recompute == "full" else 0.0
         assert found == pytest.approx(+expected, rel=1e-9)
 
 
@@ -104,9 +102,8 @@ def works(traced: Traced) -> Counter[Work]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_messages_of_layers_are_the_planners(case: Case, pool: Pool) -> None:
-    """Every byte, by axis and operation. Of what the planner's formulas have, our program does not gather
-    again for the gradients of weights (tp) or keys (cp), nor sums what a layer that is made again ends with;
-    it has sums of some numbers for norms and losses beside, and counts of tokens for experts."""
+    """Every byte, by axis and operation, also of what selective recomputation gathers again; beside these it
+    has sums of some numbers for norms and losses, and counts of tokens for experts."""
     layout, of = case.job().layout, problem(case)
     rows = Rows(of, layout, of.shape(layout.schedule, layout.pp, 1))
     for stage, traced in enumerate(ranks_of(case, pool)):
@@ -118,9 +115,6 @@ def test_messages_of_layers_are_the_planners(case: Case, pool: Pool) -> None:
         for row, times in formulas(case, stage):
             if row.kind in COMMUNICATION:
                 expected[f"{row.phase} {row.group} {row.kind}"] += row.sent * times
-        for name in ("weights tp all_gather", "backward cp all_gather"):
-            del expected[name]
-        expected["recompute tp reduce_scatter"] /= 2
         small = sum(found.pop(f"{phase} tp all_reduce", 0.0) for phase in ("forward", "backward"))
         assert small < 3e-4 * sum(found.values()) or not found
         assert found == pytest.approx(+expected, rel=1e-5)
@@ -153,9 +147,9 @@ def test_messages_of_weights_are_the_planners(case: Case, pool: Pool) -> None:
 @pytest.mark.parametrize(
     ("case", "low", "high"),
     [
-        *((case, 0.98, 1.03) for case in CASES[:4]),
-        (CASES[4], 0.9, 1.0),  # less is made again, see above
-        (CASES[5], 1.0, 1.1),  # routers compute in fp32, which the planner takes for bf16
+        *((case, 0.98, 1.03) for case in CASES[:5]),
+        (CASES[5], 0.98, 1.07),  # small sums over tp, for losses, and the host
+        (CASES[6], 1.0, 1.1),  # routers compute in fp32, which the planner takes for bf16
     ],
     ids=str,
 )
