@@ -378,7 +378,22 @@ class _Estimate:
             update = update + (m - 1) * accumulate_seconds(
                 self.pricer, updated, dense + routed, divided, size
             )
-        return np.where(zero >= 3, every, once), update
+        return np.where(zero >= 3, every, once) + self.tied(index), update
+
+    def tied(self, index: NDArray[np.intp]) -> Columns:
+        """Seconds that both ends of a pipeline sum the gradient of the embedding which they share."""
+        arch, layouts = self.problem.arch, self.layouts.take(index)
+        if not (arch.tie_embeddings and self.software.measured):
+            return np.zeros(len(index))
+        pp, shards = layouts.number("pp"), layouts.number("dp_shard") * layouts.number("cp")
+        sent = (
+            arch.vocab_size * arch.hidden_size / layouts.number("tp") / shards * self.software.gradient_bytes
+        )
+        # between the ranks of one node where all of the pipeline lies in it
+        spans = pp * self.groups["pp"].stride[index]
+        here = spans <= self.pricer.hardware.node_size
+        group = comm.Group(np.full(len(index), 2.0), np.where(here, 1.0, spans))
+        return np.where(pp > 1, self.pricer.messages("all_reduce", sent, group), 0.0)
 
     # ------------------------------------------------------------------ the waterfall
 

@@ -234,7 +234,9 @@ class _Formulas:
         precision = self.precision
         if precision == "fp8" and (part.name in ("head", "moe.router") or part.kind is None):
             precision = "bf16"
-        width = 1 if precision == "fp8" else self.size
+        if part.name == "moe.router" and self.software.measured:
+            precision = "fp32"
+        width = 4 if precision == "fp32" else 1 if precision == "fp8" else self.size
         flops = part.executed * piece.tokens / piece.tp
         moved = count * (width * (m * k + k * n) + self.size * m * n)
         name, forward = part.name, part.model / max(part.executed, 1.0)
