@@ -42,7 +42,7 @@ from colossus.checkpoints.format import (
     index_name,
     pieces_name,
 )
-from colossus.checkpoints.index import Index, digest, encode_index, sorted_entries
+from colossus.checkpoints.index import DONE, Index, digest, encode_index, sorted_entries
 from colossus.checkpoints.manifest import read_claim
 from colossus.checkpoints.pieces import by_rule, pieces_of, places_at
 from colossus.checkpoints.retention import delete
@@ -136,7 +136,7 @@ class Writers:
         listed = tuple(entry for entry in entries if entry.first == rank)
         index = Index(SAVE, File(size, len(header), zlib.crc32(header)), rules, listed, (), checksums)
         data = encode_index(index)
-        (self._folder / index_name(rank)).write_bytes(data)
+        (self._folder / index_name(rank)).write_bytes(data + DONE)
         self.header_bytes += len(header)
         self.index_bytes += len(data)
 

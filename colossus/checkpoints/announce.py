@@ -24,6 +24,7 @@ from colossus.checkpoints.format import (
     write_synced,
 )
 from colossus.checkpoints.index import (
+    DONE,
     Group,
     Index,
     Row,
@@ -31,6 +32,7 @@ from colossus.checkpoints.index import (
     decode_index,
     encode_group,
     encode_index,
+    split,
 )
 from colossus.errors import MachineError
 
@@ -50,7 +52,7 @@ T = TypeVar("T", bound=Told)
 
 def announce(folder: Path, rank: int, index: Index) -> None:
     """Tells that this rank's file is on storage: by its index, which stays."""
-    write_synced(folder / index_name(rank), encode_index(index))
+    _announce(folder / index_name(rank), encode_index(index))
 
 
 def announce_failure(folder: Path, index: str, save_id: str, message: str) -> None:
@@ -78,7 +80,7 @@ def gather(
 
 def listed(folder: Path, rank: int, row: Row) -> tuple[Entry, ...]:
     """The entries of which a writer is the first. Raises MachineError where its index is another by now."""
-    data = (folder / index_name(rank)).read_bytes()
+    data, _ = split((folder / index_name(rank)).read_bytes())
     if hashlib.sha256(data).hexdigest() != row.sha256:
         raise MachineError(f"{index_name(rank)} changed since it was written")
     return decode_index(data).entries
@@ -87,8 +89,23 @@ def listed(folder: Path, rank: int, row: Row) -> tuple[Entry, ...]:
 def announce_group(folder: Path, number: int, group: Group) -> bytes:
     """Tells that a group is on storage; returns its index, which stays."""
     data = encode_group(group)
-    write_synced(folder / group_name(number), data)
+    _announce(folder / group_name(number), data)
     return data
+
+
+def _announce(path: Path, index: bytes) -> None:
+    """Writes an index, and once that is on storage, that it is."""
+    write_synced(path, index)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(descriptor, DONE)
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
 
 
 def gather_groups(
@@ -146,9 +163,9 @@ def _read(
 ) -> tuple[bytes, T] | None:
     """None while there is no whole one of this save."""
     with contextlib.suppress(FileNotFoundError, ValueError):
-        data = (folder / name).read_bytes()
+        data, is_done = split((folder / name).read_bytes())
         index = decode(data)
-        if index.save == save_id:
+        if is_done and index.save == save_id:
             return data, index
     with contextlib.suppress(FileNotFoundError, ValueError):
         tree = json.loads((folder / failure_name(name)).read_bytes())

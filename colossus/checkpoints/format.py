@@ -13,10 +13,10 @@ Every byte is covered: COMMITTED vouches for the manifest; that, or a group's in
 each writer's index (SHA-256) and the length of its file; the index for the safetensors header (CRC32) and for
 the data (CRC32 of every 4 MiB of a piece, so that reading a slice verifies no more than it needs).
 
-An index is also what tells, while a save is under way, that its writer is done; `pieces-RRRRR.failed` that
-it has failed. Each file and folder is synced before the next is begun, no step depends on a rename, no folder
-is written twice, and nothing is left to be done after COMMITTED: a checkpoint without it does not exist.
-Whatever has another name is somebody else's: it is neither read nor deleted.
+An index is also what tells, while a save is under way, that its writer is done (see `index.DONE`);
+`pieces-RRRRR.failed` that it has failed. Each file and folder is synced before the next is begun, no step
+depends on a rename, no folder is written twice, and nothing is left to be done after COMMITTED: a checkpoint
+without it does not exist. Whatever has another name is somebody else's: it is neither read nor deleted.
 
 The *serial* number grows with every save of a run. It, not the step, says which checkpoint is the newest:
 a run that fell back from a damaged checkpoint of step 100 to step 50 goes on from its new step 60.

@@ -1,7 +1,8 @@
 """The indexes of a checkpoint: of one writer's file, and of a group of writers. Nothing here imports torch.
 
 Each is a line of JSON and, behind it, numbers as they are, little-endian. A tensor's entry stands in the
-index of its first writer, where the commit finds it.
+index of its first writer, where the commit finds it. DONE is written behind an index once that is on storage:
+who waits for it must not take it before, or what vouches for it might be there first.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from colossus.cuts import Cut
 from colossus.untrusted import parse_json
 
 MAX_INDEX_BYTES = 64 << 20
+DONE = b"\n"
 _ROW = struct.Struct("<QQ32s")
 
 
@@ -79,7 +81,7 @@ def encode_index(index: Index) -> bytes:
         "tensors": [entry_to_json(entry) for entry in index.entries],
         "held": index.held,
     }
-    return _line(head) + _bytes(index.checksums)
+    return _encoded(head, _bytes(index.checksums))
 
 
 def decode_index(data: bytes) -> Index:
@@ -103,7 +105,8 @@ def encode_group(group: Group) -> bytes:
         "listing": group.listing,
         "held": group.held,
     }
-    return _line(head) + b"".join(_ROW.pack(r.bytes, r.rules, bytes.fromhex(r.sha256)) for r in group.rows)
+    rows = (_ROW.pack(row.bytes, row.rules, bytes.fromhex(row.sha256)) for row in group.rows)
+    return _encoded(head, b"".join(rows))
 
 
 def decode_group(data: bytes) -> Group:
@@ -150,8 +153,21 @@ def _held(head: dict[str, Any]) -> tuple[Key, ...]:
     return tuple((name, kind) for name, kind in head["held"])
 
 
-def _line(head: dict[str, Any]) -> bytes:
-    return json.dumps(head, separators=(",", ":")).encode() + b"\n"
+def split(data: bytes) -> tuple[bytes, bool]:
+    """An index of what a file holds, and whether that says that it is on storage. Raises ValueError where it
+    is none."""
+    line, _, _ = data.partition(b"\n")
+    head = parse_json(line)
+    if not isinstance(head, dict) or type(head.get("rest")) is not int:
+        raise ValueError("no index")
+    end = len(line) + 1 + natural(head["rest"])
+    if len(data) < end or data[end:] not in (b"", DONE):
+        raise ValueError("cut, or with more behind it")
+    return data[:end], data[end:] == DONE
+
+
+def _encoded(head: dict[str, Any], rest: bytes) -> bytes:
+    return json.dumps(head | {"rest": len(rest)}, separators=(",", ":")).encode() + b"\n" + rest
 
 
 def _head(data: bytes) -> tuple[dict[str, Any], bytes]:

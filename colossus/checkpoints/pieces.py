@@ -39,6 +39,7 @@ from colossus.checkpoints.index import (
     decode_index,
     digest,
     sorted_entries,
+    split,
 )
 from colossus.checkpoints.manifest import read_claim
 from colossus.cuts import Box, Cut, box_at, parts_within
@@ -272,7 +273,10 @@ class Ruled:
 
 
 def _read(path: Path, vouched: Vouched) -> bytes:
-    data = read_bytes(path, MAX_INDEX_BYTES)
+    try:
+        data, _ = split(read_bytes(path, MAX_INDEX_BYTES))
+    except ValueError:
+        data = b""
     if hashlib.sha256(data).hexdigest() != vouched.sha256:
         raise DamagedCheckpoint(f"{path} changed since it was written")
     return data

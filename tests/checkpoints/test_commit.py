@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from colossus.checkpoints.announce import announce, announce_failure, take_back
-from colossus.checkpoints.commit import Order, collected, merge
+from colossus.checkpoints.commit import Order, collected, commit, merge
 from colossus.checkpoints.committer import Committer, command
 from colossus.checkpoints.format import DamagedCheckpoint, Entry, Key, group_name, group_size
-from colossus.checkpoints.index import Index, Row
+from colossus.checkpoints.index import DONE, Index, Row
 from colossus.checkpoints.load import latest, open_checkpoint, verify
 from colossus.checkpoints.shards import Shard
 from colossus.checkpoints.write import write_shards
@@ -43,6 +43,22 @@ def test_parts_are_taken_of_this_save_alone(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="rank 0 wrote no part in 0 s"):
         collected(tmp_path, "alive", 1, (1, 1, {}), 0.05, pause)
     assert collected(tmp_path, "killed", 1, (1, 1, {}), GIVES_UP, pause).step == 1
+
+
+def test_an_index_counts_once_it_is_on_storage(tmp_path: Path) -> None:
+    """It says so itself, behind all that a checkpoint vouches for: what is lost of that then is no damage."""
+    announce(tmp_path, 0, write(tmp_path, 0, "a"))
+    index = tmp_path / "pieces-00000.index"
+    data = index.read_bytes()
+    assert data.endswith(DONE)
+    index.write_bytes(data.removesuffix(DONE))
+    with pytest.raises(MachineError, match="rank 0 wrote no part in 0 s"):
+        collected(tmp_path, "alive", 1, (1, 1, {}), 0.05, pause)
+    index.write_bytes(data)
+    commit(tmp_path, collected(tmp_path, "alive", 1, (1, 1, {}), GIVES_UP, pause))
+    verify(tmp_path)
+    index.write_bytes(data.removesuffix(DONE))
+    verify(tmp_path)
 
 
 def test_a_failure_is_told_by_the_rank_that_it_happened_to(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from colossus.checkpoints.find import latest, verify
 from colossus.checkpoints.format import committed_line, is_committed
-from colossus.checkpoints.index import Index, decode_index, encode_index
+from colossus.checkpoints.index import Index, decode_index, encode_index, split
 from colossus.checkpoints.load import DamagedCheckpoint, newest_whole, open_checkpoint
 from colossus.checkpoints.save import Saver
 from colossus.errors import UserError
@@ -175,7 +175,7 @@ INDEXES: dict[str, Callable[[Index], bytes]] = {
 def test_an_index_that_no_save_writes(case: str, path: Path) -> None:
     """Although the manifest vouches for it."""
     file, tree = path / "pieces-00000.index", tree_of(path)
-    data = INDEXES[case](decode_index(file.read_bytes()))
+    data = INDEXES[case](decode_index(split(file.read_bytes())[0]))
     file.write_bytes(data)
     vouched(tree)[0][1] = hashlib.sha256(data).hexdigest()
     sign(path, json.dumps(tree).encode())
