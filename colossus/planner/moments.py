@@ -1,6 +1,6 @@
 """Memory of our own program over several ranks, at the moments of a step when it may be most: the loss of the
-last stage, and the backward pass of a layer. What FSDP holds (PyTorch's `fully_shard`, which several ranks
-always use) follows from `layout.zero`; dry runs are what this is held to (`benchmarks.plan_memory`)."""
+last stage, the backward pass of a layer, the end of the step. What FSDP holds (PyTorch's `fully_shard`, which
+several ranks always use) follows from `layout.zero`; `benchmarks.plan_memory` holds this to dry runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Held:
 
 def most(held: Held) -> dict[str, NDArray[np.float64]]:
     """Bytes by use at the moment when they are most."""
-    moments = [_loss(held), _backward(held)]
+    moments = [_loss(held), _backward(held), _end(held)]
     totals = np.stack([np.sum(np.stack(list(moment.values())), axis=0) for moment in moments])
     which = np.argmax(totals, axis=0)
     return {
@@ -103,4 +103,17 @@ def _backward(held: Held) -> dict[str, NDArray[np.float64]]:
         "activations": held.activations + held.again,
         "loss or one layer's gradients": one,
         "copies of weights": _gathered(held, 2.0) + _summing(held, np.maximum(held.edges, held.layer)),
+    }
+
+
+def _end(held: Held) -> dict[str, NDArray[np.float64]]:
+    """Of the last backward pass, when all gradients are there and no activations."""
+    there = np.where(held.micro_batches > 1, _sums(held), FP32 * held.shards)
+    return {
+        "weights": FP32 * held.shards,
+        "gradients": there,
+        "optimizer": held.optimizer,
+        "activations": np.zeros_like(held.activations),
+        "loss or one layer's gradients": held.size * held.layer,
+        "copies of weights": _gathered(held, 1.0) + _summing(held, np.maximum(held.edges, held.layer)),
     }

@@ -67,3 +67,9 @@ def test_a_layers_backward_pass(zero: int, copies: int) -> None:
 
 def test_each_stage_of_a_rank_sums_for_itself() -> None:
     assert by_use(zero=2, last=0, loss=0, again=300, chunks=3)[COPIES] == 2 * 130 + 4 * (10 + 2 * 20)
+
+
+def test_the_end_of_the_only_micro_batch_has_all_gradients() -> None:
+    found = by_use(micro_batches=1, zero=3, activations=0, loss=0, working=0)
+    assert found["gradients"] == 4 * 65 and found["activations"] == 0
+    assert found[LOSS] == 2 * 20 and found[COPIES] == 2 * (10 + 20) + 4 * 20
