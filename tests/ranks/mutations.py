@@ -192,12 +192,14 @@ def _() -> Patches:
 
 @mutation("each micro batch is divided by its own targets", Case.of(dp_shard=2, micro_batch=2))
 def _() -> Patches:
-    def divided(model: Any, parts: Any, *, num_targets: int, num_tokens: int, z_loss: float) -> torch.Tensor:
+    def divided(
+        model: Any, parts: Any, *, num_targets: int, num_tokens: int, zero: int, z_loss: float
+    ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64)
         for index, (tokens, targets, documents) in enumerate(parts):
-            with data.accumulate(model, last=index == len(parts) - 1):
-                loss, own = model(tokens, targets, documents, z_loss=z_loss)
-                (loss / (own * 2 * len(parts))).backward()
+            data.prepare_backward(model, zero, last=index == len(parts) - 1)
+            loss, own = model(tokens, targets, documents, z_loss=z_loss)
+            (loss / (own * 2 * len(parts))).backward()
             total += loss.detach()
         return total
 
