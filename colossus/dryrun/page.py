@@ -13,6 +13,7 @@ from colossus.words import memory, span
 
 WIDTH, LEFT = 900.0, 150.0  # of the time axis, and of the names beside it
 ROW, PLOT = 26, 70  # heights of a rank's line, and of its memory
+LEAST = 1e-3  # of a step: what takes less is left out
 NAMED = 24.0  # wide enough for a number in it
 COLOURS = {"F": "#3b6fb6", "B": "#6aa84f", "I": "#6aa84f", "W": "#b6893b"}
 LEGEND = {"forward": "#3b6fb6", "backward": "#6aa84f", "backward of weights alone": "#b6893b",
@@ -26,7 +27,8 @@ def page(found: DryRun) -> str:
     if found.price is not None:
         pool = found.price.slowest
         causes = sorted(pool.causes(pool.busiest).items(), key=lambda item: -item[1])
-        rows = [(report.TIMES.get(cause, cause), seconds) for cause, seconds in causes]
+        least = LEAST * found.price.seconds
+        rows = [(report.TIMES.get(cause, cause), seconds) for cause, seconds in causes if seconds > least]
         body.append(f"<h2>Where the time of a step goes</h2>{bars(rows, span)}")
         lines = [
             (name, judged, list(intervals(pool, rank, judged.traced)))

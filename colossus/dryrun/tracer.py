@@ -298,7 +298,11 @@ class Tracer(TorchDispatchMode):
                 section.high, section.high_by_use = now - start, _minus(self.by_use, by_use)
         if self._looks:
             at = self.at.in_phase(self.phase)
-            self.lived[at] = max(now, self.lived.get(at, (0, 0))[0]), self.now
+            most = self.lived.get(at, (0, 0))[0]
+            # What lives between two passes of a pipeline, messages with it, is no part of the step's end.
+            if at != ONCE or self.outside in ("clip", "update"):
+                most = max(now, most)
+            self.lived[at] = most, self.now
         if now > self.peak.num_bytes and self._looks:
             by_use_then = Counter(self.by_use)
             for use, num_bytes in (more or {}).items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,11 @@ Patches = Iterator[Any]
 ZERO_BUBBLE: dict[str, Any] = {"pp": 2, "stages_per_rank": 2, "schedule": "zbv_zero_bubble"}
 
 
+STALE = (
+    r"(?m)^(E\s+)?(AttributeError|ImportError|NameError|TypeError): "  # how an error of Python's words begins
+)
+
+
 @dataclass(frozen=True)
 class Mutation:
     """name: what is wrong. patches: puts it in. case: whose comparison notices it. compiled: it is slow."""
@@ -59,10 +65,14 @@ class Mutation:
     compiled: bool = False
 
     def deviation(self, pool: Pool) -> float:
-        """The largest, in units of what is allowed; infinite where training fails or gives no number."""
+        """The largest, in units of what is allowed; infinite where training fails or gives no number.
+
+        Raises AssertionError where the mutation itself fails: it says words that the program no longer has.
+        """
         try:
             found = compare(pool, self.case, partial(train_mutated, self.name))
         except AssertionError as error:
+            assert not re.search(STALE, str(error)), f"{self.name}: {error}"
             print(error)
             return math.inf
         return max(math.inf if math.isnan(value) else value / allowed for value, allowed in found.values())
