@@ -74,10 +74,14 @@ def newest_whole(run_folder: str | Path, world: Ranks | None = None, say: Say = 
     return open_checkpoint(found) if found is not None else None
 
 
-def candidates(run_folder: str | Path, world: Ranks, say: Say = warn) -> Iterator[Checkpoint]:
+def candidates(
+    run_folder: str | Path, world: Ranks, say: Say = warn, damaged: list[Path] | None = None
+) -> Iterator[Checkpoint]:
     """What a run may go on from, the newest first: every rank loads its part of the first, and who goes on to
     the next one has agreed with all ranks that this one is damaged (`load_agreed`). Nothing where the run
     never saved.
+
+    damaged: is told of each that was skipped.
 
     No rank reads more than its share: of each file's header here, of tensors what it loads.
 
@@ -105,6 +109,8 @@ def candidates(run_folder: str | Path, world: Ranks, say: Say = warn) -> Iterato
         if not isinstance(damage, DamagedCheckpoint):
             raise damage
         told.append(f"skipped a damaged checkpoint: {damage}")
+        if damaged is not None:
+            damaged.append(path)
         if world.rank == 0:
             say(told[-1])
     if told:

@@ -8,15 +8,15 @@ from dataclasses import replace
 from colossus.dryrun import report
 from colossus.dryrun.compare import like
 from colossus.dryrun.mend import mended
-from colossus.dryrun.price import problem_of
-from colossus.dryrun.ranks import DryRun, Judged, dry_run, fused_bytes
-from colossus.errors import UserError
+from colossus.dryrun.ranks import dry_run
+from colossus.errors import MachineError, UserError
 from colossus.hardware.fleets import hardware_of
 from colossus.hardware.machine import Machine, ranks_here
 from colossus.job import CHECKED, Job
-from colossus.planner.columns import Layouts
 from colossus.planner.measured import corrections_for
 from colossus.words import duration
+
+WITHOUT = "fleet.check_fit=false starts without asking"
 
 
 def is_asked(job: Job) -> bool:
@@ -38,29 +38,24 @@ def check_fit(job: Job, machine: Machine) -> Job:
     """
     began = time.perf_counter()
     hardware = like(job, machine)
-    found = dry_run(job, hardware)
-    if any(_reserved(found, judged) > judged.kind.accelerator.memory for judged in found.ranks):
+    try:
+        found = dry_run(job, hardware)
+    except (UserError, MachineError) as error:
+        raise type(error)(f"{error} (in a dry run before ranks on several nodes start; {WITHOUT})") from error
+    if not found.fits:
         found = mended(found, corrections=corrections_for(hardware))
         verdict = "; ".join(report.verdict(found))
         raise UserError(
             f"layout: {verdict}. Nothing was started; a dry run said so in "
-            f"{duration(time.perf_counter() - began)} (fleet.check_fit=false starts without asking)"
+            f"{duration(time.perf_counter() - began)} ({WITHOUT})"
         )
-    needs = max(_reserved(found, judged) for judged in found.ranks)
+    needs = max(judged.reserved for judged in found.ranks)
     said = (
         f"{needs:.0f}",
         f"{found.worst.kind.accelerator.memory:.0f}",
         f"{time.perf_counter() - began:.1f}",
     )
     return replace(job, made=job.made | dict(zip(CHECKED, said, strict=True)))
-
-
-def _reserved(found: DryRun, judged: Judged) -> float:
-    """What a kind of ranks takes; where layers are compiled, as the planner says that they are."""
-    if not found.job.layout.compile:
-        return judged.reserved
-    layout = Layouts.of_layout(found.job.layout.of_replica(judged.kind.replica))
-    return judged.reserved - fused_bytes(problem_of(found.job, found.hardware, None), layout)
 
 
 def _is_named(job: Job) -> bool:

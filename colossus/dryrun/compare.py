@@ -121,7 +121,7 @@ def _rows(found: DryRun, events: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
 
 def _notes(found: DryRun) -> Iterator[str]:
     if found.job.layout.compile:
-        yield "layers were compiled; they are traced as they are written, so memory is a bound from above"
+        yield "layers were compiled, and traced as they are written; what compiling saves is an estimate"
     if found.job.fleet.device == "cpu":
         yield "of a processor, memory is that of tensors times what a heap takes, and of the process itself"
     yield "messages: a run records none of its own; tests compare those of a dry run with real ranks'"

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from colossus.derive.to_plan import laid_out_as
-from colossus.dryrun.ranks import Judged, dry_run, fused_bytes
+from colossus.dryrun.ranks import dry_run
 from colossus.job import Job
 from colossus.planner.choice import Choice
 from colossus.planner.confirm import Answer, Ask
 from colossus.planner.estimate import Problem
-from colossus.planner.plan import layouts_of_row
 
 
 def confirm(job: Job, say: Callable[[str], None] = lambda line: None) -> Ask:
@@ -20,18 +19,7 @@ def confirm(job: Job, say: Callable[[str], None] = lambda line: None) -> Ask:
         hardware = problem.pricer.hardware
         stages = {0, choice.rank, choice.row["pp"] - 1}
         run = dry_run(laid_out_as(job, problem, choice), hardware, stages=stages, say=say)
-        needs = [(judged, judged.reserved - _fused(problem, choice, judged)) for judged in run.ranks]
-        judged, reserved = min(needs, key=lambda each: each[0].kind.accelerator.memory - each[1])
-        return Answer(choice, reserved, judged.kind.accelerator.memory, len(run.ranks))
+        worst = run.worst
+        return Answer(choice, worst.reserved, worst.kind.accelerator.memory, len(run.ranks), worst.fused)
 
     return ask
-
-
-def _fused(problem: Problem, choice: Choice, judged: Judged) -> float:
-    """Bytes that compiled layers need less on a pool's ranks."""
-    if not choice.compiled:
-        return 0.0
-    pools = {pool.accelerator: pool for pool in choice.pools}
-    pool = pools.get(judged.kind.accelerator.name)
-    own = {} if pool is None else {"micro_batch": pool.micro_batch, "recompute": pool.recompute}
-    return fused_bytes(problem, layouts_of_row(choice.row | own))

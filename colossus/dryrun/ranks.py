@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from colossus.dryrun.price import Price, price
+from colossus.dryrun.price import Price, price, problem_of
 from colossus.dryrun.rank import Traced
 from colossus.dryrun.tracer import Moment
 from colossus.dryrun.worker import traces
@@ -18,7 +18,6 @@ from colossus.layout import check
 from colossus.parallel.mesh import Place
 from colossus.perf.corrections import Corrections
 from colossus.planner.columns import Layouts
-from colossus.planner.estimate import Problem
 from colossus.planner.memory import TALKING, memory, reserved_bytes
 
 AFFINE = ("1f1b", "interleaved_1f1b")  # schedules in which each further micro batch adds the same
@@ -43,11 +42,13 @@ class Kind:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a kind of ranks needs. reserved: with what lies around its tensors, by estimate."""
+    """What a kind of ranks needs. reserved: with what lies around its tensors, by estimate, and without the
+    `fused` bytes that compiled layers need not hold: they are run as they are written."""
 
     kind: Kind
     traced: Traced
     reserved: float
+    fused: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -109,6 +110,7 @@ class DryRun:
                     "at_rest_bytes": sum(traced.at_rest.values()),
                     "at_rest_by_use": traced.at_rest,
                     "reserved_bytes": judged.reserved,
+                    "fused_bytes": judged.fused,
                     "memory_bytes": judged.kind.accelerator.memory,
                     "flops": traced.flops,
                     "messages": [
@@ -166,7 +168,7 @@ def dry_run(
     found = []
     for kind in kinds:
         of_kind = [traced for (other, _), traced in zip(wanted, steps, strict=True) if other is kind]
-        found.append(_judged(job, kind, of_kind))
+        found.append(_judged(job, hardware, kind, of_kind))
     priced = _price(job, hardware, corrections, found)
     return DryRun(job, hardware, tuple(found), (*notes, *_notes(job)), price=priced)
 
@@ -221,20 +223,23 @@ def rows_of(job: Job, kind: Kind) -> list[int]:
     return [(rounds * stages + many % stages) * micro_batch for rounds in (FEW - 2, FEW - 1)]
 
 
-def _judged(job: Job, kind: Kind, steps: Sequence[Traced]) -> Judged:
+def _judged(job: Job, hardware: Hardware, kind: Kind, steps: Sequence[Traced]) -> Judged:
     traced, *longer = steps
     if longer:
         micro_batch = job.layout.of_replica(kind.replica).micro_batch
         traced = extended(traced, longer[0], -(-kind.num_rows // micro_batch))
     groups = sum(getattr(job.layout, axis) > 1 for axis in TALKING)
-    return Judged(kind, traced, reserved_bytes(traced.peak.num_bytes, groups, kind.accelerator.device))
+    reserved = reserved_bytes(traced.peak.num_bytes, groups, kind.accelerator.device)
+    fused = _fused_bytes(job, hardware, kind) if job.layout.compile else 0.0
+    return Judged(kind, traced, reserved - fused, fused)
 
 
-def fused_bytes(problem: Problem, layout: Layouts) -> float:
-    """That compiled layers need less than those that are run as they are written, which dry runs do; by the
-    planner's formulas, of one layout."""
+def _fused_bytes(job: Job, hardware: Hardware, kind: Kind) -> float:
+    """That compiled layers need less than those that are run as they are written."""
+    problem = problem_of(job, hardware, None)
+    layout = Layouts.of_layout(job.layout.of_replica(kind.replica))
     eager, compiled = (memory(problem.as_ours(flag), layout).reserved[0] for flag in (False, True))
-    return float(eager - compiled)
+    return max(0.0, float(eager - compiled))
 
 
 def extended(short: Traced, longer: Traced, many: int) -> Traced:
@@ -271,7 +276,7 @@ def extended(short: Traced, longer: Traced, many: int) -> Traced:
 
 def _notes(job: Job) -> Iterator[str]:
     if job.layout.compile:
-        yield "layers are traced as they are written: what a compiler fuses need not live, so this is a bound"
+        yield "layers are traced as they are written; what compiled ones need less is the planner's estimate"
     if job.model.experts is not None and job.layout.ep > 1:
         yield "every rank of ep gives every other as many rows: routers are taken to be balanced"
     if job.layout.pools and job.layout.pools[0].share is None:

@@ -63,6 +63,8 @@ def verdict(found: DryRun) -> list[str]:
     worst = found.worst
     most = f"{memory(worst.reserved)} of {memory(worst.kind.accelerator.memory)}"
     where = _place(worst)
+    if worst.fused:
+        where += f" ({memory(worst.fused)} less for what compiling fuses, by the planner)"
     if found.fits:
         return [f"fits: {most} on {where}, {memory(worst.margin)} to spare"]
     largest = sorted(worst.traced.peak.by_use.items(), key=lambda item: -item[1])[:2]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from colossus.dryrun.rank import Traced, trace
 from colossus.errors import MachineError
 from colossus.measure.machine import free_memory_bytes
 
+POLL_SECONDS = 0.02
 WORKER_BYTES = 700 * 2**20  # at most: PyTorch, and what is known of a world of 200,000 ranks
 
 
@@ -97,7 +99,7 @@ def main() -> None:
         request = sys.stdin.buffer.read(int.from_bytes(size, "little"))
         child = os.fork()
         if child:
-            _, status = os.waitpid(child, 0)
+            status = _wait(child)
             if status:
                 ended = os.waitstatus_to_exitcode(status)
                 _send(answers, MachineError(f"dryrun: a process ended with {ended}; is there memory for it?"))
@@ -108,6 +110,18 @@ def main() -> None:
             status = 0
         finally:
             os._exit(status)
+
+
+def _wait(child: int) -> int:
+    """Its status. Where whoever asked has ended, so do we."""
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        if select.select([sys.stdin.buffer], [], [], POLL_SECONDS)[0]:
+            if not sys.stdin.buffer.peek(1):  # type: ignore[union-attr]
+                os.killpg(0, signal.SIGKILL)
+            return os.waitpid(child, 0)[1]  # the next request: it has answered
 
 
 def _answer(request: bytes) -> Traced | Exception:

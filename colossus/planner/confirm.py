@@ -14,12 +14,14 @@ from colossus.planner.search import Found
 @dataclass(frozen=True)
 class Answer:
     """What a dry run says of a layout: bytes on the rank that has least room, of so many that it has. ranks:
-    that were run, one for each kind."""
+    that were run, one for each kind. fused: bytes that compiled layers need less, by formulas; `reserved` is
+    without them."""
 
     choice: Choice
     reserved: float
     capacity: float
     ranks: int
+    fused: float = 0.0
 
     @property
     def fits(self) -> bool:

@@ -87,6 +87,8 @@ def _confirmed(plan: Plan) -> list[str]:
     lines = []
     if asked.best is not None:
         most = f"{memory(asked.best.reserved)} of {memory(asked.best.capacity)}"
+        if asked.best.fused:
+            most += f", {memory(asked.best.fused)} less for what compiling fuses, by formulas"
         lines.append(f"fits      dry runs of {plural(asked.best.ranks, 'kind')} of ranks: {most}")
     elif asked.why is not None:
         lines.append(f"fits      by formulas alone: {asked.why}")

@@ -37,6 +37,9 @@ MAY_CHANGE = (
     "run.prompt",
     "fleet.",
 )
+# What a rank's memory follows, beside what a run keeps.
+FITS_BY = ("layout.", "fleet.", "data.seq_len", "data.phases", "run.global_batch", "run.batch_schedule",
+           "precision.", "optimizer.")  # fmt: skip
 FOLLOWS_LAYOUT = ("layout.micro_batch", "layout.stages_per_rank", "layout.zero")
 FROM_NOW_ON = {  # words that mean the steps to come, and the schedule that tells of the others
     "run.global_batch": "run.batch_schedule",
@@ -222,9 +225,10 @@ def spread(kept: Job, changed: Mapping[str, Any]) -> Job:
         "layout.activation_gib", kept.layout.activation_gib
     ):
         open_again += ["layout.recompute", "layout.recompute_layers"]
+    if any(name.startswith(FITS_BY) for name in changed):
+        kept = dataclasses.replace(kept, made={n: v for n, v in kept.made.items() if n not in CHECKED})
     if any(name.startswith(("layout.", "fleet.")) for name in changed):  # what was predicted was another
-        asked = {*PREDICTED, *CHECKED}
-        kept = dataclasses.replace(kept, made={n: v for n, v in kept.made.items() if n not in asked})
+        kept = dataclasses.replace(kept, made={n: v for n, v in kept.made.items() if n not in PREDICTED})
         if "auto" in (kept.layout.preset, changed.get("layout.preset")):
             open_again = [*FOLLOWS_LAYOUT]  # what is open is planned again, around what was asked for
     if changed.keys() & {"fleet.device", "fleet.count"}:

@@ -333,10 +333,9 @@ def _go_on(
     state: TrainState | None = None
     built: Job | None = None
     damaged: list[Path] = []
-    for checkpoint in candidates(folder, world):
+    for checkpoint in candidates(folder, world, damaged=damaged):
         saved = _decisions_of(checkpoint, world)
         if saved is None:
-            damaged.append(checkpoint.path)
             continue
         decisions = Decisions.merge(saved, logged)
         if not is_on_course(saved, checkpoint.step, decisions):
@@ -351,7 +350,6 @@ def _go_on(
         if load_agreed(checkpoint, partial(state.restore, share=True), world):
             state.pass_on()
             return settled, state, decisions, damaged
-        damaged.append(checkpoint.path)
     decisions = Decisions.merge(logged)
     job = _settle_machine(job, decisions, 0, world, log)
     state = TrainState.build(course.parts(job, decisions)[0].job, world)

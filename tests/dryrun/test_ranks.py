@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import subprocess
 from collections import Counter
 
 import pytest
 
 from colossus import api
 from colossus.cli import main
+from colossus.dryrun import worker
 from colossus.dryrun.mend import mended
 from colossus.dryrun.rank import trace
 from colossus.dryrun.ranks import DryRun, Kind, dry_run, extended, kinds_of, rows_of
@@ -156,6 +159,17 @@ def test_experts_of_several_stages(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert [rank["place"]["pp"] for rank in found["ranks"]] == [0, 1]
     assert any(m["operation"] == "all_to_all_single" for m in found["ranks"][0]["messages"])
+
+
+def test_a_process_ends_with_whoever_asked() -> None:
+    """In the middle of a trace of minutes."""
+    asked = worker._start()
+    assert asked.stdin is not None
+    worker._send(asked.stdin, (of(Case.of(dp_shard=2, micro_batch=1)), 0, 20_000, 16))
+    with pytest.raises(subprocess.TimeoutExpired):
+        asked.wait(3)
+    asked.stdin.close()
+    assert asked.wait(20) == -signal.SIGKILL
 
 
 def test_what_a_process_raises_is_told() -> None:

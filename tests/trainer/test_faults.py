@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from colossus import api
-from colossus.checkpoints.find import latest_verified
-from colossus.checkpoints.load import open_checkpoint
+from colossus.checkpoints.find import committed, latest_verified
+from colossus.checkpoints.load import open_checkpoint, verify
 from colossus.data.prepare import prepare_data
 from colossus.errors import MachineError, UserError
 from colossus.job import Job
@@ -97,6 +97,18 @@ def test_a_damaged_checkpoint_is_passed_over(
     (said,) = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
     assert said.startswith("skipped a damaged checkpoint: ") and "step-00000008" in said and "\n" not in said
     assert run_of(job).loss == run_of(whole).loss
+
+
+def test_one_that_cannot_be_opened_is_not_one_of_those_that_are_kept(small_job: Make) -> None:
+    job = small_job("run", "checkpoint.keep=2")
+    assert train_in_processes(job, [Kill("before", 10)]) == [-9]
+    folder = Path(job.run.folder) / "checkpoints"
+    damage(folder / "step-00000008" / "pieces-00000.index", "flipped")
+    assert api.train(job).outcome == "finished"
+    whole = [path for path in committed(job.run.folder) if path.name != "step-00000008"]
+    assert len(whole) >= 2
+    for path in whole:
+        verify(path)
 
 
 def test_the_checkpoint_that_a_longer_run_goes_back_to_is_damaged(

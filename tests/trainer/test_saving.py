@@ -209,6 +209,12 @@ def test_what_is_saved_is_not_saved_again(small_job: Make) -> None:
     assert [e["saved_step"] for e in run_of(job).events("checkpoint")] == [4, 6, 8]
 
 
+def test_a_step_is_saved_once_where_the_rate_falls_after_a_look_at_held_out_texts(small_job: Make) -> None:
+    run = api.train(small_job("run", "checkpoint.steps=2", "run.validate_every=2"))
+    saved = [e["saved_step"] for e in run.events("checkpoint")]
+    assert saved == sorted(set(saved)) and len(saved) > 2
+
+
 @pytest.mark.parametrize(("steps", "saved"), [(1, [1]), (2, [2]), (3, [1, 3]), (4, [2, 4])])
 def test_a_finish_is_saved_once(steps: int, saved: list[int], small_job: Make) -> None:
     """Also where the rate would have begun to fall one step before."""

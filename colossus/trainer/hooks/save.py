@@ -61,7 +61,7 @@ class Save(Hook):
         by_keep = bool(every.keep_every) and training.step % every.keep_every == 0
         if self._last:
             self._save_at_last(training, tries=1)
-        elif by_step or by_keep or self._due:
+        elif (by_step or by_keep or self._due) and self._last_step != training.step:
             self._save(training)
 
     def on_figures(self, training: Training, result: StepResult) -> None:
