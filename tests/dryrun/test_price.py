@@ -74,13 +74,12 @@ def formulas(case: Case, stage: int) -> Iterator[tuple[object, float]]:
             yield row, counts[row.stage] * row.repeat
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_products_are_the_planners(case: Case, pool: Pool) -> None:
+def check_products(case: Case, ranks: list[Traced]) -> None:
     """Every FLOP of every stage. Attention under cp is less than the planner says: a block meets no keys
     beyond its end."""
     layout = case.job().layout
     blocks = (2 * layout.cp + 1) / (4 * layout.cp) if layout.cp > 1 else 1.0  # r and 2 cp - 1 - r, of 2 cp
-    for stage, traced in enumerate(ranks_of(case, pool)):
+    for stage, traced in enumerate(ranks):
         found, expected = Counter[str](), Counter[str]()
         for work, times in works(traced).items():
             if isinstance(work, Product):
@@ -102,13 +101,12 @@ def works(traced: Traced) -> Counter[Work]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_messages_of_layers_are_the_planners(case: Case, pool: Pool) -> None:
+def check_messages_of_layers(case: Case, ranks: list[Traced]) -> None:
     """Every byte, by axis and operation, also of what selective recomputation gathers again; beside these it
     has sums of some numbers for norms and losses, and counts of tokens for experts."""
     layout, of = case.job().layout, problem(case)
     rows = Rows(of, layout, of.shape(layout.schedule, layout.pp, 1))
-    for stage, traced in enumerate(ranks_of(case, pool)):
+    for stage, traced in enumerate(ranks):
         found, expected = Counter[str](), Counter[str]()
         for work, times in works(traced).items():
             if isinstance(work, Message) and not work.apart:
@@ -122,14 +120,13 @@ def test_messages_of_layers_are_the_planners(case: Case, pool: Pool) -> None:
         assert found == pytest.approx(+expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_messages_of_weights_are_the_planners(case: Case, pool: Pool) -> None:
+def check_messages_of_weights(case: Case, ranks: list[Traced]) -> None:
     """FSDP gathers a stage's weights once a step, of ZeRO's third level once more in each pass, and sums
     their gradients once, above the first level in each micro batch."""
     layout, of = case.job().layout, problem(case)
     made = of.shape(layout.schedule, layout.pp, 1)
     rows = Rows(of, layout, made)
-    for stage, traced in enumerate(ranks_of(case, pool)):
+    for stage, traced in enumerate(ranks):
         found = Counter[str]()
         for work, times in works(traced).items():
             if isinstance(work, Message) and work.apart and work.group in ("fsdp", "efsdp") and work.size > 1:
@@ -155,8 +152,18 @@ def test_messages_of_weights_are_the_planners(case: Case, pool: Pool) -> None:
     ],
     ids=str,
 )
-def test_a_step_is_priced_as_the_planner_prices_it(case: Case, low: float, high: float, pool: Pool) -> None:
-    found = priced(case, ranks_of(case, pool))
+def test_work_and_price_are_the_planners(case: Case, low: float, high: float, pool: Pool) -> None:
+    """Every product, every message, and the step: of one trace of each stage."""
+    ranks = ranks_of(case, pool)
+    if case is not TIED:
+        check_products(case, ranks)
+        check_messages_of_layers(case, ranks)
+        check_messages_of_weights(case, ranks)
+    check_price(case, ranks, low, high)
+
+
+def check_price(case: Case, ranks: list[Traced], low: float, high: float) -> None:
+    found = priced(case, ranks)
     layout = case.job().layout
     row = {**layout_row(layout), "recompute": layout.recompute, "recompute_layers": None}
     planned = refined(problem(case), layouts_of_row(row), compiled=False)

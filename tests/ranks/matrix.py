@@ -253,6 +253,7 @@ def _drawn(draw: random.Random) -> Case:
             "experts.num_shared": one((0, 1)),
             "experts.dense_layers": one((0, 1)),
         }
+    apart = layout["pp"] > 1 and schedule in ZERO_BUBBLE
     layout |= {
         "ep": one((1, 2, 2, 3, 4, 6)) if has_experts else 1,
         "etp": one((1, layout["tp"])),
@@ -260,8 +261,8 @@ def _drawn(draw: random.Random) -> Case:
         "stages_per_rank": 1 if schedule in ONE_STAGE else 2,
         "cp_method": one(("gather", "ulysses")),
         "micro_batch": one((1, 1, 2)),
-        "recompute": one(("none", "none", "selective", "full")),
-        "zero": one((1,) if layout["pp"] > 1 and schedule in ZERO_BUBBLE else (1, 2, 3)),
+        "recompute": one(("none",) if apart else ("none", "none", "selective", "full")),
+        "zero": one((1,) if apart else (1, 2, 3)),
     }
     return Case.of(
         changed,
