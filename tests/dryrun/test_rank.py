@@ -21,7 +21,6 @@ from tests.ranks.pool import Pool
 
 MIXTRAL = "mixtral-8x7b"
 LAYOUTS = [
-    Case.of(dp_shard=2, type="fp32"),
     Case.of(dp_shard=2, tp=2, type="bf16"),
     Case.of(dp_replicate=2, dp_shard=2, recompute="selective", type="fp32"),
     Case.of(dp_shard=2, cp=2, recompute="full", type="fp32"),
@@ -54,7 +53,7 @@ def test_it_says_computes_and_keeps_what_real_ranks_do(case: Case, pool: Pool) -
 HALVES = [Case.of(pp=2, tp=2, schedule="interleaved_zero_bubble", stages_per_rank=2, seq_len=128)]
 
 
-@pytest.mark.parametrize("case", [*LAYOUTS[1::2], *HALVES], ids=str)
+@pytest.mark.parametrize("case", [*LAYOUTS[2::2], *HALVES], ids=str)
 def test_layers_that_stand_for_each_other_change_nothing(case: Case, pool: Pool) -> None:
     """Not a FLOP, not a message, not what lives between steps; the most that lives by less than 1%: where a
     gradient is added to one that is there, PyTorch may let go of it a moment earlier or later."""
@@ -74,7 +73,7 @@ def two_steps(job: Job, rank: int) -> object:
     return dry(job, rank, steps=2)
 
 
-@pytest.mark.parametrize("case", LAYOUTS[1:6:2], ids=str)
+@pytest.mark.parametrize("case", LAYOUTS[:5:4], ids=str)
 def test_the_first_step_is_like_all_others(case: Case, pool: Pool) -> None:
     (first,), (second,) = pool.run(1, dry, case.job(), 0), pool.run(1, two_steps, case.job(), 0)
     assert dataclasses.replace(first, seconds=0, num_operators=0) == dataclasses.replace(

@@ -138,9 +138,6 @@ def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     """Of a layout that the planner fills in; exit code 1 where it does not fit."""
     small = ["model.hidden_size=64", "model.num_layers=2", "model.vocab_size=256", "run.global_batch=8"]
     words = ["dryrun", *small, "data.seq_len=64", "fleet.accelerator=h100-sxm", "fleet.count=1"]
-    assert main([*words, "--json"]) == 0
-    (rank,) = json.loads(capsys.readouterr().out)["ranks"]
-    assert rank["rank"] == 0 and rank["peak_bytes"] == sum(rank["peak_by_use"].values())
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "fits: " in said and "of 79.2 GiB" in said and "products of" in said
@@ -158,6 +155,7 @@ def test_experts_of_several_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dryrun", *words, "fleet=dgx-h100-1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [rank["place"]["pp"] for rank in found["ranks"]] == [0, 1]
+    assert all(rank["peak_bytes"] == sum(rank["peak_by_use"].values()) for rank in found["ranks"])
     assert any(m["operation"] == "all_to_all_single" for m in found["ranks"][0]["messages"])
 
 
