@@ -8,7 +8,7 @@ from tests.ranks.mutations import MUTATIONS, Mutation
 from tests.ranks.pool import Pool
 
 QUICK = {name: made for name, made in MUTATIONS.items() if not made.compiled}
-HERE = dict(list(QUICK.items())[::3])
+HERE = dict(list(QUICK.items())[::4])
 
 
 @pytest.mark.parametrize("mutation", HERE.values(), ids=HERE.keys())
