@@ -329,8 +329,8 @@ def _() -> Patches:
 def _() -> Patches:
     attend = inner(context, "attend")
 
-    def without(q: Any, k: Any, v: Any, mask: Any, scores: Any, heat: Any, sinks: torch.Tensor) -> Any:
-        return attend(q, k, v, mask, scores, heat, sinks * 0)
+    def without(q: Any, k: Any, v: Any, mask: Any, scores: Any, heat: Any, sinks: Any, **how: Any) -> Any:
+        return attend(q, k, v, mask, scores, heat, sinks * 0, **how)
 
     yield replaced(context, "attend", without)
 
@@ -441,5 +441,7 @@ def _() -> Patches:
 
 @mutation("matrices are made orthogonal shard by shard", Case.of(dp_shard=2, optimizer="muon"))
 def _() -> Patches:
-    yield replaced(muon, "whole", lambda part, like: part)
-    yield replaced(muon, "_part", lambda update, like: update)
+    def each_its_own(given: Any, read: Any, work: Any) -> Iterator[tuple[int, torch.Tensor]]:
+        return ((index, work(read(index).unsqueeze(0))[0]) for index in range(len(given)))
+
+    yield replaced(muon, "at_owners", each_its_own)
