@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ import torch
 
 from colossus.checkpoints.announce import announce
 from colossus.checkpoints.commit import collected, commit
-from colossus.checkpoints.format import Entry, Key, checkpoints_folder
+from colossus.checkpoints.format import (
+    COMMITTED,
+    MANIFEST,
+    Entry,
+    Key,
+    checkpoints_folder,
+    committed_line,
+)
 from colossus.checkpoints.shards import Shard
 from colossus.checkpoints.write import write_shards
 from colossus.cuts import Cut, box_at
@@ -70,3 +78,15 @@ def parts_of(tensor: torch.Tensor, cuts: tuple[Cut, ...], num: int) -> list[list
         values = tensor[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))]
         found[entry.writer(places)].append(Shard(entry, box[0], values))
     return found
+
+
+def sign(path: Path, manifest: bytes, serial: int = 1) -> None:
+    """Commits a checkpoint whose manifest a test has written."""
+    (path / MANIFEST).write_bytes(manifest)
+    (path / COMMITTED).write_text(committed_line(serial, manifest))
+
+
+def tree_of(path: Path) -> dict[str, Any]:
+    """The manifest as JSON has it."""
+    tree: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
+    return tree

@@ -12,8 +12,8 @@ import pytest
 
 from colossus.checkpoints.copy import copy_checkpoint
 from colossus.checkpoints.find import verify
-from colossus.checkpoints.format import committed_line
 from colossus.checkpoints.load import DamagedCheckpoint, newest_whole, open_checkpoint
+from tests.checkpoints.samples import sign, tree_of
 
 Tree = dict[str, Any]
 
@@ -23,16 +23,6 @@ def path(tmp_path: Path) -> Path:
     there = tmp_path / "run" / "checkpoints" / "step-00000007"
     shutil.copytree(Path(__file__).parent / "fixtures" / "step-00000007", there)
     return there
-
-
-def sign(path: Path, data: bytes) -> None:
-    (path / "manifest.json").write_bytes(data)
-    (path / "COMMITTED").write_text(committed_line(3, data))
-
-
-def tree_of(path: Path) -> Tree:
-    tree: Tree = json.loads((path / "manifest.json").read_bytes())
-    return tree
 
 
 def w(tree: Tree) -> Tree:
@@ -117,7 +107,7 @@ CHANGES: dict[str, Callable[[Tree], Any]] = {
 def test_a_manifest_that_no_save_writes(case: str, path: Path) -> None:
     tree = tree_of(path)
     CHANGES[case](tree)
-    sign(path, json.dumps(tree).encode())
+    sign(path, json.dumps(tree).encode(), serial=3)
     for act in (open_checkpoint, verify):
         with pytest.raises(DamagedCheckpoint) as caught:
             act(path)

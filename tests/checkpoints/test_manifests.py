@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from colossus.checkpoints.find import latest, verify
-from colossus.checkpoints.format import committed_line, is_committed
+from colossus.checkpoints.format import is_committed
 from colossus.checkpoints.index import Index, decode_index, encode_index, split
 from colossus.checkpoints.load import DamagedCheckpoint, newest_whole, open_checkpoint
 from colossus.checkpoints.save import Saver
 from colossus.errors import UserError
 from colossus.generation.load import open_weights
 from colossus.models.hf.header import TYPES
+from tests.checkpoints.samples import sign, tree_of
 
 Tree = dict[str, Any]
 
@@ -32,16 +33,6 @@ def path(tmp_path: Path) -> Path:
     with Saver(tmp_path / "run") as saver:
         saver.save(1, {("w", "weight"): torch.ones(40, 5), ("n", "buffer"): torch.tensor(1)}, {"step": 1})
     return tmp_path / "run" / "checkpoints" / "step-00000001"
-
-
-def sign(path: Path, data: bytes, serial: int = 1) -> None:
-    (path / "manifest.json").write_bytes(data)
-    (path / "COMMITTED").write_text(committed_line(serial, data))
-
-
-def tree_of(path: Path) -> Tree:
-    tree: Tree = json.loads((path / "manifest.json").read_bytes())
-    return tree
 
 
 def w(tree: Tree) -> Tree:
