@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from colossus.errors import UserError
+from colossus.errors import MachineError, UserError
 from colossus.planner.choice import Choice
 from colossus.planner.estimate import Problem
 from colossus.planner.search import Found
@@ -29,7 +29,7 @@ class Answer:
 
 
 Ask = Callable[[Problem, Choice], Answer]
-"""Raises `UserError` where the program can't be run so."""
+"""Raises `UserError` where the program can't be run so, `MachineError` where this machine can't."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def confirmed(found: Found, problem: Problem, ask: Ask) -> tuple[Found, Confirme
     for index, choice in enumerate(found.choices):
         try:
             answer = ask(problem, choice)
-        except UserError as error:
+        except (UserError, MachineError) as error:
             return found, Confirmed(refused=tuple(refused), why=str(error))
         if answer.fits:
             left = replace(found, choices=found.choices[index:])

@@ -9,7 +9,7 @@ import pytest
 
 import colossus
 from colossus.cli import main
-from colossus.errors import UserError
+from colossus.errors import MachineError, UserError
 from colossus.job import load_job
 from colossus.planner.choice import Choice
 from colossus.planner.confirm import Answer, Confirmed, confirmed
@@ -49,9 +49,12 @@ def test_where_none_fits_all_are_shown_and_it_is_said(found: tuple[Found, Proble
     assert left == whole and said.none_fits and len(said.refused) == len(whole.choices)
 
 
-def test_what_cannot_be_run_dry_is_planned_by_formulas(found: tuple[Found, Problem]) -> None:
+@pytest.mark.parametrize("kind", [UserError, MachineError])
+def test_what_cannot_be_run_dry_is_planned_by_formulas(
+    kind: type[Exception], found: tuple[Found, Problem]
+) -> None:
     def fails(problem: Problem, choice: Choice) -> Answer:
-        raise UserError("a module that cannot be traced")
+        raise kind("a module that cannot be traced")
 
     whole, problem = found
     left, said = confirmed(whole, problem, fails)
