@@ -24,6 +24,11 @@ def command() -> list[str]:
     return [sys.executable, "-S", "-P", "-m", "colossus.checkpoints.commit"]
 
 
+def environment() -> dict[str, str]:
+    """Where it finds this package: without `site` no installed one is seen."""
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+
 class Ended(MachineError):
     """The process ended without an answer: nobody but the storage knows what became of its order."""
 
@@ -76,11 +81,10 @@ class Committer:
 
     def _start(self) -> None:
         self.close()
-        path = str(Path(__file__).parents[2])
         try:
             self._process = subprocess.Popen(
                 command(),
-                env=os.environ | {"PYTHONPATH": path},
+                env=environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,

@@ -14,7 +14,7 @@ import torch
 
 from colossus.checkpoints.announce import announce, announce_failure, take_back
 from colossus.checkpoints.commit import Order, collected, commit, merge
-from colossus.checkpoints.committer import Committer, command
+from colossus.checkpoints.committer import Committer, command, environment
 from colossus.checkpoints.format import DamagedCheckpoint, Entry, Key, group_name, group_size
 from colossus.checkpoints.index import DONE, Index, Row
 from colossus.checkpoints.load import latest, open_checkpoint, verify
@@ -191,7 +191,7 @@ def test_where_training_has_ended_nothing_is_committed(when: str, tmp_path: Path
     done = subprocess.run(
         command(),
         input=json.dumps(asdict(order)) + "\n",
-        cwd=Path(__file__).parents[2],
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=30,
@@ -205,8 +205,7 @@ def test_it_imports_no_torch() -> None:
     script = "import colossus.checkpoints.commit, sys; print({'torch', 'numpy', 'pydantic'} & {*sys.modules})"
     done = subprocess.run(
         [*command()[:-2], "-c", script],
-        cwd=Path(__file__).parents[2],
-        env={"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,
