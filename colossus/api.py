@@ -210,19 +210,19 @@ def start(
     resolved: called with the job that everything is filled in of, before anything is built.
     """
     from colossus.launcher.started import check_started, first_rank_prepares, is_first_rank
+    from colossus.trainer.run import Run
 
-    def prepare(attempts: Attempts) -> tuple[Job, Path]:
+    def prepare(attempts: Attempts) -> tuple[Job, Path, bool]:
         job, follow = load()  # a mistake is told before anything heavy is imported
-        return _prepare(job, follow, hooks, attempts, trust_code, progress, resolved)
+        job, folder = _prepare(job, follow, hooks, attempts, trust_code, progress, resolved)
+        return job, folder, Run(folder).outcome == "finished"
 
     check_started()
-    with first_rank_prepares(prepare) as (job, folder):
+    with first_rank_prepares(prepare) as (job, folder, is_finished):
         from colossus.launcher.local import launch
         from colossus.monitor.log import LogText
         from colossus.monitor.report import has_report, write_report
-        from colossus.trainer.run import Run
 
-        is_finished = Run(folder).outcome == "finished"
         if not is_finished:
             launch(job, folder, hooks, [LogText(folder).show, *listeners])
         if is_first_rank() and not (is_finished and has_report(folder)):

@@ -17,12 +17,12 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import stage as pipelining
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from colossus.dryrun.apart import AFTER_GRADS, Apart
 from colossus.dryrun.tracer import Section, Tracer, Use
 from colossus.models import Decoder
 from colossus.perf.parts import layer_kinds
@@ -81,13 +81,15 @@ class Halves:
 @dataclass(frozen=True)
 class Seen:
     """What one kind of layer did. backward: where its parameters have no gradient yet, and where what it
-    gives is added to one. left: bytes that wait for the backward pass, by use; keeps: of what it was given,
-    which waits too."""
+    gives is added to one. gradients, of_apart: those that it gives, the latter of weights that are sharded
+    apart. left: bytes that wait for the backward pass, by use; keeps: of what it was given, which waits
+    too."""
 
     forward: Section
     backward: tuple[Section, Section]
     outputs: tuple[Like | None, ...]
     gradients: tuple[Like | None, ...]  # of x and of each parameter
+    of_apart: tuple[Like | None, ...]
     left: dict[Use, int]
     keeps: tuple[bool, ...]
     halves: Halves | None = None
@@ -102,12 +104,11 @@ class Replay:
         self._known: dict[Any, Seen] = {}
 
     def of(self, model: Decoder) -> None:
-        """Lets the layers of `model` stand for each other, but for those that hold weights sharded apart."""
+        """Lets the layers of `model` stand for each other."""
         kinds = {layer: kind for kind, layers in layer_kinds(model.arch).items() for layer in layers}
         for name, layer in model.layers.named_children():
-            if not any(isinstance(m, FSDPModule) for m in layer.modules() if m is not layer):
-                kind = (kinds[int(name)], type(layer).__name__)
-                layer.forward = partial(self._stand_in, layer, layer.forward, kind)  # type: ignore[method-assign]
+            kind, apart = (kinds[int(name)], type(layer).__name__), Apart(layer, self.tracer)
+            layer.forward = partial(self._stand_in, layer, layer.forward, kind, apart)  # type: ignore[method-assign]
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -130,24 +131,31 @@ class Replay:
         layer: nn.Module,
         forward: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
         kind: Any,
+        apart: Apart,
         x_BTD: torch.Tensor,
         *args: Any,
     ) -> tuple[torch.Tensor | None, ...]:
         if not torch.is_grad_enabled():
             return forward(x_BTD, *args)
-        parameters = list(layer.parameters())
+        others = {id(weight) for weight in apart.all()}
+        parameters = [p for p in layer.parameters() if id(p) not in others]
         key = (kind, tuple(x_BTD.shape), x_BTD.dtype, tuple(tuple(p.shape) for p in parameters))
         if key not in self._known:
-            self._known[key] = self._watch(forward, parameters, x_BTD, args)
-        return _Ghost.apply(self._known[key], self, args, x_BTD, *parameters)
+            self._known[key] = self._watch(forward, parameters, apart, x_BTD, args)
+        return _Ghost.apply(self._known[key], self, apart, args, x_BTD, *parameters)
 
     def _watch(
-        self, forward: Callable[..., Any], parameters: list[nn.Parameter], x_BTD: torch.Tensor, args: Any
+        self,
+        forward: Callable[..., Any],
+        parameters: list[nn.Parameter],
+        apart: Apart,
+        x_BTD: torch.Tensor,
+        args: Any,
     ) -> Seen:
         """Of a layer that is called on its own: once where its parameters have no gradient, and once more."""
         before = [parameter.grad for parameter in parameters]
-        alone = _Alone(self.tracer, forward, parameters, x_BTD, args)
-        with self.tracer.aside():
+        alone = _Alone(self.tracer, forward, parameters, apart, x_BTD, args)
+        with self.tracer.aside(), apart.watched():
             alone.drop_gradients()
             seen, again = alone.whole(), alone.whole()
             seen = replace(seen, backward=(seen.backward[0], again.backward[0]))
@@ -169,11 +177,12 @@ class _Alone:
         tracer: Tracer,
         forward: Callable[..., Any],
         parameters: list[nn.Parameter],
+        apart: Apart,
         x_BTD: torch.Tensor,
         args: Any,
     ) -> None:
         self._tracer, self._function, self._parameters = tracer, forward, parameters
-        self._x_BTD, self._args = x_BTD, args
+        self._apart, self._x_BTD, self._args = apart, x_BTD, args
 
     def drop_gradients(self) -> None:
         for parameter in self._parameters:
@@ -187,22 +196,27 @@ class _Alone:
             outputs[0].register_hook(lambda _: backwards.append(stack.enter_context(self._tracer.section())))
             beyond = outputs[0] * 1  # so that the gradient is PyTorch's own: ours would be held by Python
             beyond.backward(torch.empty_like(beyond))
-        return Seen(
+        self._apart.without_sums(backwards[0].spans)
+        seen = Seen(
             forwards,
             (backwards[0], backwards[0]),
             tuple(Like.of(tensor) for tensor in outputs),
             tuple(Like.of(tensor.grad) for tensor in (leaf, *self._parameters)),
+            tuple(Like.of(weight.grad) for weight in self._apart.weights()),
             left,
             keeps,
         )
+        self._apart.forget_gradients()
+        return seen
 
     def halves(self) -> Halves:
         """A backward pass as PyTorch's pipelines take it in two."""
         leaf, outputs, _, left, _ = self._forwards()
+        parameters: list[Any] = [*self._parameters, *self._apart.weights()]
         grad = torch.empty_like(outputs[0])
         given, num_bytes = self._tracer.key(grad), grad.untyped_storage().nbytes()
         with self._tracer.section() as inputs:
-            _, groups = stage_backward_input([outputs[0]], [grad], [leaf], iter(self._parameters))
+            _, groups = stage_backward_input([outputs[0]], [grad], [leaf], iter(parameters))
             del grad
         waiting = Counter(left)
         waiting.update(inputs.after)
@@ -212,7 +226,8 @@ class _Alone:
             waiting.subtract({"backward": num_bytes})
         del outputs
         with self._tracer.section() as weights:
-            stage_backward_weight(iter(self._parameters), groups)
+            stage_backward_weight(iter(parameters), groups)
+        self._apart.forget_gradients()
         return Halves(inputs, (weights, weights), dict(+waiting))
 
     def _forwards(self) -> tuple[torch.Tensor, Any, Section, dict[Use, int], tuple[bool, ...]]:
@@ -238,11 +253,17 @@ class _Ghost(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, seen: Seen, replay: Replay, args: Any, x: torch.Tensor, *parameters: torch.Tensor
+        ctx: Any,
+        seen: Seen,
+        replay: Replay,
+        apart: Apart,
+        args: Any,
+        x: torch.Tensor,
+        *parameters: torch.Tensor,
     ) -> Any:
         tracer = replay.tracer
-        tracer.again(seen.forward)
-        ctx.seen, ctx.replay, ctx.parameters = seen, replay, parameters
+        tracer.again(seen.forward, apart.act)
+        ctx.seen, ctx.replay, ctx.apart, ctx.parameters = seen, replay, apart, parameters
         ctx.left = [t for t, keeps in zip(tree_leaves((x, *args)), seen.keeps, strict=True) if keeps]
         ctx.waiting = _held(tracer, seen.left)
         with tracer.unseen():
@@ -256,21 +277,29 @@ class _Ghost(torch.autograd.Function):
         seen, tracer, half = ctx.seen, ctx.replay.tracer, ctx.replay.half
         of_x, *of_parameters = seen.gradients
         is_added = any(parameter.grad is not None for parameter in ctx.parameters)
+
+        def act(mark: Any) -> None:
+            if half is None and mark[0] == AFTER_GRADS:
+                ctx.apart.give(seen.of_apart)
+            ctx.apart.act(mark)
+
         if half == "inputs":
-            tracer.again(seen.halves.inputs)
+            tracer.again(seen.halves.inputs, act)
             ctx.waiting = _held(tracer, seen.halves.left)
             with tracer.unseen():
-                return None, None, None, of_x.make(), *(None for _ in of_parameters)
-        tracer.again(seen.halves.weights[is_added] if half == "weights" else seen.backward[is_added])
+                return None, None, None, None, of_x.make(), *(None for _ in of_parameters)
+        tracer.again(seen.halves.weights[is_added] if half == "weights" else seen.backward[is_added], act)
         ctx.left, ctx.waiting = [], []
         with tracer.unseen():  # PyTorch still holds the gradient of what the layer gave
             if half is None:
-                return None, None, None, *(None if like is None else like.make() for like in seen.gradients)
+                gradients = (None if like is None else like.make() for like in seen.gradients)
+                return None, None, None, None, *gradients
+            ctx.apart.give(seen.of_apart)
             for parameter, like in zip(ctx.parameters, of_parameters, strict=True):
                 if parameter.grad is None and like is not None:
                     parameter.grad = like.make()
             outlines = (None if like is None else like.outline() for like in of_parameters)
-            return None, None, None, None, *outlines
+            return None, None, None, None, None, *outlines
 
 
 def _held(tracer: Tracer, num_bytes: dict[Use, int]) -> list[torch.Tensor]:

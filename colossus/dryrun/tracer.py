@@ -38,15 +38,34 @@ class Moment:
 
 
 @dataclass
-class Section:
-    """What was done from one point of the program to another, memory against that at its begin: high is the
-    most, and high_by_use what it was for; after is what was left at the end."""
+class Span:
+    """A part of a section, memory against that at the section's begin: high is the most, and high_by_use what
+    it was for. mark: what the program comes to at its end; None at the last's."""
 
     high: int = 0
     high_by_use: Counter[Use] = field(default_factory=Counter)
-    after: Counter[Use] = field(default_factory=Counter)
     work: list[Work] = field(default_factory=list)
     host_reads: Counter[str] = field(default_factory=Counter)
+    mark: Any = None
+
+
+@dataclass
+class Section:
+    """What was done from one point of the program to another; after: the memory that was left at its end."""
+
+    spans: list[Span] = field(default_factory=list)
+    after: Counter[Use] = field(default_factory=Counter)
+
+
+@dataclass
+class _Open:
+    """A section that goes on, and its last span: what was there at the begin of each."""
+
+    section: Section
+    now: int
+    by_use: Counter[Use]
+    num_done: int
+    host_reads: Counter[str]
 
 
 class Tracer(TorchDispatchMode):
@@ -70,7 +89,7 @@ class Tracer(TorchDispatchMode):
         self._live: dict[int, tuple[int, Use]] = {}
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._paused, self._looks = 0, True
-        self._section: tuple[Section, int, Counter[Use]] | None = None
+        self._open: _Open | None = None
 
     def __torch_dispatch__(
         self,
@@ -183,24 +202,41 @@ class Tracer(TorchDispatchMode):
     @contextmanager
     def section(self) -> Iterator[Section]:
         """What is done within."""
-        assert self._section is None, "sections lie beside each other"
-        section, by_use = Section(), Counter(self.by_use)
-        reads, done = Counter(self.host_reads), len(self.done)
-        self._section = section, self.now, by_use
+        assert self._open is None, "sections lie beside each other"
+        section, by_use = Section([Span()]), Counter(self.by_use)
+        self._open = _Open(section, self.now, by_use, len(self.done), Counter(self.host_reads))
         try:
             yield section
         finally:
-            self._section = None
+            self._end_span(None)
+            self._open = None
         section.after = _minus(self.by_use, by_use)
-        section.host_reads = _minus(self.host_reads, reads)
-        section.work = [work for _, work in self.done[done:]]
 
-    def again(self, section: Section) -> None:
-        """The same is done once more; what it leaves is made by who calls this, within `unseen`."""
-        self._reach(self.now + section.high, section.high_by_use)
-        self.host_reads.update(section.host_reads)
-        for work in section.work:
-            self._did(work)
+    def mark(self, what: Any) -> None:
+        """Within a section: the program comes to this."""
+        section = self._end_span(what)
+        section.spans.append(Span())
+
+    def _end_span(self, mark: Any) -> Section:
+        begun = self._open
+        assert begun is not None, "no section goes on"
+        span = begun.section.spans[-1]
+        span.host_reads = _minus(self.host_reads, begun.host_reads)
+        span.work = [work for _, work in self.done[begun.num_done :]]
+        span.mark = mark
+        begun.num_done, begun.host_reads = len(self.done), Counter(self.host_reads)
+        return begun.section
+
+    def again(self, section: Section, at: Callable[[Any], None]) -> None:
+        """The same is done once more, and `at` what it comes to; what it leaves is made by who calls this,
+        within `unseen`."""
+        for span in section.spans:
+            self._reach(self.now + span.high, span.high_by_use)
+            self.host_reads.update(span.host_reads)
+            for work in span.work:
+                self._did(work)
+            if span.mark is not None:
+                at(span.mark)
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
@@ -233,7 +269,8 @@ class Tracer(TorchDispatchMode):
 
     def use_of(self, tensor: torch.Tensor) -> dict[Use, int]:
         """What the memory of a tensor is for, and its bytes."""
-        num_bytes, use = self._live[tensor.untyped_storage()._cdata]
+        here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        num_bytes, use = self._live[self.key(here)]
         return {use: num_bytes}
 
     def forget(self) -> None:
@@ -291,11 +328,11 @@ class Tracer(TorchDispatchMode):
 
     def _reach(self, now: int, more: Counter[Use] | None) -> None:
         """So much lives, or will for a moment: `more` than what is known of."""
-        if self._section is not None:
-            section, start, by_use = self._section
-            if now - start > section.high:
+        if self._open is not None:
+            span = self._open.section.spans[-1]
+            if now - self._open.now > span.high:
                 assert more is None
-                section.high, section.high_by_use = now - start, _minus(self.by_use, by_use)
+                span.high, span.high_by_use = now - self._open.now, _minus(self.by_use, self._open.by_use)
         if self._looks:
             at = self.at.in_phase(self.phase)
             most = self.lived.get(at, (0, 0))[0]

@@ -18,7 +18,7 @@ from colossus.data.loader import Batch, Batches
 from colossus.data.order import BatchSchedule, Phase
 from colossus.data.sources import TrainingData
 from colossus.derive import choose_for_machine
-from colossus.errors import MachineError, UserError
+from colossus.errors import MachineError
 from colossus.events import EventLog, Listener, read_events
 from colossus.generation.load import open_weights
 from colossus.job import Job
@@ -37,6 +37,8 @@ from colossus.trainer.horizon import Deadline, Horizon
 from colossus.trainer.saved import decisions_among, saved_decisions
 from colossus.trainer.shares import decide_shares
 from colossus.trainer.state import TrainState
+from colossus.trainer.storage import check_same_data, check_shared
+from colossus.trainer.together import on_every_rank, on_first_rank
 
 if TYPE_CHECKING:
     from colossus.trainer.hooks import Hook
@@ -105,6 +107,7 @@ class Training:
                 World.join(job.layout, job.fleet.device, experts=job.model.experts is not None)
             )
             on_first_rank(world, lambda: stack.enter_context(locked(folder)))
+            check_shared(folder, world)
             log = EventLog(folder, listeners=listeners) if world.rank == 0 else None
             if log is not None:
                 stack.callback(log.close)
@@ -129,6 +132,7 @@ class Training:
             schedule = BatchSchedule(job.run.batch_schedule)
             running = next((d.value for d in reversed([*decisions]) if d.name == "phases"), None)
             data = TrainingData.open(job, schedule, running)
+            check_same_data(data, job.data.folder, world)
             on_every_rank(world, lambda: data.verify(world.rank, world.size))
             phases = [asdict(phase) for phase in data.phases]
             if running is None:
@@ -410,30 +414,3 @@ def _settle_machine(job: Job, decisions: Decisions, step: int, world: World, log
     torch.set_num_threads(chosen["threads"])
     changed = {name: chosen[key] for key, name in fields.items() if job.get(name) != chosen[key]}
     return job.put(changed, "derived")
-
-
-def on_every_rank(world: World, act: Callable[[], Any]) -> None:
-    """Runs `act`, which must not wait for other ranks, on each; raises the first error on every rank."""
-    error: Exception | None = None
-    try:
-        act()
-    except (UserError, MachineError) as raised:
-        error = raised
-    error = world.first_error(error)
-    if error is not None:
-        raise error
-
-
-def on_first_rank(world: World, act: Callable[[], Any]) -> None:
-    """Runs `act` on rank 0, which may take as long as it needs, and raises its error on every rank."""
-    error: Exception | None = None
-    try:
-        if world.rank == 0:
-            act()
-    except (UserError, MachineError) as raised:
-        error = raised
-    finally:
-        world.after_first()
-    error = world.broadcast(error)
-    if error is not None:
-        raise error

@@ -59,7 +59,7 @@ class Listener(Tracer):
 def really(job: Job) -> Done:
     """As this rank of real ones."""
     with World.join(job.layout, "cpu", experts=job.model.experts is not None) as world:
-        state, batch = TrainState.build(job, world), _batch(job)
+        state, batch = TrainState.build(job, world), batch_of(job)
         train_step(state, batch, batch.num_tokens_global, 1.0, job, world)
         with Listener(flop_counter().flop_registry) as heard:
             train_step(state, batch, batch.num_tokens_global, 1.0, job, world)
@@ -74,7 +74,7 @@ def really(job: Job) -> Done:
 
 
 def dry(job: Job, rank: int, **more: Any) -> Traced:
-    batch = _batch(job)
+    batch = batch_of(job)
     return trace(job, rank, len(batch.tokens_BT), seq_len=job.data.seq_len, **more)
 
 
@@ -85,7 +85,7 @@ def allocated(job: Job, rank: int) -> tuple[int, int]:
         seen = stack.enter_context(profile(activities=[ProfilerActivity.CPU], profile_memory=True))
         state = TrainState.build(job, world)
         for _ in range(2):
-            batch = _batch(job)
+            batch = batch_of(job)
             with torch.profiler.record_function("step"):
                 train_step(state, batch, batch.num_tokens_global, 1.0, job, world)
         del batch
@@ -99,7 +99,7 @@ def allocated(job: Job, rank: int) -> tuple[int, int]:
     return most, now
 
 
-def _batch(job: Job) -> Batch:
+def batch_of(job: Job) -> Batch:
     rows = job.run.global_batch // job.layout.dp
     tokens_BT = torch.zeros(rows, job.data.seq_len, dtype=torch.int64)
     everywhere = tokens_BT.numel() * job.layout.dp

@@ -13,11 +13,13 @@ from colossus.errors import UserError
 from colossus.events import read_events
 from tests.cli.commands import colossus as run_command
 from tests.cli.test_train import small_words
+from tests.trainer.running import kept_machine
 
 
 def test_what_a_run_measured_stands_beside_what_was_predicted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLOSSUS_CACHE", kept_machine())  # to measure the machine takes memory, too
     words = [*small_words(tmp_path), "run.steps=6", "layout.compile=false", "model.hidden_size=128"]
     done = run_command(*words)  # in a process of its own: its memory is the run's alone
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from colossus.layout import Layout
 from colossus.parallel import meeting
 from colossus.parallel import world as worlds
 from colossus.parallel.world import World, leave
-from colossus.trainer.training import on_first_rank
+from colossus.trainer.together import on_first_rank
 from tests.parallel.real_ranks import in_ranks
 
 LAYOUTS = [{"dp_replicate": 1, "dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 1}]

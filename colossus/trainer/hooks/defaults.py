@@ -8,6 +8,7 @@ from colossus import named
 from colossus.errors import UserError
 from colossus.job import Job
 from colossus.trainer.hooks import Hook
+from colossus.trainer.hooks.collect import Collect
 from colossus.trainer.hooks.compile import Compile
 from colossus.trainer.hooks.guard import Guard
 from colossus.trainer.hooks.log import Log
@@ -21,7 +22,8 @@ def with_defaults(job: Job, hooks: Sequence[Hook]) -> list[Hook]:
     """The user's hooks among those of every run. At the end: save, validate, write a sample; then the user's
     hooks, which find all of that done; then the end of the log."""
     named_hooks = [_made(name) for name in job.run.hooks]
-    return [StopOnSignal(), Compile(), Log(), Guard(), *named_hooks, *hooks, Sample(), Validate(), Save()]
+    own = [StopOnSignal(), Collect(), Compile(), Log(), Guard()]
+    return [*own, *named_hooks, *hooks, Sample(), Validate(), Save()]
 
 
 def _made(name: str) -> Hook:

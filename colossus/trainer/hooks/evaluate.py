@@ -16,7 +16,8 @@ from colossus.generation import generate
 from colossus.models import Decoder
 from colossus.trainer.hooks import Hook
 from colossus.trainer.step import StepResult
-from colossus.trainer.training import Stopped, Training, on_first_rank
+from colossus.trainer.together import on_first_rank
+from colossus.trainer.training import Stopped, Training
 
 MEGABYTES = 0.1  # of each corpus that are scored every time where nothing is said
 
