@@ -19,6 +19,7 @@ from torch.utils import checkpoint
 
 from colossus import optim
 from colossus.data.loader import Batch
+from colossus.dryrun import attention
 from colossus.dryrun.fake import fake_world
 from colossus.dryrun.refused import refusals
 from colossus.dryrun.replay import Replay
@@ -89,12 +90,14 @@ def trace(job: Job, rank: int, num_rows: int, seq_len: int, *, replay: bool = Tr
     """
     began = time.perf_counter()
     job = _as_traced(job)
-    tracer = Tracer(flop_counter().flop_registry)
+    tracer = Tracer(flop_counter(attention.FLOPS).flop_registry)
     replayed = Replay(tracer, in_halves=job.layout.schedule in ZERO_BUBBLE)
     with fake_world(job, rank) as world, ExitStack() as stack:
         model = transformed(job, world)
         stack.enter_context(_told(tracer))
         stack.enter_context(replayed.told())
+        if job.fleet.device == "cuda":
+            stack.enter_context(attention.as_on_gpu())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(tracer)
         with tracer.of("weights"):

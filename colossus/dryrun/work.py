@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 import colossus.models.grouped  # noqa: F401 (makes the operators)
+from colossus.dryrun import attention
 
 aten, ours = torch.ops.aten, torch.ops.colossus
 Side = Literal["forward", "backward", "weights"]
@@ -133,4 +134,8 @@ _SHAPES: dict[Any, Callable[..., Shape]] = {
     ours.grouped_outer_product: _grouped_outer,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    **{
+        operator: _attention_backward if operator.__name__.endswith("_backward") else _attention
+        for operator in attention.FLOPS
+    },
 }

@@ -136,9 +136,9 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.reserve(tokens_BT.shape[1])
         if self.whole is None:
-            seen = sight(arch, tokens_BT, documents_BT, cache, exact)
+            seen = sight(arch, tokens_BT, documents_BT, cache, exact, hardware=self.hardware)
         else:
-            seen = self.whole.sight(arch, tokens_BT, documents_BT, exact)
+            seen = self.whole.sight(arch, tokens_BT, documents_BT, exact, self.hardware)
             tokens_BT = self.whole.own(tokens_BT)
         seen = seen._replace(fused=self.fused_attention)
         if self.is_first:

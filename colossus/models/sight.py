@@ -77,10 +77,11 @@ def sight(
     cache: KVCache | None,
     dtype: torch.dtype,
     of: torch.Tensor | None = None,
+    hardware: str | None = None,
 ) -> Sight:
     """Of tokens that follow those of `cache`. documents_BT: see `Decoder.forward`. dtype: of rotations.
 
-    of: the positions of those tokens alone whose sight it is, [T]; None: of all.
+    of: the positions of those tokens alone whose sight it is, [T]; None: of all. hardware: see `Decoder`.
     """
     assert cache is None or documents_BT is None, "packed documents have no cache"
     stand = positions(tokens_BT, cache) if of is None else of
@@ -89,7 +90,7 @@ def sight(
     temperature = None
     if arch.attention_temperature_len is not None:
         temperature = temperatures(stand, arch.attention_temperature_len)
-    if _takes_blocks(arch, num_keys, stand.device, cache, dtype):
+    if _takes_blocks(arch, num_keys, hardware or stand.device.type, cache, dtype):
         visible_BT = None if arch.pad_token is None else tokens_BT != arch.pad_token
         return Sight(
             stand, turned, *_masks_by_blocks(arch, visible_BT, documents_BT, stand, num_keys), temperature
@@ -103,10 +104,10 @@ def sight(
 
 
 def _takes_blocks(
-    arch: Architecture, num_keys: int, device: torch.device, cache: KVCache | None, dtype: torch.dtype
+    arch: Architecture, num_keys: int, device: str, cache: KVCache | None, dtype: torch.dtype
 ) -> bool:
     """Not behind a cache, where each prompt has a length of its own; nor in float64, which no kernel has."""
-    return attends_by_blocks(arch, num_keys, device.type) and cache is None and dtype != torch.float64
+    return attends_by_blocks(arch, num_keys, device) and cache is None and dtype != torch.float64
 
 
 def _masks_by_blocks(

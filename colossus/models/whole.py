@@ -35,7 +35,12 @@ class Whole(Protocol):
         ...
 
     def sight(
-        self, arch: Architecture, tokens_BT: torch.Tensor, documents_BT: Maybe, dtype: torch.dtype
+        self,
+        arch: Architecture,
+        tokens_BT: torch.Tensor,
+        documents_BT: Maybe,
+        dtype: torch.dtype,
+        hardware: str | None = None,
     ) -> Sight:
         """As `models.sight.sight`, of this rank's tokens."""
         ...

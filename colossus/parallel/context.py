@@ -50,11 +50,16 @@ class Gathered:
         return torch.cat([blocks[place] for place in self._places], dim=dim)
 
     def sight(
-        self, arch: Architecture, tokens_BS: torch.Tensor, documents: Maybe, dtype: torch.dtype
+        self,
+        arch: Architecture,
+        tokens_BS: torch.Tensor,
+        documents: Maybe,
+        dtype: torch.dtype,
+        hardware: str | None = None,
     ) -> Sight:
         """With masks [..., T, S] of this rank's T tokens over all S."""
         of = self.own(torch.arange(tokens_BS.shape[1], device=tokens_BS.device), 0)
-        return sight(arch, tokens_BS, documents, None, dtype, of)._replace(context=self)
+        return sight(arch, tokens_BS, documents, None, dtype, of, hardware)._replace(context=self)
 
     def attend(
         self,
@@ -111,10 +116,15 @@ class Ulysses:
         return gather(x, self.group, dim)
 
     def sight(
-        self, arch: Architecture, tokens_BS: torch.Tensor, documents: Maybe, dtype: torch.dtype
+        self,
+        arch: Architecture,
+        tokens_BS: torch.Tensor,
+        documents: Maybe,
+        dtype: torch.dtype,
+        hardware: str | None = None,
     ) -> Sight:
         """Rotations of this rank's tokens; masks of all, [..., S, S]."""
-        seen = sight(arch, tokens_BS, documents, None, dtype)
+        seen = sight(arch, tokens_BS, documents, None, dtype, hardware=hardware)
         turned = None if seen.rotations is None else self.own(seen.rotations, -2)
         return seen._replace(positions=self.own(seen.positions, -1), rotations=turned, context=self)
 

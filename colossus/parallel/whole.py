@@ -59,11 +59,16 @@ class RankShare:
         return x_BT if self.context is None else self.context.own(x_BT)
 
     def sight(
-        self, arch: Architecture, tokens_BT: torch.Tensor, documents_BT: Maybe, dtype: torch.dtype
+        self,
+        arch: Architecture,
+        tokens_BT: torch.Tensor,
+        documents_BT: Maybe,
+        dtype: torch.dtype,
+        hardware: str | None = None,
     ) -> Sight:
         if self.context is None:
-            return sight(arch, tokens_BT, documents_BT, None, dtype)
-        return self.context.sight(arch, tokens_BT, documents_BT, dtype)
+            return sight(arch, tokens_BT, documents_BT, None, dtype, hardware=hardware)
+        return self.context.sight(arch, tokens_BT, documents_BT, dtype, hardware)
 
     def all_logits(self, logits_BTV: torch.Tensor) -> torch.Tensor:
         logits_BTV = gather(logits_BTV, self._tp, -1)
