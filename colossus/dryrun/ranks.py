@@ -14,14 +14,13 @@ from colossus.errors import UserError
 from colossus.hardware.catalogue import Accelerator
 from colossus.hardware.fleets import Hardware
 from colossus.job import Job
-from colossus.layout import check
+from colossus.layout import ONE_STAGE, check
 from colossus.parallel.mesh import Place
 from colossus.perf.corrections import Corrections
 from colossus.planner.columns import Layouts
 from colossus.planner.memory import TALKING, memory, reserved_bytes
 
 AFFINE = ("1f1b", "interleaved_1f1b")  # schedules in which each further micro batch adds the same
-FEW = 5  # times the stages: micro batches up to which a step is traced whole
 
 
 @dataclass(frozen=True)
@@ -217,10 +216,16 @@ def rows_of(job: Job, kind: Kind) -> list[int]:
     layout = job.layout.of_replica(kind.replica)
     micro_batch, stages = layout.micro_batch, layout.pp
     many = -(-kind.num_rows // micro_batch)
-    if many <= FEW * stages or (layout.schedule not in AFFINE and stages > 1):
+    pipelined = stages > 1
+    if pipelined and layout.schedule not in AFFINE:
         return [kind.num_rows]
-    # As many beyond whole rounds of the pipeline as there are: interleaved schedules ask for that.
-    return [(rounds * stages + many % stages) * micro_batch for rounds in (FEW - 2, FEW - 1)]
+    # From how many rounds of the pipeline on all is begun that there will be: a stage's first gradient is
+    # there, and all that waits; interleaved schedules begin with up to two rounds more.
+    least = 2 if not pipelined else 1 if layout.schedule in ONE_STAGE else 3
+    if many <= (2 * least + 1) * stages:  # two steps take no less
+        return [kind.num_rows]
+    # As many beyond whole rounds as there are: interleaved schedules ask for that.
+    return [(rounds * stages + many % stages) * micro_batch for rounds in (least, least + 1)]
 
 
 def _judged(job: Job, hardware: Hardware, kind: Kind, steps: Sequence[Traced]) -> Judged:
