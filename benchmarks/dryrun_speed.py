@@ -42,7 +42,7 @@ QUICK = ["model=llama3.2-1b", "fleet=dgx-h100-1", "layout.pp=2", "layout.tp=2", 
 
 
 def alone(found: DryRun) -> tuple[float, int]:
-    """(seconds, the most bytes that are resident) of the slowest kind, in a process that does nothing else."""
+    """(seconds, the most bytes that are resident) of the slowest kind, in a process of its own."""
     slowest = max(found.ranks, key=lambda judged: judged.traced.seconds)
     seq_len = max(length for _, _, length in found.job.shapes())
     steps = [(found.job, slowest.kind.rank, rows, seq_len) for rows in rows_of(found.job, slowest.kind)]

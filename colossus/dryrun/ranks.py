@@ -216,16 +216,16 @@ def rows_of(job: Job, kind: Kind) -> list[int]:
     layout = job.layout.of_replica(kind.replica)
     micro_batch, stages = layout.micro_batch, layout.pp
     many = -(-kind.num_rows // micro_batch)
-    pipelined = stages > 1
-    if pipelined and layout.schedule not in AFFINE:
+    if stages > 1 and layout.schedule not in AFFINE:
         return [kind.num_rows]
-    # From how many rounds of the pipeline on all is begun that there will be: a stage's first gradient is
-    # there, and all that waits; interleaved schedules begin with up to two rounds more.
-    least = 2 if not pipelined else 1 if layout.schedule in ONE_STAGE else 3
-    if many <= (2 * least + 1) * stages:  # two steps take no less
+    # Some beyond the rounds of the pipeline after which nothing new begins, as many beyond whole rounds as
+    # there are: interleaved schedules ask for that.
+    some = (many - 1) % stages + 1
+    rounds = 1 if layout.schedule in ONE_STAGE or stages == 1 else 3
+    few = rounds * stages + some
+    if many <= 2 * few + stages:  # two steps take no less
         return [kind.num_rows]
-    # As many beyond whole rounds as there are: interleaved schedules ask for that.
-    return [(rounds * stages + many % stages) * micro_batch for rounds in (least, least + 1)]
+    return [few * micro_batch, (few + stages) * micro_batch]
 
 
 def _judged(job: Job, hardware: Hardware, kind: Kind, steps: Sequence[Traced]) -> Judged:

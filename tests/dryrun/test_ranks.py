@@ -65,8 +65,9 @@ def test_each_pool_has_kinds_of_its_own() -> None:
 
 MANY = [
     Case.of(pp=2, batch=22, type="fp32"),
+    Case.of(pp=4, batch=33, changed={"num_layers": 4}, type="fp32"),
     Case.of(
-        pp=2, schedule="interleaved_1f1b", stages_per_rank=2, changed={"num_layers": 4}, batch=18, type="fp32"
+        pp=2, schedule="interleaved_1f1b", stages_per_rank=2, changed={"num_layers": 4}, batch=20, type="fp32"
     ),
     Case.of(dp_shard=2, recompute="full", batch=22, type="bf16"),
 ]
@@ -119,6 +120,28 @@ def test_the_program_is_that_of_the_fleets_device() -> None:
     (on_gpu,) = dry_run(job, hardware_of(H100)).ranks
     (here,) = traces([(job, 0, 8, 512)])
     assert on_gpu.traced.peak.num_bytes < 0.5 * here.peak.num_bytes
+
+
+def longer(case: Case) -> list[int]:
+    """The most that lives on a GPU, at twice the tokens each time."""
+    cases = (dataclasses.replace(case, seq_len=length) for length in (2048, 4096))
+    return [trace(of(each), 0, 1, each.seq_len).peak.num_bytes for each in cases]
+
+
+OTHER_WIDTHS = {"latent.nope_dim": 32, "head_dim": 36, "latent.v_dim": 24}
+KERNELS = [
+    Case.of(OTHER_WIDTHS, preset="deepseek-v3", batch=1, type="bf16"),
+    Case.of({"head_dim": 32, "window": 256}, preset="gpt-oss-20b", batch=1, type="bf16", tp=2),  # and sinks
+    Case.of({"head_dim": 32}, preset="grok-2", batch=1, type="bf16", recompute="selective"),  # a cap
+    Case.of({"head_dim": 32}, cp=2, batch=1, type="bf16"),  # the last rows of a square
+]
+
+
+@pytest.mark.parametrize("case", KERNELS, ids=str)
+def test_a_gpu_writes_no_scores(case: Case, pool: Ranks) -> None:
+    """Not a byte for each pair of tokens: twice the tokens take no more than twice the memory."""
+    ((few, many),) = pool.run(1, longer, case)
+    assert many < 2 * few
 
 
 def test_mistakes() -> None:

@@ -222,7 +222,7 @@ def test_ranks_that_share_tokens_see_the_same(method: str, rank: int, by_blocks:
 def test_only_gpus_and_long_sequences_take_blocks() -> None:
     arch = tiny("mistral-7b-v0.1", head_dim=16)
     taken = sight_module._takes_blocks
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    cuda, cpu = "cuda", "cpu"
     assert taken(arch, 1025, cuda, None, torch.float32)
     assert not taken(arch, 1025, cpu, None, torch.float32)
     assert not taken(arch, 1024, cuda, None, torch.float32)
