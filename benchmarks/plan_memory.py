@@ -28,11 +28,19 @@ AROUND = ("buffers of messages", "context")  # of the planner's parts, what no t
 SIZES = ["model.hidden_size=1024", "model.num_layers=8", "model.num_heads=16", "model.head_dim=64",
          "model.num_kv_heads=8", "model.intermediate_size=2816", "model.vocab_size=32768",
          "data.seq_len=2048", "model.max_seq_len=2048"]  # fmt: skip
+LATENT = ["model.hidden_size=1024", "model.num_layers=8", "model.num_heads=16", "model.num_kv_heads=16",
+          "model.intermediate_size=2816", "model.vocab_size=32768", "model.latent.q_rank=384",
+          "model.latent.kv_rank=128", "model.experts.num_experts=32", "model.experts.per_token=4",
+          "model.experts.num_groups=4", "model.experts.groups_per_token=2", "model.experts.intermediate_size=512",
+          "data.seq_len=2048", "model.max_seq_len=2048"]  # fmt: skip
 FAMILIES: dict[str, list[str]] = {
     "llama": ["model=llama3.1-8b", *SIZES],
     "tied": ["model=llama3.2-1b", *SIZES],
     "qwen3": ["model=qwen3-8b", *SIZES],
+    "experts": ["model=mixtral-8x7b", *SIZES],
+    "latent": ["model=deepseek-v3", *LATENT],
 }
+OF_EXPERTS = ("experts", "latent")
 
 
 def drawn(draw: random.Random, family: str) -> list[str]:
@@ -49,8 +57,8 @@ def drawn(draw: random.Random, family: str) -> list[str]:
         "recompute": "none" if apart else one(("none", "selective", "full")),
         "zero": 1 if apart else one((1, 2, 3)),
         "compile": "false",
-        "ep": 1,
-        "etp": 1,
+        "ep": one((1, 2, 4)) if family in OF_EXPERTS else 1,
+        "etp": one((1, axes["tp"])) if family in OF_EXPERTS else 1,
     }
     ranks = axes["dp_replicate"] * axes["dp_shard"] * axes["tp"] * axes["cp"] * axes["pp"]
     batch = axes["dp_replicate"] * axes["dp_shard"] * values["micro_batch"] * one((1, 4, 8))
@@ -80,7 +88,8 @@ def measure(cases: int, seed: int) -> list[Figure]:
     found: dict[str, list[float]] = defaultdict(list)
     began = time.perf_counter()
     while len(found["all"]) < cases:
-        words = drawn(draw, draw.choice(list(FAMILIES)))
+        family = draw.choice(list(FAMILIES))
+        words = drawn(draw, family)
         try:
             each, planned, dry = ratio(words)
         except UserError:
@@ -91,7 +100,7 @@ def measure(cases: int, seed: int) -> list[Figure]:
             print("   plan", {name: f"{value / 2**20:.0f}" for name, value in planned.items() if value})
             print("   dry ", {name: f"{value / 2**20:.0f}" for name, value in dry.items() if value >> 20})
         layout = load_job(None, words).layout
-        for name in ("all", f"recompute={layout.recompute}", f"zero={layout.zero}"):
+        for name in ("all", family, f"recompute={layout.recompute}", f"zero={layout.zero}"):
             found[name].append(each)
     figures = [
         Figure("layouts", cases, "layouts"),

@@ -89,8 +89,10 @@ class _Stage(PipelineStage):
     def backward_weight_one_chunk(self, chunk: int, last_backward: bool = False) -> None:
         prepare_backward(self._part, self._zero, last=False)  # such a pass may need weights to its end
         super().backward_weight_one_chunk(chunk, last_backward)
-        prepare_backward(self._part, self._zero, last=last_backward)
-        end_backward(self._part, last=last_backward)
+        end_backward(self._part, last=False)
+        if last_backward:  # by now all gradients have one type, also where this was the only micro batch
+            prepare_backward(self._part, self._zero, last=True)
+            end_backward(self._part, last=True)
 
     def get_fwd_recv_ops(self, chunk: int) -> list[dist.P2POp]:
         _make_room(self.args_recv_info[chunk], self.device)

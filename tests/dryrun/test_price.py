@@ -15,7 +15,7 @@ from colossus.dryrun.rows import KINDS, Rows, row_at
 from colossus.dryrun.work import Message, Product, Work
 from colossus.hardware.fleets import hardware_of
 from colossus.job import Job, load_job
-from colossus.layout import layout_row
+from colossus.layout import SCHEDULES, ZERO_BUBBLE, layout_row
 from colossus.perf.ledger import COMMUNICATION
 from colossus.planner.choice import refined
 from colossus.planner.estimate import Problem, rank_weights
@@ -189,3 +189,17 @@ def test_a_few_micro_batches_stand_for_many() -> None:
         assert [index for stood in stands for index in stood] == list(range(many))
         assert stands[0] == [0] and stands[2] == [many - 1]
     assert [list(standing_for(index, 1, 1)) for index in range(1)] == [[0]]
+
+
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name in ZERO_BUBBLE])
+def test_what_takes_a_backward_pass_in_two_is_priced(schedule: str, pool: Pool) -> None:
+    """Its first stage, which gives no gradient to anyone, has nothing to do in the first half."""
+    case = Case.of(
+        {"num_layers": 4}, pp=2, schedule=schedule, stages_per_rank=2, batch=6, seq_len=64, type="bf16"
+    )
+    ranks = ranks_of(case, pool)
+    found = price(on_gpus(case), hardware_of(H100), None, [(hardware_of(H100).accelerator, ranks)])
+    (pool_of,) = found.pools
+    halves = [action for action in pool_of.spent if action.work == "I"]
+    assert halves and all((pool_of.spent[action].seconds > 0) is (action.stage > 0) for action in halves)
+    assert found.seconds > 0

@@ -20,6 +20,17 @@ from tests.ranks.cases import Case
 from tests.ranks.pool import Pool
 
 MIXTRAL = "mixtral-8x7b"
+# The gradient of the head comes with that of weights, of the norm before it with that of activations: FSDP, which
+# sums both at once, wants one type.
+ONE_MICRO_BATCH = Case.of(
+    {"num_layers": 4, "tie_embeddings": False},
+    pp=2,
+    dp_shard=2,
+    schedule="interleaved_zero_bubble",
+    stages_per_rank=2,
+    batch=2,
+    type="bf16",
+)
 LAYOUTS = [
     Case.of(dp_shard=2, tp=2, type="bf16"),
     Case.of(dp_replicate=2, dp_shard=2, recompute="selective", type="fp32"),
@@ -30,6 +41,7 @@ LAYOUTS = [
     ),
     Case.of(pp=2, schedule="zbv_zero_bubble", stages_per_rank=2, changed={"num_layers": 4}, type="fp32"),
     Case.of(dp_shard=2, tp=2, optimizer="muon", type="fp32"),
+    ONE_MICRO_BATCH,
 ]
 
 
