@@ -21,6 +21,7 @@ from colossus.perf.software import Software
 TP_AXES = ("heads", "kv", "ffn", "vocab")  # dimensions of parameters that tensor parallelism divides
 SELECTIVE = ("attention.scores", "attention.values", "gated", "_norm", "rotary")  # made again by "selective"
 RECOMPUTE = {"none": 0, "selective": 1, "full": 2}
+LATENTS = ("attention.wq_down", "attention.wkv_down", "attention.q_norm", "attention.kv_norm")
 JOINED = ("attention.wq", "attention.wk", "attention.wv", "w_gate", "w_up")  # products of one input
 
 
@@ -204,8 +205,18 @@ class _Formulas:
             return self.kept(part)
         return np.where(self.piece.recompute == 1, outputs * self.size, self.kept(part))
 
+    def on_all_ranks(self, part: Part) -> bool:
+        """Whether each rank of tp makes it of all tokens: in our program the vectors that queries, keys and
+        values come from, in published ones those of its own tokens."""
+        return self.arch.latent is not None and self.software.measured and part.name in LATENTS
+
     def spread(self, part: Part) -> Columns:
-        """Over how many ranks of tp a part's tokens or channels are spread."""
+        """Over how many ranks of tp a part's tokens or channels are spread. Ranks that share the columns of
+        experts gather their tokens first."""
+        if part.name in ("moe.experts.rows", "moe.experts.sum"):
+            return np.asarray(self.piece.tp / self.piece.etp)
+        if self.on_all_ranks(part):
+            return np.ones(self.piece.size)
         outside = part.name.endswith(("_norm", "_residual", "embedding", "norm", "rows", "sum", "router"))
         return np.where(self.piece.sp == 1, self.piece.tp, 1.0) if outside else self.piece.tp
 
@@ -228,7 +239,7 @@ class _Formulas:
             count = experts.num_experts / piece.ep
             routed = piece.tokens * piece.etp / piece.tp * experts.per_token
             m = routed * piece.ep / experts.num_experts
-        elif out_axis not in TP_AXES and in_axis not in TP_AXES:
+        elif out_axis not in TP_AXES and in_axis not in TP_AXES and not self.on_all_ranks(part):
             m = m / np.where(piece.sp == 1, piece.tp, 1.0)
         sums = in_axis in TP_AXES  # over ranks, each of which then has its tokens' alone
         precision = self.precision
@@ -237,21 +248,22 @@ class _Formulas:
         if part.name == "moe.router" and self.software.measured:
             precision = "fp32"
         width = 4 if precision == "fp32" else 1 if precision == "fp8" else self.size
-        flops = part.executed * piece.tokens / piece.tp
+        ranks = np.ones(piece.size) if self.on_all_ranks(part) else piece.tp
+        flops = part.executed * piece.tokens / ranks
         moved = count * (width * (m * k + k * n) + self.size * m * n)
-        name, forward = part.name, part.model / max(part.executed, 1.0)
+        name, counted = part.name, part.model * piece.tokens / piece.tp
         common: dict[str, Any] = {"stage": stage, "precision": precision, "count": count}
         yield Row(
-            name, "forward", kind="product", m=m, n=n, k=k, executed=flops, model=flops * forward,
+            name, "forward", kind="product", m=m, n=n, k=k, executed=flops, model=counted,
             bytes=moved, saved=self.kept_product(part, count * m * n / (split if sums else 1.0)), **common,
         )  # fmt: skip
-        half = part.executed_backward * piece.tokens / piece.tp / 2
+        half = part.executed_backward * piece.tokens / ranks / 2
         yield Row(
-            name, "backward", kind="product", m=m, n=k, k=n, executed=half, model=flops * forward,
+            name, "backward", kind="product", m=m, n=k, k=n, executed=half, model=counted,
             bytes=moved, **common,
         )  # fmt: skip
         yield Row(
-            name, "weights", kind="product", m=n, n=k, k=m, executed=half, model=flops * forward,
+            name, "weights", kind="product", m=n, n=k, k=m, executed=half, model=counted,
             bytes=moved + count * k * n * 2 * self.software.gradient_bytes, **common,
         )  # fmt: skip
         if self.software.casts_weights and self.size < 4 and name != "head":
@@ -283,7 +295,8 @@ class _Formulas:
     def attention(self, part: Part, stage: str) -> Iterator[Row]:
         """Scores and weighted values: two products of all heads, or half of one fused kernel each."""
         piece, arch = self.piece, self.arch
-        flops = part.executed * piece.tokens / piece.tp
+        ranks = np.ones(piece.size) if self.on_all_ranks(part) else piece.tp
+        flops = part.executed * piece.tokens / ranks
         counted = part.model * piece.tokens / piece.tp
         heads = piece.sequences * arch.num_heads / piece.tp
         latent = arch.latent

@@ -230,9 +230,10 @@ def _of_ranks(
             shards=shards,
             edges=edges,
             head=head,
-            layer=(everything - edges) / layers,
+            layer=_largest_layer(arch, layouts, made),
             optimizer=optimizer,
             activations=activations - again,
+            of_layer=made.of_ranks(made.by_stage @ kept) / layers,
             again=again,
             loss=_loss_bytes(problem, tokens, tp),
             output=tokens * arch.hidden_size * size,
@@ -247,6 +248,18 @@ def _of_ranks(
         )
     )
     return {name: np.where(several, together[name], alone[name]) for name in alone}
+
+
+def _largest_layer(arch: Architecture, layouts: Layouts, made: Shape) -> NDArray[np.float64]:
+    """Weights of a rank's largest layer, [pp, n]."""
+    tp, shared = layouts.number("tp"), layouts.number("ep") * layouts.number("etp")
+    found = np.zeros((len(made.first), len(layouts)))
+    for kind, counts in zip(made.kinds, made.counts.T, strict=True):
+        whole, divided, experts = kind_weights(arch, kind)
+        found = np.maximum(
+            found, np.where(counts > 0, 1.0, 0.0)[:, None] * (whole + divided / tp + experts / shared)
+        )
+    return found
 
 
 def _edge(arch: Architecture, kind: str, tp: Columns) -> Columns:

@@ -19,9 +19,10 @@ class Held:
     """Of each pipeline rank and layout, [pp, n], or of each layout, [n].
 
     Numbers of weights: `weights` on the rank before sharding, `shards` after it, `edges` outside layers,
-    `head` of the output matrix, `layer` of one layer. Bytes: `optimizer`; `activations` of all micro-batches
-    that wait; `again` of a layer that is computed once more; `loss` of a chunk's logits; `output` of what the
-    output matrix is multiplied with; `working` of a layer's backward pass; `size` of an element of these.
+    `head` of the output matrix, `layer` of the largest layer. Bytes: `optimizer`; `activations` of all
+    micro-batches that wait, of which one layer has left `of_layer`; `again` of a layer that is computed once
+    more; `loss` of a chunk's logits; `output` of what the output matrix is multiplied with; `working` of a
+    layer's backward pass; `size` of an element of these.
     waiting: micro-batches of the last stage whose loss has its gradients already. chunks: stages of a rank.
     """
 
@@ -32,6 +33,7 @@ class Held:
     layer: NDArray[np.float64]
     optimizer: NDArray[np.float64]
     activations: NDArray[np.float64]
+    of_layer: NDArray[np.float64]
     again: NDArray[np.float64]
     loss: NDArray[np.float64]
     output: Columns
@@ -47,7 +49,11 @@ class Held:
 
 def most(held: Held) -> dict[str, NDArray[np.float64]]:
     """Bytes by use at the moment when they are most."""
-    moments = [_loss(held), _backward(held), _end(held)]
+    # The first layer that is propagated back finds all that waits; the next one less, but sums on their way.
+    follows = np.where(held.micro_batches > 1, held.edges, 0.0)
+    first = _backward(held, held.activations, follows)
+    second = _backward(held, held.activations - held.of_layer, np.maximum(held.edges, held.layer))
+    moments = [_loss(held), first, second, _end(held)]
     totals = np.stack([np.sum(np.stack(list(moment.values())), axis=0) for moment in moments])
     which = np.argmax(totals, axis=0)
     return {
@@ -94,15 +100,17 @@ def _loss(held: Held) -> dict[str, NDArray[np.float64]]:
     }
 
 
-def _backward(held: Held) -> dict[str, NDArray[np.float64]]:
+def _backward(
+    held: Held, activations: NDArray[np.float64], summed: NDArray[np.float64]
+) -> dict[str, NDArray[np.float64]]:
     one = held.working + held.size * held.layer + held.last * held.size * held.head
     return {
         "weights": FP32 * held.shards,
         "gradients": _sums(held),
         "optimizer": held.optimizer,
-        "activations": held.activations + held.again,
+        "activations": activations + held.again,
         "loss or one layer's gradients": one,
-        "copies of weights": _gathered(held, 2.0) + _summing(held, np.maximum(held.edges, held.layer)),
+        "copies of weights": _gathered(held, 2.0) + _summing(held, summed),
     }
 
 

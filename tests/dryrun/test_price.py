@@ -41,6 +41,13 @@ CASES = [
     Case.of(ROUTED, preset="mixtral-8x7b", dp_shard=4, ep=4, seq_len=2048, type="bf16"),
 ]
 
+# Each rank of tp makes the vectors that queries, keys and values come from, of all tokens.
+LATENT = {
+    "num_kv_heads": 16, "head_dim": 192, "latent.q_rank": 512, "latent.kv_rank": 256, "latent.nope_dim": 128,
+    "latent.rope_dim": 64, "latent.v_dim": 128, "experts.num_experts": 8, "experts.per_token": 2,
+    "experts.num_groups": 1, "experts.groups_per_token": 1, "experts.intermediate_size": 2048,
+}  # fmt: skip
+OF_LATENTS = Case.of(WIDE | LATENT, preset="deepseek-v3", tp=2, dp_shard=2, seq_len=2048, type="bf16")
 TIED = Case.of(WIDE | {"tie_embeddings": True}, pp=2, dp_shard=2, seq_len=2048, type="bf16", zero=2)
 
 
@@ -180,6 +187,10 @@ def check_price(case: Case, ranks: list[Traced], low: float, high: float) -> Non
 def priced(case: Case, ranks: list[Traced]) -> Price:
     hardware = hardware_of(H100)
     return price(on_gpus(case), hardware, corrections_for(hardware), [(hardware.accelerator, ranks)])
+
+
+def test_products_of_latents_are_the_planners(pool: Pool) -> None:
+    check_products(OF_LATENTS, ranks_of(OF_LATENTS, pool))
 
 
 def test_a_few_micro_batches_stand_for_many() -> None:

@@ -20,8 +20,8 @@ from tests.ranks.cases import Case
 from tests.ranks.pool import Pool
 
 MIXTRAL = "mixtral-8x7b"
-# The gradient of the head comes with that of weights, of the norm before it with that of activations: FSDP, which
-# sums both at once, wants one type.
+# The gradient of the head comes with those of weights, of the norm before it with those of activations: FSDP
+# sums both at once, and wants one type.
 ONE_MICRO_BATCH = Case.of(
     {"num_layers": 4, "tie_embeddings": False},
     pp=2,
