@@ -13,7 +13,8 @@ from colossus.planner.moments import Held, most
 HELD = Held(
     weights=np.array([[130.0]]), shards=np.array([[65.0]]), edges=np.array([[10.0]]), head=np.array([[4.0]]),
     layer=np.array([[20.0]]), optimizer=np.array([[520.0]]), activations=np.array([[1000.0]]),
-    of_layer=np.array([[150.0]]), again=np.array([[0.0]]), loss=np.array([[5000.0]]), output=np.array([7.0]), tp=np.array([1.0]),
+    of_layer=np.array([[150.0]]), again=np.array([[0.0]]), loss=np.array([[5000.0]]), output=np.array([7.0]),
+    tp=np.array([1.0]),
     waiting=np.array([[1.0]]), working=np.array([[100.0]]), last=np.array([[1.0]]), size=2.0,
     zero=np.array([1.0]), micro_batches=np.array([8.0]), chunks=np.array([1.0]),
 )  # fmt: skip
@@ -60,8 +61,8 @@ def test_what_tp_gathers_for_the_output_matrix() -> None:
 
 @pytest.mark.parametrize(("zero", "copies"), [(1, 2 * 130), (2, 2 * 130 + 4 * 10), (3, 2 * 50 + 4 * 10)])
 def test_the_first_layer_that_is_propagated_back(zero: int, copies: int) -> None:
-    """Of a rank without the end: a layer made again, its gradients in two bytes, and what the micro batch before
-    has summed last."""
+    """Of a rank without the end: a layer made again, its gradients in two bytes, and what the micro batch
+    before has summed last."""
     found = by_use(zero=zero, last=0, loss=0, again=300)
     assert found["activations"] == 1300 and found[LOSS] == 100 + 2 * 20 and found[COPIES] == copies
 
