@@ -31,8 +31,8 @@ SIZES = ["model.hidden_size=1024", "model.num_layers=8", "model.num_heads=16", "
 LATENT = ["model.hidden_size=1024", "model.num_layers=8", "model.num_heads=16", "model.num_kv_heads=16",
           "model.intermediate_size=2816", "model.vocab_size=32768", "model.latent.q_rank=384",
           "model.latent.kv_rank=128", "model.experts.num_experts=32", "model.experts.per_token=4",
-          "model.experts.num_groups=4", "model.experts.groups_per_token=2", "model.experts.intermediate_size=512",
-          "data.seq_len=2048", "model.max_seq_len=2048"]  # fmt: skip
+          "model.experts.num_groups=4", "model.experts.groups_per_token=2",
+          "model.experts.intermediate_size=512", "data.seq_len=2048", "model.max_seq_len=2048"]  # fmt: skip
 FAMILIES: dict[str, list[str]] = {
     "llama": ["model=llama3.1-8b", *SIZES],
     "tied": ["model=llama3.2-1b", *SIZES],
