@@ -314,6 +314,16 @@ def in_flight(
 
     layers: of each stage, by which what it holds counts; None: alike.
     """
+    return fullest(schedule, pp, per_rank, micro_batches, layers)[0, :2]
+
+
+def fullest(
+    schedule: str, pp: int, per_rank: int, micro_batches: int, layers: tuple[float, ...] | None = None
+) -> NDArray[np.float64]:
+    """The two moments at which a rank may need most, [2, 3, stages]: that of `in_flight`, and when most is
+    held after all stages of the rank have gradients of weights. Of each stage what `in_flight` gives, and 1
+    where it has such gradients by then.
+    """
     held = _held(schedule, pp, per_rank, shortened(schedule, pp, micro_batches), layers)
     return np.array(held, dtype=float)
 
@@ -335,19 +345,24 @@ def _in_round(pp: int, micro_batches: int) -> int:
     return micro_batches // max(1, micro_batches // pp)
 
 
+Counts = tuple[int, ...]
+
+
 @lru_cache(maxsize=4096)
 def _held(
     schedule: str, pp: int, per_rank: int, micro_batches: int, layers: tuple[float, ...] | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+) -> tuple[tuple[Counts, Counts, Counts], tuple[Counts, Counts, Counts]]:
     if schedule == "gpipe":
-        return (micro_batches,) * pp, (0,) * pp
+        none, every = (0,) * pp, (1,) * pp
+        return ((micro_batches,) * pp, none, none), ((micro_batches - 1,) * pp, none, every)
     stages = pp * per_rank
     size = layers or (1.0,) * stages
-    held, half = [0] * stages, [0] * stages
-    most, halves = [0] * stages, [0] * stages
+    held, half, summed = [0] * stages, [0] * stages, [0] * stages
+    found = [[[0] * stages for _ in range(3)] for _ in range(2)]
     for rank in range(pp):
         own = stages_of(schedule, rank, pp, per_rank)
-        peak = now = 0.0
+        peaks = [0.0, -1.0]
+        now = 0.0
         for work, stage, _ in order_of(schedule, rank, pp, per_rank, micro_batches):
             # Gradients of inputs, beside what waits for those of weights, come on top.
             if work == "F":
@@ -359,14 +374,19 @@ def _held(
             else:
                 held[stage] -= 1
                 now -= size[stage]
+                summed[stage] = 1
                 if work == "W":
                     half[stage] -= 1
                     now -= HALF * size[stage]
-            if now > peak:
-                peak = now
-                for s in own:
-                    most[s], halves[s] = held[s], half[s]
-    return tuple(most), tuple(halves)
+            for moment, counts in enumerate((True, all(summed[s] for s in own))):
+                if counts and now >= peaks[moment]:  # the last such moment: sums only become more
+                    peaks[moment] = now
+                    for s in own:
+                        found[moment][0][s] = held[s]
+                        found[moment][1][s] = half[s]
+                        found[moment][2][s] = summed[s]
+    first, second = (tuple(tuple(row) for row in moment) for moment in found)
+    return first, second  # type: ignore[return-value]
 
 
 def bubble(

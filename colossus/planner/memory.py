@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from colossus.hardware.catalogue import Accelerator
 from colossus.layout import V_SHAPED
 from colossus.perf.ledger import Columns
 from colossus.perf.parts import ATTENTION, chunk_tokens
-from colossus.perf.schedule import in_flight
+from colossus.perf.schedule import fullest
 from colossus.planner.columns import Layouts, unique_columns
 from colossus.planner.estimate import (
     KEYS,
@@ -73,7 +74,11 @@ def memory(problem: Problem, layouts: Layouts) -> Memory:
         chosen = layouts.take(index)
         held = _held(schedule, pp, per_rank, micro_batches[index], made)
         mine = {name: column[index] for name, column in saved.items()}
-        ranks = _of_ranks(problem, chosen, made, mine, held, micro_batches[index])
+        each = [
+            _of_ranks(problem, chosen, made, mine, moment, micro_batches[index])
+            for moment in (held if problem.pricer.software.measured and pp > 1 else held[:1])
+        ]
+        ranks = _fullest(each)
         most = np.argmax(np.sum(list(ranks.values()), axis=0), axis=0)
         at = np.arange(len(index))
         for name in found:
@@ -86,6 +91,15 @@ def memory(problem: Problem, layouts: Layouts) -> Memory:
     allocated = np.sum(np.stack(list(found.values())), axis=0)
     reserved = allocated / (1 - SLACK) if device == "cuda" else allocated * HEAP
     return Memory(found, allocated, reserved, rank_of)
+
+
+def _fullest(moments: Sequence[dict[str, NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
+    """Of several moments the one at which a rank needs most, by use."""
+    if len(moments) == 1:
+        return moments[0]
+    totals = np.stack([np.sum(list(moment.values()), axis=0) for moment in moments])
+    which = np.argmax(totals, axis=0)
+    return {name: np.choose(which, [moment[name] for moment in moments]) for name in moments[0]}
 
 
 def _saved(problem: Problem, layouts: Layouts) -> dict[str, Columns]:
@@ -119,25 +133,26 @@ def _saved(problem: Problem, layouts: Layouts) -> dict[str, Columns]:
 
 
 def _held(schedule: str, pp: int, per_rank: int, micro_batches: Columns, made: Shape) -> NDArray[np.float64]:
-    """The most micro-batches of each stage that wait at once, and of how many of these the gradients of
-    inputs are there, [2, stages, n]."""
+    """Micro-batches of each stage that wait, of how many of these the gradients of inputs are there, and
+    whether sums of gradients are, at the two moments when they may be most: [2, 3, stages, n]."""
     num_stages = len(made.by_stage)
     layers = tuple(made.by_stage.sum(axis=1).tolist())
     if pp == 1:
         ones = np.ones((num_stages, len(micro_batches)))
-        return np.stack([ones, np.zeros_like(ones)])
+        return np.stack([np.stack([ones, np.zeros_like(ones), ones])] * 2)
     chunks = 2 if schedule in V_SHAPED else per_rank
     if schedule == "gpipe":
         whole = np.tile(micro_batches, (num_stages, 1))
-        return np.stack([whole, np.zeros_like(whole)])
+        none, every = np.zeros_like(whole), np.ones_like(whole)
+        return np.stack([np.stack([whole, none, none]), np.stack([whole - 1, none, every])])
     unique, back = np.unique(np.minimum(micro_batches, 4 * pp), return_inverse=True)
     by_count = []
     for number in unique:
         count = int(number)
         if chunks > 1 and schedule not in V_SHAPED and count > pp:
             count -= count % pp
-        by_count.append(in_flight(schedule, pp, chunks, max(count, 1), layers))
-    return np.asarray(np.array(by_count)[back.reshape(-1)].transpose(1, 2, 0))
+        by_count.append(fullest(schedule, pp, chunks, max(count, 1), layers))
+    return np.asarray(np.array(by_count)[back.reshape(-1)].transpose(1, 2, 3, 0))
 
 
 def _of_ranks(
@@ -145,11 +160,11 @@ def _of_ranks(
     layouts: Layouts,
     made: Shape,
     saved: dict[str, Columns],
-    held_and_halves: NDArray[np.float64],
+    moment: NDArray[np.float64],
     micro_batches: Columns,
 ) -> dict[str, NDArray[np.float64]]:
-    """Bytes of each pipeline rank by use, [pp, n]. held_and_halves: see `_held`."""
-    held, halves = held_and_halves
+    """Bytes of each pipeline rank by use, [pp, n]. moment: see `_held`."""
+    held, halves, summed = moment
     arch, software = problem.arch, problem.pricer.software
     dense, routed = np.zeros((2, len(made.first), len(layouts)))
     for ranks in made.alike:
@@ -200,6 +215,14 @@ def _of_ranks(
     half = np.stack([saved[f"{kind} half"] for kind in made.kinds])
     activations = activations + made.of_ranks(halves * (made.by_stage @ half))
     activations = activations + first * held[0] * saved["first"] + last * held[-1] * saved["last"]
+    if software.measured:  # a stage keeps what it has sent on, also where its last layer is made again
+        again = (by_stage.sum(axis=1) >= made.by_stage.sum(axis=1)[:, None]) & (
+            layouts.number("recompute") > 0
+        )
+        sent = layouts.number("micro_batch") * problem.seq_len * arch.hidden_size * size
+        follows = np.arange(len(held)) < len(held) - 1
+        sent = np.where(again & follows[:, None], sent / (layouts.number("cp") * tp), 0.0)
+        activations = activations + made.of_ranks(held * sent)
     activations = activations + np.where(recomputed > 0, more, 0.0).max(axis=1)
     tokens = layouts.number("micro_batch") * problem.seq_len / layouts.number("cp")
     logits = last * tokens * arch.vocab_size / tp * (size + 4)
@@ -228,6 +251,7 @@ def _of_ranks(
         Held(
             weights=everything,
             shards=shards,
+            summed=made.of_ranks(made.by_stage.sum(axis=1)[:, None] * summed) / layers,
             edges=edges,
             head=head,
             layer=_largest_layer(arch, layouts, made),

@@ -23,11 +23,13 @@ class Held:
     micro-batches that wait, of which one layer has left `of_layer`; `again` of a layer that is computed once
     more; `loss` of a chunk's logits; `output` of what the output matrix is multiplied with; `working` of a
     layer's backward pass; `size` of an element of these.
+    summed: the share of the weights whose sums of gradients are there, where micro-batches follow.
     waiting: micro-batches of the last stage whose loss has its gradients already. chunks: stages of a rank.
     """
 
     weights: NDArray[np.float64]
     shards: NDArray[np.float64]
+    summed: NDArray[np.float64]
     edges: NDArray[np.float64]
     head: NDArray[np.float64]
     layer: NDArray[np.float64]
@@ -65,7 +67,7 @@ def most(held: Held) -> dict[str, NDArray[np.float64]]:
 def _sums(held: Held) -> NDArray[np.float64]:
     """Of gradients, while micro-batches follow: whole, or divided from ZeRO's second level on."""
     whole = np.where(held.zero >= 2, held.shards, held.weights) * FP32
-    return np.where(held.micro_batches > 1, whole, 0.0)
+    return np.where(held.micro_batches > 1, held.summed * whole, 0.0)
 
 
 def _gathered(held: Held, layers: float) -> NDArray[np.float64]:
@@ -103,10 +105,12 @@ def _loss(held: Held) -> dict[str, NDArray[np.float64]]:
 def _backward(
     held: Held, activations: NDArray[np.float64], summed: NDArray[np.float64]
 ) -> dict[str, NDArray[np.float64]]:
+    # A stage's first sums are made beside the gradients that they are made of.
+    begins = np.where((held.summed < 1) & (held.zero == 1), FP32 * held.layer, 0.0)
     one = held.working + held.size * held.layer + held.last * held.size * held.head
     return {
         "weights": FP32 * held.shards,
-        "gradients": _sums(held),
+        "gradients": _sums(held) + np.where(held.micro_batches > 1, begins, 0.0),
         "optimizer": held.optimizer,
         "activations": activations + held.again,
         "loss or one layer's gradients": one,
@@ -116,10 +120,10 @@ def _backward(
 
 def _end(held: Held) -> dict[str, NDArray[np.float64]]:
     """Of the last backward pass, when all gradients are there and no activations."""
-    there = np.where(held.micro_batches > 1, _sums(held), FP32 * held.shards)
+    whole = np.where((held.zero >= 2) | (held.micro_batches == 1), held.shards, held.weights)
     return {
         "weights": FP32 * held.shards,
-        "gradients": there,
+        "gradients": FP32 * whole,
         "optimizer": held.optimizer,
         "activations": np.zeros_like(held.activations),
         "loss or one layer's gradients": held.size * held.layer,

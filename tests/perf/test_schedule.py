@@ -7,6 +7,7 @@ from colossus.perf.schedule import (
     HALF,
     _held,
     bubble,
+    fullest,
     in_flight,
     orders,
     pipeline_seconds,
@@ -123,7 +124,8 @@ def test_a_few_rounds_stand_for_every_legal_number_of_micro_batches(name, per_ra
         assert pipeline_seconds(name, pp, per_rank, m, *seconds) == pytest.approx(whole.seconds, rel=1e-9)
         waits = whole.seconds - whole.busy.max()
         assert bubble(name, pp, per_rank, m, 1.0, 1.3, 0.8) == pytest.approx(waits, abs=1e-6)
-        assert tuple(map(tuple, in_flight(name, pp, per_rank, m))) == _held(name, pp, per_rank, m, None)
+        found_in = tuple(tuple(map(tuple, moment)) for moment in fullest(name, pp, per_rank, m))
+        assert found_in == _held(name, pp, per_rank, m, None)
     assert found > 10
 
 
@@ -142,6 +144,18 @@ def test_activations_in_flight():
     # Of unequal stages those with more layers count: two of three layers rather than three of one.
     held, _ = in_flight("interleaved_zero_bubble", 2, 2, 8, (2.0, 3.0, 2.0, 1.0))
     assert list(held[[1, 3]]) == [4, 0]
+
+
+def test_what_is_held_when_gradients_are_there():
+    """Of one round the most is held before a rank's first stage has any; of many, after that too."""
+    before, after = fullest("1f1b", 4, 1, 4)
+    assert list(before[0]) == [4, 3, 2, 1] and before[2][0] == 0
+    assert after[0][0] == 3 and list(after[2]) == [1] * 4
+    for schedule, chunks in (("1f1b", 1), ("interleaved_1f1b", 2)):
+        before, after = fullest(schedule, 4, chunks, 16)
+        assert list(before[0]) == list(after[0]) and list(after[2]) == [1] * (4 * chunks)
+    before, after = fullest("gpipe", 4, 1, 16)
+    assert list(before[0]) == [16] * 4 and list(before[2]) == [0] * 4 and list(after[0]) == [15] * 4
 
 
 def test_a_slow_stage_and_slow_messages_count():

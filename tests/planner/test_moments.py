@@ -14,7 +14,7 @@ HELD = Held(
     weights=np.array([[130.0]]), shards=np.array([[65.0]]), edges=np.array([[10.0]]), head=np.array([[4.0]]),
     layer=np.array([[20.0]]), optimizer=np.array([[520.0]]), activations=np.array([[1000.0]]),
     of_layer=np.array([[150.0]]), again=np.array([[0.0]]), loss=np.array([[5000.0]]), output=np.array([7.0]),
-    tp=np.array([1.0]),
+    tp=np.array([1.0]), summed=np.array([[1.0]]),
     waiting=np.array([[1.0]]), working=np.array([[100.0]]), last=np.array([[1.0]]), size=2.0,
     zero=np.array([1.0]), micro_batches=np.array([8.0]), chunks=np.array([1.0]),
 )  # fmt: skip
@@ -72,6 +72,12 @@ def test_the_second_layer_finds_sums_on_their_way() -> None:
     found = by_use(zero=2, last=0, loss=0, again=300, of_layer=30)
     assert found["activations"] == 1270 and found[COPIES] == 2 * 130 + 4 * 20
     assert found[LOSS] == 100 + 2 * 20
+
+
+def test_sums_of_some_stages() -> None:
+    assert by_use(summed=0.25)["gradients"] == 130
+    assert by_use(summed=0.25, loss=0)["gradients"] == 130 + 4 * 20  # and those of a layer
+    assert by_use(summed=0.25, activations=0, loss=0, working=0)["gradients"] == 4 * 130  # at the end all
 
 
 def test_each_stage_of_a_rank_sums_for_itself() -> None:
