@@ -1,8 +1,8 @@
 """The planner's bytes of a rank beside published peaks of other programs, row by row.
 
-Every complete row of `benchmarks/published/runs.csv` that prints a peak, as its program's formulas have it. What
-is compared is what tensors and libraries take (`allocated`), for torchtitan what is reserved, as the sources
-print it. Where a row leaves part of its layout open, the mean over what it may have been.
+Every complete row of `benchmarks/published/runs.csv` that prints a peak, as its program's formulas have it.
+What is compared is what tensors and libraries take (`allocated`), for torchtitan what is reserved, as the
+sources print it. Where a row leaves part of its layout open, the mean over what it may have been.
 
     python -m benchmarks.plan_peaks [--quick] [--out FILE]
 """
@@ -15,9 +15,10 @@ from collections import defaultdict
 
 from benchmarks.plan_rows import Run, load
 from colossus.measure.machine import this_machine
+from colossus.perf.price import Pricer
 from colossus.perf.receipts import Figure, print_figures, write_receipt
 from colossus.planner.columns import Layouts
-from colossus.planner.estimate import Pricer, Problem
+from colossus.planner.estimate import Problem
 from colossus.planner.memory import GIB, memory
 
 
