@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -30,7 +32,8 @@ def shard(model: Decoder, world: World, compute_dtype: torch.dtype) -> None:
         dims: dict[nn.Parameter, int] | None = None,
         keep: bool = False,
     ) -> None:
-        chosen = None if dims is None else lambda parameter: Shard(dims[parameter])
+        # FSDP's own choice is the first dimension, of which ranks beyond its size would have nothing.
+        chosen = None if dims is None else lambda p: Shard(dims[p]) if p in dims else None
         fully_shard(
             module,
             mesh=mesh,
@@ -44,17 +47,24 @@ def shard(model: Decoder, world: World, compute_dtype: torch.dtype) -> None:
 
     apart = meshes.expert is not None and (layout.ep > 1 or layout.tp > 1)
     for layer in model.layers:
-        for experts in [m for m in layer.modules() if apart and isinstance(m, Experts)]:
+        stacks = [module for module in layer.modules() if isinstance(module, Experts)]
+        if apart:
             assert meshes.expert is not None
-            size = meshes.expert["efsdp"].size()
-            dims = {p: _dim(p, size) for p in experts.parameters()}
-            shard_over(experts, _mesh(meshes.expert, "efsdp"), dims=dims)
-        shard_over(layer, _mesh(meshes.dense, "fsdp"))
+            for experts in stacks:
+                shard_over(
+                    experts, _mesh(meshes.expert, "efsdp"), dims=_dims([experts], meshes.expert["efsdp"])
+                )
+        dims = None if apart or not stacks else _dims(stacks, meshes.dense["fsdp"])
+        shard_over(layer, _mesh(meshes.dense, "fsdp"), dims=dims)
     shard_over(model, _mesh(meshes.dense, "fsdp"), keep=True)  # its backward pass follows at once
 
 
 def _mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:
     return mesh["dp_replicate", axis] if mesh["dp_replicate"].size() > 1 else mesh[axis]
+
+
+def _dims(stacks: Sequence[Experts], mesh: DeviceMesh) -> dict[nn.Parameter, int]:
+    return {p: _dim(p, mesh.size()) for experts in stacks for p in experts.parameters()}
 
 
 def _dim(parameter: torch.Tensor, num_ranks: int) -> int:

@@ -54,7 +54,7 @@ def most(held: Held) -> dict[str, NDArray[np.float64]]:
     # The first layer that is propagated back finds all that waits; the next one less, but sums on their way.
     follows = np.where(held.micro_batches > 1, held.edges, 0.0)
     first = _backward(held, held.activations, follows)
-    second = _backward(held, held.activations - held.of_layer, np.maximum(held.edges, held.layer))
+    second = _backward(held, held.activations - held.of_layer, held.layer)
     moments = [_loss(held), first, second, _end(held)]
     totals = np.stack([np.sum(np.stack(list(moment.values())), axis=0) for moment in moments])
     which = np.argmax(totals, axis=0)

@@ -145,6 +145,17 @@ def test_what_zero_divides(pool: Pool) -> None:
     assert sums[1] == sums[2] == tuple(4 * number for number in sums[0])
 
 
+@pytest.mark.parametrize("ep", [1, 2])
+def test_fewer_experts_than_ranks_are_still_shared_by_all(ep: int, pool: Pool) -> None:
+    """Eight experts on 16 ranks: else the first eight would have all of them, and the others none."""
+    wide = {"hidden_size": 128, "experts.intermediate_size": 256}
+    case = Case.of(wide, dp_shard=16, ep=ep, preset=MIXTRAL, batch=16, type="bf16")
+    whole = sum(4 * p.numel for p in parameter_table(case.arch))
+    for rank in (0, 15):
+        (found,) = pool.run(1, dry, case.job(), rank)
+        assert found.at_rest["weights"] == pytest.approx(whole / 16, rel=0.1)
+
+
 def test_what_selective_recomputation_keeps_is_divided_by_tp(pool: Pool) -> None:
     """Of each token and layer what products gave, whose columns are shared, and the two sums that it gets; no
     tokens of other ranks, and nothing that is a part of a sum."""
