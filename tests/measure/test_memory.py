@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from colossus.measure import memory
 from colossus.measure.memory import can_keep, keep_freed, keeping_gain, peak_memory_bytes
 from tests.derive.machines import machine
 
+ROOT = Path(__file__).resolve().parents[2]
 needs_glibc = pytest.mark.skipif(not can_keep(), reason="needs glibc")
 
 
@@ -76,3 +78,14 @@ def test_the_peak_is_what_was_there() -> None:
     before = peak_memory_bytes()
     piece = torch.ones(before // 4)
     assert peak_memory_bytes() > before + piece.nbytes // 4
+
+
+def test_the_peak_is_not_that_of_who_started_the_process() -> None:
+    """Linux counts that in `ru_maxrss`, since a process begins as a copy of the one that starts it."""
+    code = """if True:
+        import subprocess, sys
+        much = b"x" * 2**30
+        said = "from colossus.measure.memory import peak_memory_bytes; print(peak_memory_bytes())"
+        sys.exit(int(subprocess.run([sys.executable, "-c", said], capture_output=True).stdout) >= 2**30)
+    """
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
