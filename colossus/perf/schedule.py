@@ -306,23 +306,16 @@ def pipeline_seconds(
     return line.seconds + (micro_batches - few) * slowest
 
 
-def in_flight(
-    schedule: str, pp: int, per_rank: int, micro_batches: int, layers: tuple[float, ...] | None = None
-) -> NDArray[np.float64]:
-    """How many micro-batches of each stage are held when a rank holds the most, until the gradients of
-    weights are made; and of how many of these the gradients of inputs are made by then: [2, stages].
-
-    layers: of each stage, by which what it holds counts; None: alike.
-    """
-    return fullest(schedule, pp, per_rank, micro_batches, layers)[0, :2]
-
-
 def fullest(
     schedule: str, pp: int, per_rank: int, micro_batches: int, layers: tuple[float, ...] | None = None
 ) -> NDArray[np.float64]:
-    """The two moments at which a rank may need most, [2, 3, stages]: that of `in_flight`, and when most is
-    held after all stages of the rank have gradients of weights. Of each stage what `in_flight` gives, and 1
-    where it has such gradients by then.
+    """The two moments at which a rank may need most, [2, 3, stages]: when it holds the most micro-batches,
+    and when it does after all its stages have gradients of weights.
+
+    Of each stage how many are held, until the gradients of weights are made; of how many of these the
+    gradients of inputs are made by then; and 1 where the stage has gradients of weights.
+
+    layers: of each stage, by which what it holds counts; None: alike.
     """
     held = _held(schedule, pp, per_rank, shortened(schedule, pp, micro_batches), layers)
     return np.array(held, dtype=float)

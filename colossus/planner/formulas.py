@@ -295,8 +295,7 @@ class _Formulas:
     def attention(self, part: Part, stage: str) -> Iterator[Row]:
         """Scores and weighted values: two products of all heads, or half of one fused kernel each."""
         piece, arch = self.piece, self.arch
-        ranks = np.ones(piece.size) if self.on_all_ranks(part) else piece.tp
-        flops = part.executed * piece.tokens / ranks
+        flops = part.executed * piece.tokens / piece.tp
         counted = part.model * piece.tokens / piece.tp
         heads = piece.sequences * arch.num_heads / piece.tp
         latent = arch.latent

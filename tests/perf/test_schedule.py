@@ -8,7 +8,6 @@ from colossus.perf.schedule import (
     _held,
     bubble,
     fullest,
-    in_flight,
     orders,
     pipeline_seconds,
     stages_of,
@@ -131,18 +130,18 @@ def test_a_few_rounds_stand_for_every_legal_number_of_micro_batches(name, per_ra
 
 def test_activations_in_flight():
     # 1F1B: stage i holds pp - i; GPipe all.
-    assert list(in_flight("1f1b", 4, 1, 16)[0]) == [4, 3, 2, 1]
-    assert list(in_flight("gpipe", 4, 1, 16)[0]) == [16] * 4
+    assert list(fullest("1f1b", 4, 1, 16)[0, 0]) == [4, 3, 2, 1]
+    assert list(fullest("gpipe", 4, 1, 16)[0, 0]) == [16] * 4
     # Korthikanti et al. 2022: interleaving holds 1 + (p-1)/(pv) times as much on the first rank.
-    held = in_flight("interleaved_1f1b", 4, 2, 16)[0]
+    held = fullest("interleaved_1f1b", 4, 2, 16)[0, 0]
     assert (held[0] + held[4]) / 2 == pytest.approx(4 * (1 + 3 / 8), abs=0.5)
     # Qi et al. 2024: ZB-V holds as much on every rank as 1F1B does on the first.
-    held, half = in_flight("zbv_zero_bubble", 4, 2, 16)
+    held, half, _ = fullest("zbv_zero_bubble", 4, 2, 16)[0]
     together = held + HALF * half  # of some, the gradients of inputs wait beside
     assert [together[r] + together[7 - r] >= 8 for r in range(4)] == [True] * 4
     assert [held[r] + held[7 - r] <= 8 for r in range(4)] == [True] * 4
     # Of unequal stages those with more layers count: two of three layers rather than three of one.
-    held, _ = in_flight("interleaved_zero_bubble", 2, 2, 8, (2.0, 3.0, 2.0, 1.0))
+    held = fullest("interleaved_zero_bubble", 2, 2, 8, (2.0, 3.0, 2.0, 1.0))[0, 0]
     assert list(held[[1, 3]]) == [4, 0]
 
 

@@ -15,7 +15,7 @@ from colossus.layout import ZERO_BUBBLE
 from colossus.perf import communication as comm
 from colossus.perf.corrections import Corrections
 from colossus.perf.price import UPDATE_BYTES
-from colossus.perf.schedule import HALF, bubble, in_flight, timeline
+from colossus.perf.schedule import HALF, bubble, fullest, timeline
 from colossus.perf.software import MEGATRON_CORE, OURS
 from colossus.planner.choice import all_refined, exact_pipeline
 from colossus.planner.columns import Layouts
@@ -80,7 +80,7 @@ def test_activations_wait_until_the_gradients_of_weights_are_made(name, per_rank
     """Counted over PyTorch's own orders, action by action."""
     if name in ("gpipe", "1f1b"):
         pytest.skip("PyTorch writes down no order of schedules with one stage")
-    held, half = in_flight(name, pp, per_rank, micro_batches)
+    held, half, _ = fullest(name, pp, per_rank, micro_batches)[0]
     for rank in range(pp):
         now = most = together = 0.0
         order = torch_order(name, pp, per_rank, micro_batches, rank)
