@@ -22,6 +22,7 @@ TP_AXES = ("heads", "kv", "ffn", "vocab")  # dimensions of parameters that tenso
 SELECTIVE = ("attention.scores", "attention.values", "gated", "_norm", "rotary")  # made again by "selective"
 RECOMPUTE = {"none": 0, "selective": 1, "full": 2}
 LATENTS = ("attention.wq_down", "attention.wkv_down", "attention.q_norm", "attention.kv_norm")
+MOVED = ("moe.experts.rows", "moe.experts.sum")  # tokens to their experts, and what these gave to the tokens
 JOINED = ("attention.wq", "attention.wk", "attention.wv", "w_gate", "w_up")  # products of one input
 
 
@@ -189,7 +190,10 @@ class _Formulas:
         selective = any(part.name.endswith(ending) for ending in SELECTIVE)
         if self.software.keeps_products and self.kernel.fused and part.name in ATTENTION:
             selective = False
-        return np.asarray((self.piece.recompute == 2) | ((self.piece.recompute == 1) & selective))
+        apart = np.full(self.piece.size, selective)
+        if self.software.keeps_products and part.name in MOVED:  # what ranks exchange is kept
+            apart = self.piece.ep == 1
+        return np.asarray((self.piece.recompute == 2) | ((self.piece.recompute == 1) & apart))
 
     def kept(self, part: Part) -> Columns:
         """Bytes of a micro-batch that wait for the backward pass."""
@@ -213,7 +217,7 @@ class _Formulas:
     def spread(self, part: Part) -> Columns:
         """Over how many ranks of tp a part's tokens or channels are spread. Ranks that share the columns of
         experts gather their tokens first."""
-        if part.name in ("moe.experts.rows", "moe.experts.sum"):
+        if part.name in MOVED:
             return np.asarray(self.piece.tp / self.piece.etp)
         if self.on_all_ranks(part):
             return np.ones(self.piece.size)

@@ -24,7 +24,7 @@ from colossus.planner.estimate import (
     shapes_of,
 )
 from colossus.planner.formulas import piece_of
-from colossus.planner.moments import Held, most
+from colossus.planner.moments import Held, most, most_alone
 from colossus.planner.stages import Shape
 
 GIB = 2**30
@@ -184,30 +184,6 @@ def _of_ranks(
     layers = np.maximum(made.counts.sum(axis=1), 1.0)[:, None]
     by_stage = made.recomputed(recomputed_layers(layouts, np.arange(len(layouts))))
     recomputed = made.of_ranks(by_stage)
-    if software.fp32_weights:
-        # fp32 weights, their gradients and two moments, all sharded; products read gathered copies
-        weights = np.where(zero >= 1, shards, everything) * 4
-        # Sums of one micro-batch alone are never whole: each layer's are divided as soon as they are made.
-        divided = (zero >= 2) | (software.measured & (micro_batches == 1))
-        gradients = np.where(divided, shards, everything) * 4
-        optimizer = np.where(zero >= 1, shards, everything) * 8
-        if problem.optimizer == "muon":  # one moment of the layers' matrices, which are nearly all of them
-            layer_shards = (dense - edges) / over + routed / over_experts
-            optimizer = optimizer - 4 * np.where(zero >= 1, layer_shards, everything - edges)
-        live = np.where(zero >= 3, np.minimum(1.0, LIVE_LAYERS / layers), 1.0)
-        copied = everything - edges if software.measured else everything
-        cast = live
-        if software.measured:  # copies of layers that are made again go with them, but of the one at work
-            kept = (layers - recomputed.sum(axis=1) + 1) / layers
-            cast = np.where(layouts.number("recompute") == 2, np.minimum(live, kept), live)
-        copies = (size if size < 4 else 0.0) * copied * cast
-        copies = copies + np.where(over > 1, 4 * everything * live * 0.5, 0)
-    else:
-        # half weights, gradients of their own type, and fp32 weights and moments of the optimizer
-        weights = np.where(zero >= 3, shards, everything) * size
-        gradients = np.where(zero >= 2, shards, everything) * software.gradient_bytes
-        optimizer = np.where(zero >= 1, shards, everything) * 12
-        copies = np.where(zero >= 3, LIVE_LAYERS / layers * everything * size, 0.0)
     kept = np.stack([saved[kind] for kind in made.kinds])
     more = np.stack([saved[f"{kind} again"] for kind in made.kinds])  # of a layer that is not recomputed
     left = made.by_stage[:, :, None] - by_stage
@@ -216,62 +192,89 @@ def _of_ranks(
     activations = activations + made.of_ranks(halves * (made.by_stage @ half))
     activations = activations + first * held[0] * saved["first"] + last * held[-1] * saved["last"]
     if software.measured:  # a stage keeps what it has sent on, also where its last layer is made again
-        again = (by_stage.sum(axis=1) >= made.by_stage.sum(axis=1)[:, None]) & (
+        to_its_end = (by_stage.sum(axis=1) >= made.by_stage.sum(axis=1)[:, None]) & (
             layouts.number("recompute") > 0
         )
         sent = layouts.number("micro_batch") * problem.seq_len * arch.hidden_size * size
         follows = np.arange(len(held)) < len(held) - 1
-        sent = np.where(again & follows[:, None], sent / (layouts.number("cp") * tp), 0.0)
+        sent = np.where(to_its_end & follows[:, None], sent / (layouts.number("cp") * tp), 0.0)
         activations = activations + made.of_ranks(held * sent)
-    activations = activations + np.where(recomputed > 0, more, 0.0).max(axis=1)
+    again = np.where(recomputed > 0, more, 0.0).max(axis=1)
     tokens = layouts.number("micro_batch") * problem.seq_len / layouts.number("cp")
-    logits = last * tokens * arch.vocab_size / tp * (size + 4)
-    if software.fp32_weights:
-        logits = last * _loss_bytes(problem, tokens, tp) + (4.0 if size == 4 else 8.0) * head
+    if not software.measured:
+        loss = last * tokens * arch.vocab_size / tp * (size + 4)
+        if software.fp32_weights:
+            loss = last * _loss_bytes(problem, tokens, tp) + (4.0 if size == 4 else 8.0) * head
+        return _of_peers(problem, layouts, everything, shards, layers, activations + again, loss)
     # What a layer's backward pass has at once beside what was saved: gradients of its widest tensors.
     widest = 3 * arch.intermediate_size + 4 * arch.hidden_size
-    if software.measured:
-        layer = tokens * widest * size / tp + 4 * head
-        logits = np.maximum(logits, layer)
-        # With one micro-batch, gradients take the place of the activations that made them.
-        gradients = np.where(micro_batches > 1, gradients, np.maximum(0.0, gradients - activations - logits))
-    alone = {
+    optimizer = 8.0 * shards
+    if problem.optimizer == "muon":  # one moment of the layers' matrices, which are nearly all of them
+        optimizer = optimizer - 4 * ((dense - edges) / over + routed / over_experts)
+    held = Held(
+        weights=everything,
+        shards=shards,
+        summed=made.of_ranks(made.by_stage.sum(axis=1)[:, None] * summed) / layers,
+        edges=edges,
+        embedding=first * kind_weights(arch, "first")[1] / tp,
+        head=head,
+        tied=arch.tie_embeddings,
+        layer=_largest_layer(arch, layouts, made),
+        optimizer=optimizer,
+        activations=activations,
+        of_layer=made.of_ranks(made.by_stage @ kept) / layers,
+        again=again,
+        recomputed=np.where(layouts.number("recompute") > 0, recomputed.sum(axis=1) / layers, 0.0),
+        loss=_loss_bytes(problem, tokens, tp),
+        output=tokens * arch.hidden_size * size,
+        tp=tp,
+        waiting=np.maximum(1.0, held[-1]) * last,
+        working=np.broadcast_to(tokens * widest * size / tp, dense.shape),
+        last=last,
+        size=size,
+        zero=zero,
+        micro_batches=micro_batches,
+        chunks=layouts.number("stages_per_rank"),
+    )
+    several = layouts.ranks > 1
+    alone, together = most_alone(held), most(held)
+    return {name: np.where(several, together[name], alone[name]) for name in alone}
+
+
+def _of_peers(
+    problem: Problem,
+    layouts: Layouts,
+    everything: NDArray[np.float64],
+    shards: NDArray[np.float64],
+    layers: NDArray[np.float64],
+    activations: NDArray[np.float64],
+    loss: NDArray[np.float64],
+) -> dict[str, NDArray[np.float64]]:
+    """Of other programs. everything, shards: numbers of weights on a rank before sharding, and after it."""
+    software, zero = problem.pricer.software, layouts.number("zero")
+    size = 4.0 if problem.precision == "fp32" else 2.0
+    live = np.where(zero >= 3, np.minimum(1.0, LIVE_LAYERS / layers), 1.0)
+    if software.fp32_weights:
+        # fp32 weights, their gradients and two moments, all sharded; products read gathered copies
+        weights = np.where(zero >= 1, shards, everything) * 4
+        gradients = np.where(zero >= 2, shards, everything) * 4
+        optimizer = np.where(zero >= 1, shards, everything) * 8
+        over = layouts.number("dp_shard") * layouts.number("cp")
+        copies = everything * live * ((size if size < 4 else 0.0) + np.where(over > 1, 2.0, 0.0))
+    else:
+        # half weights, gradients of their own type, and fp32 weights and moments of the optimizer
+        weights = np.where(zero >= 3, shards, everything) * size
+        gradients = np.where(zero >= 2, shards, everything) * software.gradient_bytes
+        optimizer = np.where(zero >= 1, shards, everything) * 12
+        copies = np.where(zero >= 3, LIVE_LAYERS / layers * everything * size, 0.0)
+    return {
         "weights": weights,
         "gradients": gradients,
         "optimizer": optimizer,
         "activations": activations,
-        "loss or one layer's gradients": logits,
+        "loss or one layer's gradients": loss,
         "copies of weights": copies,
     }
-    several = layouts.ranks > 1
-    if not software.measured or not several.any():
-        return alone
-    again = np.where(recomputed > 0, more, 0.0).max(axis=1)
-    together = most(
-        Held(
-            weights=everything,
-            shards=shards,
-            summed=made.of_ranks(made.by_stage.sum(axis=1)[:, None] * summed) / layers,
-            edges=edges,
-            head=head,
-            layer=_largest_layer(arch, layouts, made),
-            optimizer=optimizer,
-            activations=activations - again,
-            of_layer=made.of_ranks(made.by_stage @ kept) / layers,
-            again=again,
-            loss=_loss_bytes(problem, tokens, tp),
-            output=tokens * arch.hidden_size * size,
-            tp=tp,
-            waiting=np.maximum(1.0, held[-1]) * last,
-            working=np.broadcast_to(tokens * widest * size / tp, dense.shape),
-            last=last,
-            size=size,
-            zero=zero,
-            micro_batches=micro_batches,
-            chunks=layouts.number("stages_per_rank"),
-        )
-    )
-    return {name: np.where(several, together[name], alone[name]) for name in alone}
 
 
 def _largest_layer(arch: Architecture, layouts: Layouts, made: Shape) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ several ranks always use) follows from `layout.zero`; `benchmarks.plan_memory` h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +20,11 @@ class Held:
     """Of each pipeline rank and layout, [pp, n], or of each layout, [n].
 
     Numbers of weights: `weights` on the rank before sharding, `shards` after it, `edges` outside layers,
-    `head` of the output matrix, `layer` of the largest layer. Bytes: `optimizer`; `activations` of all
-    micro-batches that wait, of which one layer has left `of_layer`; `again` of a layer that is computed once
-    more; `loss` of a chunk's logits; `output` of what the output matrix is multiplied with; `working` of a
-    layer's backward pass; `size` of an element of these.
+    `embedding` and `head` of the input's and output's matrices (`tied`: they are one), `layer` of the
+    largest layer. recomputed: the share of layers that are computed once more. Bytes: `optimizer`;
+    `activations` of all micro-batches that wait, of which one layer has left `of_layer`; `again` of a layer
+    that is computed once more; `loss` of a chunk's logits; `output` of what the output matrix is multiplied
+    with; `working` of a layer's backward pass; `size` of an element of these.
     summed: the share of the weights whose sums of gradients are there, where micro-batches follow.
     waiting: micro-batches of the last stage whose loss has its gradients already. chunks: stages of a rank.
     """
@@ -31,12 +33,15 @@ class Held:
     shards: NDArray[np.float64]
     summed: NDArray[np.float64]
     edges: NDArray[np.float64]
+    embedding: NDArray[np.float64]
     head: NDArray[np.float64]
+    tied: bool
     layer: NDArray[np.float64]
     optimizer: NDArray[np.float64]
     activations: NDArray[np.float64]
     of_layer: NDArray[np.float64]
     again: NDArray[np.float64]
+    recomputed: NDArray[np.float64]
     loss: NDArray[np.float64]
     output: Columns
     tp: Columns
@@ -55,13 +60,58 @@ def most(held: Held) -> dict[str, NDArray[np.float64]]:
     follows = np.where(held.micro_batches > 1, held.edges, 0.0)
     first = _backward(held, held.activations, follows)
     second = _backward(held, held.activations - held.of_layer, held.layer)
-    moments = [_loss(held), first, second, _end(held)]
+    return _largest([_loss(held), first, second, _end(held)])
+
+
+def _largest(moments: Sequence[dict[str, NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
     totals = np.stack([np.sum(np.stack(list(moment.values())), axis=0) for moment in moments])
     which = np.argmax(totals, axis=0)
     return {
         name: np.choose(which, [np.broadcast_to(moment[name], which.shape) for moment in moments])
         for name in moments[0]
     }
+
+
+def most_alone(held: Held) -> dict[str, NDArray[np.float64]]:
+    """The same of one rank alone, which has no FSDP: its gradients are added as they come, and copies of
+    weights in the type of products wait with the activations of layers that are not computed once more."""
+    follows = held.micro_batches > 1
+    cast = held.size if held.size < FP32 else 0.0
+    waiting = cast * (held.weights - held.edges) * (1 - held.recomputed)
+    at_work = np.where(held.recomputed > 0, cast * held.layer, 0.0)
+    before = np.where(follows, FP32 * held.weights, 0.0)
+    head = FP32 * held.head  # its gradient comes with the loss
+
+    def moment(
+        gradients: Columns, activations: Columns, one: Columns, copies: Columns
+    ) -> dict[str, NDArray[np.float64]]:
+        return {
+            "weights": FP32 * held.weights,
+            "gradients": gradients,
+            "optimizer": held.optimizer,
+            "activations": activations,
+            "loss or one layer's gradients": one,
+            "copies of weights": copies,
+        }
+
+    loss = held.loss + head + 2 * held.output
+    first = held.working + np.where(follows & ~held.tied, 0.0, head)
+    layer = FP32 * held.layer
+    # Of an embedding that is the output matrix, too: the gradients of both, and then their sum.
+    end = np.where(follows | held.tied, FP32 * held.embedding, 0.0) + (head if held.tied else 0.0)
+    return _largest(
+        [
+            moment(before, held.activations, loss, waiting + cast * held.head),
+            moment(before, held.activations + held.again, first, waiting + at_work),
+            moment(
+                np.where(follows, before, layer),
+                held.activations - held.of_layer + held.again,
+                first + np.where(follows, layer, 0.0),
+                waiting + at_work,
+            ),
+            moment(FP32 * held.weights, np.zeros_like(held.activations), end, np.zeros_like(waiting)),
+        ]
+    )
 
 
 def _sums(held: Held) -> NDArray[np.float64]:

@@ -107,3 +107,15 @@ def test_muon_takes_what_its_products_take():
     assert matrices(arch, "dense") == {(32, 32, False): 2, (16, 32, False): 2, (32, 48, False): 3}
     experts = matrices(tiny("mixtral-8x7b"), "experts")
     assert experts[24, 32, True] == 3 * 8
+
+
+def test_rows_of_experts_are_made_again_but_where_ranks_exchange_them():
+    """Of selective recomputation: what goes to experts and what comes back are messages under `ep`."""
+    arch = tiny("mixtral-8x7b")
+    kept = {}
+    for ep in (1.0, 2.0):
+        ledger = layers_ledger(arch, piece(recompute=1.0, ep=ep), OURS, "bf16")
+        rows = ledger.where(phase="forward") & np.isin(ledger.name, ("moe.experts.rows", "moe.experts.sum"))
+        kept[ep] = float(ledger.saved[rows].sum())
+    both = 2 * TOKENS * BATCH * arch.experts.per_token * arch.hidden_size * 2
+    assert kept == {1.0: 0.0, 2.0: both}

@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from colossus.planner.moments import Held, most
+from colossus.planner.moments import Held, most, most_alone
 
 HELD = Held(
     weights=np.array([[130.0]]), shards=np.array([[65.0]]), edges=np.array([[10.0]]), head=np.array([[4.0]]),
+    embedding=np.array([[5.0]]), tied=False, recomputed=np.array([[0.0]]),
     layer=np.array([[20.0]]), optimizer=np.array([[520.0]]), activations=np.array([[1000.0]]),
     of_layer=np.array([[150.0]]), again=np.array([[0.0]]), loss=np.array([[5000.0]]), output=np.array([7.0]),
     tp=np.array([1.0]), summed=np.array([[1.0]]),
@@ -22,8 +23,16 @@ LOSS, COPIES = "loss or one layer's gradients", "copies of weights"
 
 
 def by_use(**changed: float) -> dict[str, float]:
+    return {name: float(value[0, 0]) for name, value in most(held(**changed)).items()}
+
+
+def alone(**changed: float) -> dict[str, float]:
+    return {name: float(value[0, 0]) for name, value in most_alone(held(**changed)).items()}
+
+
+def held(**changed: float) -> Held:
     arrays = {name: np.full(np.shape(getattr(HELD, name)), value) for name, value in changed.items()}
-    return {name: float(value[0, 0]) for name, value in most(replace(HELD, **arrays)).items()}
+    return replace(HELD, **arrays)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +97,39 @@ def test_the_end_of_the_only_micro_batch_has_all_gradients() -> None:
     found = by_use(micro_batches=1, zero=3, activations=0, loss=0, working=0)
     assert found["gradients"] == 4 * 65 and found["activations"] == 0
     assert found[LOSS] == 2 * 20 and found[COPIES] == 2 * (10 + 20) + 4 * 20
+
+
+def test_the_loss_of_one_rank_alone() -> None:
+    """Copies of all layers wait, and one of the output matrix is made; without cast there are none."""
+    found = alone()
+    assert found["weights"] == 4 * 130 and found["gradients"] == 4 * 130
+    assert found[LOSS] == 5000 + 4 * 4 + 2 * 7 and found[COPIES] == 2 * 120 + 2 * 4
+    assert alone(size=4)[COPIES] == 0
+    assert alone(micro_batches=1)["gradients"] == 0
+    assert alone(recomputed=0.5)[COPIES] == 2 * 60 + 2 * 4
+
+
+@pytest.mark.parametrize(("micro_batches", "gradients", "one"), [(8, 4 * 130, 100), (1, 0, 100 + 4 * 4)])
+def test_the_first_layer_back_of_one_rank_alone(micro_batches: int, gradients: int, one: int) -> None:
+    """Made again, with a copy of its own weights; the gradient of the output matrix is there."""
+    found = alone(loss=0, again=300, recomputed=1, micro_batches=micro_batches)
+    assert found["activations"] == 1300 and found[COPIES] == 2 * 20
+    assert found["gradients"] == gradients and found[LOSS] == one
+
+
+def test_the_second_layer_back_of_one_rank_alone() -> None:
+    """Which finds less that waits, and what the first has left."""
+    more = {"loss": 0.0, "again": 300, "recomputed": 1, "of_layer": 30}
+    found = alone(micro_batches=1, **more)
+    assert found["activations"] == 1270 and found["gradients"] == 4 * 20 and found[LOSS] == 100 + 4 * 4
+    assert alone(**more)[LOSS] == 100 + 4 * 20
+
+
+def test_the_end_of_one_rank_alone() -> None:
+    """A gradient of the embedding beside the sum that it is added to; where the output matrix is the same,
+    both and their sum."""
+    none = {"activations": 0.0, "loss": 0, "working": 0, "output": 0, "layer": 0, "size": 4.0}
+    assert alone(**none)[LOSS] == 4 * 5 and alone(**none)["gradients"] == 4 * 130
+    once = {name: value for name, value in none.items() if name != "size"} | {"micro_batches": 1.0}
+    assert alone(**once)[LOSS] == 0
+    assert alone(**once, tied=True)[LOSS] == 4 * 5 + 4 * 4
