@@ -309,8 +309,9 @@ def pipeline_seconds(
 def fullest(
     schedule: str, pp: int, per_rank: int, micro_batches: int, layers: tuple[float, ...] | None = None
 ) -> NDArray[np.float64]:
-    """The two moments at which a rank may need most, [2, 3, stages]: when it holds the most micro-batches,
-    and when it does after all its stages have gradients of weights.
+    """The moments at which a rank may need most, [4, 3, stages]: in a backward pass when it holds the most
+    micro-batches, in one when it does after all its stages have gradients of weights; and, of the rank that
+    has the last stage (0 of others), the same two at a loss.
 
     Of each stage how many are held, until the gradients of weights are made; of how many of these the
     gradients of inputs are made by then; and 1 where the stage has gradients of weights.
@@ -344,42 +345,36 @@ Counts = tuple[int, ...]
 @lru_cache(maxsize=4096)
 def _held(
     schedule: str, pp: int, per_rank: int, micro_batches: int, layers: tuple[float, ...] | None
-) -> tuple[tuple[Counts, Counts, Counts], tuple[Counts, Counts, Counts]]:
+) -> tuple[tuple[Counts, Counts, Counts], ...]:
     if schedule == "gpipe":
         none, every = (0,) * pp, (1,) * pp
-        return ((micro_batches,) * pp, none, none), ((micro_batches - 1,) * pp, none, every)
+        before = ((micro_batches,) * pp, none, none)
+        return before, ((micro_batches - 1,) * pp, none, every), before, (none, none, none)
     stages = pp * per_rank
     size = layers or (1.0,) * stages
     held, half, summed = [0] * stages, [0] * stages, [0] * stages
-    found = [[[0] * stages for _ in range(3)] for _ in range(2)]
+    found = [[[0] * stages for _ in range(3)] for _ in range(4)]
     for rank in range(pp):
         own = stages_of(schedule, rank, pp, per_rank)
-        peaks = [0.0, -1.0]
-        now = 0.0
+        peaks = [-1.0] * 4
         for work, stage, _ in order_of(schedule, rank, pp, per_rank, micro_batches):
-            # Gradients of inputs, beside what waits for those of weights, come on top.
-            if work == "F":
-                held[stage] += 1
-                now += size[stage]
-            elif work == "I":
-                half[stage] += 1
-                now += HALF * size[stage]
-            else:
+            held[stage] += work == "F"
+            half[stage] += work == "I"  # on top, beside what waits for gradients of weights
+            now = sum(size[s] * (held[s] + HALF * half[s]) for s in own)
+            if work != "F" or stage == stages - 1:
+                moment = 2 if work == "F" else 0
+                later = all(summed[s] for s in own)
+                for index in (moment, moment + 1) if later else (moment,):
+                    if now >= peaks[index]:  # the last such moment: sums only become more
+                        peaks[index] = now
+                        for s in own:
+                            found[index][0][s], found[index][1][s] = held[s], half[s]
+                            found[index][2][s] = summed[s]
+            if work in ("B", "W"):
                 held[stage] -= 1
-                now -= size[stage]
+                half[stage] -= work == "W"
                 summed[stage] = 1
-                if work == "W":
-                    half[stage] -= 1
-                    now -= HALF * size[stage]
-            for moment, counts in enumerate((True, all(summed[s] for s in own))):
-                if counts and now >= peaks[moment]:  # the last such moment: sums only become more
-                    peaks[moment] = now
-                    for s in own:
-                        found[moment][0][s] = held[s]
-                        found[moment][1][s] = half[s]
-                        found[moment][2][s] = summed[s]
-    first, second = (tuple(tuple(row) for row in moment) for moment in found)
-    return first, second  # type: ignore[return-value]
+    return tuple((tuple(a), tuple(b), tuple(c)) for a, b, c in found)
 
 
 def bubble(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,10 +23,11 @@ from colossus.planner.estimate import (
     shapes_of,
 )
 from colossus.planner.formulas import piece_of
-from colossus.planner.moments import Held, most, most_alone
+from colossus.planner.moments import Held, Moment, largest, most, most_alone
 from colossus.planner.stages import Shape
 
 GIB = 2**30
+MOMENTS: tuple[Moment, ...] = ("backward", "backward", "loss", "loss")  # as `perf.schedule.fullest` has them
 CONTEXT = 0.6 * GIB  # of CUDA and its libraries' workspaces
 BUFFERS = 0.25 * GIB  # of NCCL, for each group of several ranks that a rank is in
 SLACK = 0.06  # of what is reserved, that no tensor fills: SimuMax measures 0.94 on B200
@@ -74,11 +74,13 @@ def memory(problem: Problem, layouts: Layouts) -> Memory:
         chosen = layouts.take(index)
         held = _held(schedule, pp, per_rank, micro_batches[index], made)
         mine = {name: column[index] for name, column in saved.items()}
-        each = [
-            _of_ranks(problem, chosen, made, mine, moment, micro_batches[index])
-            for moment in (held if problem.pricer.software.measured and pp > 1 else held[:1])
-        ]
-        ranks = _fullest(each)
+        moments = MOMENTS if problem.pricer.software.measured and pp > 1 else ("any",)
+        ranks = largest(
+            [
+                _of_ranks(problem, chosen, made, mine, at_once, micro_batches[index], moment)
+                for at_once, moment in zip(held, moments, strict=False)
+            ]
+        )
         most = np.argmax(np.sum(list(ranks.values()), axis=0), axis=0)
         at = np.arange(len(index))
         for name in found:
@@ -91,15 +93,6 @@ def memory(problem: Problem, layouts: Layouts) -> Memory:
     allocated = np.sum(np.stack(list(found.values())), axis=0)
     reserved = allocated / (1 - SLACK) if device == "cuda" else allocated * HEAP
     return Memory(found, allocated, reserved, rank_of)
-
-
-def _fullest(moments: Sequence[dict[str, NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
-    """Of several moments the one at which a rank needs most, by use."""
-    if len(moments) == 1:
-        return moments[0]
-    totals = np.stack([np.sum(list(moment.values()), axis=0) for moment in moments])
-    which = np.argmax(totals, axis=0)
-    return {name: np.choose(which, [moment[name] for moment in moments]) for name in moments[0]}
 
 
 def _saved(problem: Problem, layouts: Layouts) -> dict[str, Columns]:
@@ -127,24 +120,30 @@ def _saved(problem: Problem, layouts: Layouts) -> dict[str, Columns]:
         found[f"{stage} again"] = np.maximum(everything - kept, 0.0)[back]
         rows = ledger.where(stage=stage, phase="forward", kind="product")
         rows &= ~np.isin(ledger.name, ATTENTION)
-        half = (ledger.count * ledger.m * ledger.n)[rows].sum(axis=0) * size + 2 * inputs
+        numbers = ledger.count * ledger.m * ledger.n
+        half = numbers[rows].sum(axis=0) * size + 2 * inputs
+        if arch.qk_norm:  # what it gave, and its products with the norm's weights
+            normed = rows & np.isin(ledger.name, ("attention.wq", "attention.wk"))
+            half = half + 2 * numbers[normed].sum(axis=0) * size
         found[f"{stage} half"] = np.broadcast_to(half, piece.tokens.shape)[back]
     return found
 
 
 def _held(schedule: str, pp: int, per_rank: int, micro_batches: Columns, made: Shape) -> NDArray[np.float64]:
     """Micro-batches of each stage that wait, of how many of these the gradients of inputs are there, and
-    whether sums of gradients are, at the two moments when they may be most: [2, 3, stages, n]."""
+    whether sums of gradients are, at the moments when they may be most: [4, 3, stages, n], as `fullest`
+    has them; [1, 3, stages, n] without a pipeline."""
     num_stages = len(made.by_stage)
     layers = tuple(made.by_stage.sum(axis=1).tolist())
     if pp == 1:
         ones = np.ones((num_stages, len(micro_batches)))
-        return np.stack([np.stack([ones, np.zeros_like(ones), ones])] * 2)
+        return np.stack([np.stack([ones, np.zeros_like(ones), ones])])
     chunks = 2 if schedule in V_SHAPED else per_rank
     if schedule == "gpipe":
         whole = np.tile(micro_batches, (num_stages, 1))
         none, every = np.zeros_like(whole), np.ones_like(whole)
-        return np.stack([np.stack([whole, none, none]), np.stack([whole - 1, none, every])])
+        before, after = np.stack([whole, none, none]), np.stack([whole - 1, none, every])
+        return np.stack([before, after, before, np.zeros_like(before)])
     unique, back = np.unique(np.minimum(micro_batches, 4 * pp), return_inverse=True)
     by_count = []
     for number in unique:
@@ -160,11 +159,12 @@ def _of_ranks(
     layouts: Layouts,
     made: Shape,
     saved: dict[str, Columns],
-    moment: NDArray[np.float64],
+    at_once: NDArray[np.float64],
     micro_batches: Columns,
+    moment: Moment,
 ) -> dict[str, NDArray[np.float64]]:
-    """Bytes of each pipeline rank by use, [pp, n]. moment: see `_held`."""
-    held, halves, summed = moment
+    """Bytes of each pipeline rank by use, [pp, n]. at_once: of that moment, see `_held`."""
+    held, halves, summed = at_once
     arch, software = problem.arch, problem.pricer.software
     dense, routed = np.zeros((2, len(made.first), len(layouts)))
     for ranks in made.alike:
@@ -197,8 +197,10 @@ def _of_ranks(
         )
         sent = layouts.number("micro_batch") * problem.seq_len * arch.hidden_size * size
         follows = np.arange(len(held)) < len(held) - 1
-        sent = np.where(to_its_end & follows[:, None], sent / (layouts.number("cp") * tp), 0.0)
-        activations = activations + made.of_ranks(held * sent)
+        sent = sent / (layouts.number("cp") * tp)
+        sent_on = np.where(to_its_end & follows[:, None], sent, 0.0)
+        # Gradients of weights that are put off come with those that the stage was given, and gave on.
+        activations = activations + made.of_ranks(held * sent_on + halves * 2 * sent)
     again = np.where(recomputed > 0, more, 0.0).max(axis=1)
     tokens = layouts.number("micro_batch") * problem.seq_len / layouts.number("cp")
     if not software.measured:
@@ -211,7 +213,7 @@ def _of_ranks(
     optimizer = 8.0 * shards
     if problem.optimizer == "muon":  # one moment of the layers' matrices, which are nearly all of them
         optimizer = optimizer - 4 * ((dense - edges) / over + routed / over_experts)
-    held = Held(
+    needed = Held(
         weights=everything,
         shards=shards,
         summed=made.of_ranks(made.by_stage.sum(axis=1)[:, None] * summed) / layers,
@@ -229,6 +231,8 @@ def _of_ranks(
         output=tokens * arch.hidden_size * size,
         tp=tp,
         waiting=np.maximum(1.0, held[-1]) * last,
+        put_off=halves[-1] * last,
+        in_halves=bool(halves.any()),
         working=np.broadcast_to(tokens * widest * size / tp, dense.shape),
         last=last,
         size=size,
@@ -237,7 +241,7 @@ def _of_ranks(
         chunks=layouts.number("stages_per_rank"),
     )
     several = layouts.ranks > 1
-    alone, together = most_alone(held), most(held)
+    alone, together = most_alone(needed), most(needed, moment)
     return {name: np.where(several, together[name], alone[name]) for name in alone}
 
 

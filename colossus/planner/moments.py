@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from colossus.perf.ledger import Columns
 
 FP32 = 4.0
+Moment = Literal["any", "backward", "loss"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Held:
     that is computed once more; `loss` of a chunk's logits; `output` of what the output matrix is multiplied
     with; `working` of a layer's backward pass; `size` of an element of these.
     summed: the share of the weights whose sums of gradients are there, where micro-batches follow.
-    waiting: micro-batches of the last stage whose loss has its gradients already. chunks: stages of a rank.
+    waiting: micro-batches of the last stage whose loss has its gradients already; put_off: in a backward
+    pass, those of them whose gradients of weights are put off; in_halves: the schedule puts them off.
+    chunks: stages of a rank.
     """
 
     weights: NDArray[np.float64]
@@ -46,24 +50,29 @@ class Held:
     output: Columns
     tp: Columns
     waiting: NDArray[np.float64]
+    put_off: NDArray[np.float64]
     working: NDArray[np.float64]
     last: NDArray[np.float64]
     size: float
+    in_halves: bool
     zero: Columns
     micro_batches: Columns
     chunks: Columns
 
 
-def most(held: Held) -> dict[str, NDArray[np.float64]]:
-    """Bytes by use at the moment when they are most."""
+def most(held: Held, moment: Moment = "any") -> dict[str, NDArray[np.float64]]:
+    """Bytes by use at the moment when they are most, of those that `moment` names."""
+    if moment == "loss":
+        return _loss(held)
     # The first layer that is propagated back finds all that waits; the next one less, but sums on their way.
     follows = np.where(held.micro_batches > 1, held.edges, 0.0)
     first = _backward(held, held.activations, follows)
     second = _backward(held, held.activations - held.of_layer, held.layer)
-    return _largest([_loss(held), first, second, _end(held)])
+    return largest([*([_loss(held)] if moment == "any" else []), first, second, _end(held)])
 
 
-def _largest(moments: Sequence[dict[str, NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
+def largest(moments: Sequence[dict[str, NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
+    """Of several moments the one at which a rank needs most."""
     totals = np.stack([np.sum(np.stack(list(moment.values())), axis=0) for moment in moments])
     which = np.argmax(totals, axis=0)
     return {
@@ -99,7 +108,7 @@ def most_alone(held: Held) -> dict[str, NDArray[np.float64]]:
     layer = FP32 * held.layer
     # Of an embedding that is the output matrix, too: the gradients of both, and then their sum.
     end = np.where(follows | held.tied, FP32 * held.embedding, 0.0) + (head if held.tied else 0.0)
-    return _largest(
+    return largest(
         [
             moment(before, held.activations, loss, waiting + cast * held.head),
             moment(before, held.activations + held.again, first, waiting + at_work),
@@ -131,7 +140,8 @@ def _summing(held: Held, own: NDArray[np.float64]) -> NDArray[np.float64]:
     rank has an FSDP of its own. own: numbers of the stage at work."""
     others = held.edges + (held.chunks - 1) * held.layer
     apart = np.where(held.chunks > 1, others, own)
-    return np.where((held.zero >= 2) | (held.micro_batches == 1), FP32 * apart, 0.0)
+    only = (held.micro_batches == 1) & (not held.in_halves)  # else its gradients of weights come later
+    return np.where((held.zero >= 2) | only, FP32 * apart, 0.0)
 
 
 def _loss(held: Held) -> dict[str, NDArray[np.float64]]:
@@ -158,6 +168,7 @@ def _backward(
     # A stage's first sums are made beside the gradients that they are made of.
     begins = np.where((held.summed < 1) & (held.zero == 1), FP32 * held.layer, 0.0)
     one = held.working + held.size * held.layer + held.last * held.size * held.head
+    one = one + held.put_off * (FP32 * held.head + held.output)  # which its gradients were made of
     return {
         "weights": FP32 * held.shards,
         "gradients": _sums(held) + np.where(held.micro_batches > 1, begins, 0.0),

@@ -147,14 +147,26 @@ def test_activations_in_flight():
 
 def test_what_is_held_when_gradients_are_there():
     """Of one round the most is held before a rank's first stage has any; of many, after that too."""
-    before, after = fullest("1f1b", 4, 1, 4)
+    before, after, *_ = fullest("1f1b", 4, 1, 4)
     assert list(before[0]) == [4, 3, 2, 1] and before[2][0] == 0
     assert after[0][0] == 3 and list(after[2]) == [1] * 4
     for schedule, chunks in (("1f1b", 1), ("interleaved_1f1b", 2)):
-        before, after = fullest(schedule, 4, chunks, 16)
+        before, after, *_ = fullest(schedule, 4, chunks, 16)
         assert list(before[0]) == list(after[0]) and list(after[2]) == [1] * (4 * chunks)
-    before, after = fullest("gpipe", 4, 1, 16)
+    before, after, *_ = fullest("gpipe", 4, 1, 16)
     assert list(before[0]) == [16] * 4 and list(before[2]) == [0] * 4 and list(after[0]) == [15] * 4
+
+
+def test_what_is_held_at_a_loss():
+    """Only the rank that has the last stage has one; of others nothing is said."""
+    assert fullest("1f1b", 4, 1, 16)[2, 0].tolist() == [0, 0, 0, 1]
+    # Two rounds of the first stage are on their way when the last stage's first micro-batch has its loss;
+    # of the second stage's no more than that one is held, since its backward pass follows.
+    first = fullest("interleaved_1f1b", 2, 2, 8)[2, 0]
+    assert first.tolist() == [0, 2, 0, 1]
+    held, half, _ = fullest("interleaved_zero_bubble", 2, 2, 8)[2]
+    assert held[3] == 2 and half[3] == 1  # the other's gradients of inputs are there, of weights not
+    assert fullest("gpipe", 4, 1, 16)[2, 0].tolist() == [16] * 4
 
 
 def test_a_slow_stage_and_slow_messages_count():

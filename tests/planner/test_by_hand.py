@@ -60,18 +60,19 @@ def kept(made, **row) -> float:
         ("1f1b", 1, 4 * 2, 0, 0),  # as many as there are ranks after this one, itself included
         ("interleaved_1f1b", 2, 4 + 2 * 3 + 1, 0, 0),  # a round of the first stage, two a later rank, and one
         ("interleaved_1f1b", 1, 4 * 2, 0, 0),
-        ("interleaved_zero_bubble", 2, 4 + 3 + 1, 4, 4),  # one a later rank; as many weights' gradients wait
+        ("interleaved_zero_bubble", 2, 4 + 3 + 1, 4, 1),  # one a later rank; as many weights' gradients wait
         ("zbv_zero_bubble", 2, 7, 7, 0),  # the last rank's; the first has eight layers, and one of these
         ("dualpipe_v", 2, 2 * 4 + 1, 0, 1),
     ],
 )  # fmt: skip
 def test_micro_batches_in_flight_wait_in_every_layer_of_a_rank(schedule, chunks, layers, halves, ends):
     """halves: of which the gradients of inputs wait, too: of what products gave (q, k, v, out, gate, up,
-    down) and of two norms, in two bytes. ends: micro-batches whose last norm waits."""
+    down) and of two norms, and of what a stage of a layer was given and gave on, in two bytes. ends:
+    micro-batches whose last norm waits."""
     made = eight()
     (needs,) = parts(made, {"pp": 4, "schedule": schedule, "stages_per_rank": chunks})
     end = float(made.ledger(piece(TOKENS, 1.0)).total("saved", stage="last", phase="forward")[0])
-    half = TOKENS * 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32 + 2 * 32)
+    half = TOKENS * 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32 + 2 * 32 + 2 * 32)
     assert needs["activations"] == pytest.approx(layers * kept(made) + halves * half + ends * end)
 
 

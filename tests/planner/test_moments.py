@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from colossus.planner.moments import Held, most, most_alone
+from colossus.planner.moments import Held, Moment, most, most_alone
 
 HELD = Held(
     weights=np.array([[130.0]]), shards=np.array([[65.0]]), edges=np.array([[10.0]]), head=np.array([[4.0]]),
@@ -16,14 +16,15 @@ HELD = Held(
     layer=np.array([[20.0]]), optimizer=np.array([[520.0]]), activations=np.array([[1000.0]]),
     of_layer=np.array([[150.0]]), again=np.array([[0.0]]), loss=np.array([[5000.0]]), output=np.array([7.0]),
     tp=np.array([1.0]), summed=np.array([[1.0]]),
-    waiting=np.array([[1.0]]), working=np.array([[100.0]]), last=np.array([[1.0]]), size=2.0,
+    waiting=np.array([[1.0]]), put_off=np.array([[0.0]]), in_halves=False,
+    working=np.array([[100.0]]), last=np.array([[1.0]]), size=2.0,
     zero=np.array([1.0]), micro_batches=np.array([8.0]), chunks=np.array([1.0]),
 )  # fmt: skip
 LOSS, COPIES = "loss or one layer's gradients", "copies of weights"
 
 
-def by_use(**changed: float) -> dict[str, float]:
-    return {name: float(value[0, 0]) for name, value in most(held(**changed)).items()}
+def by_use(moment: Moment = "any", **changed: float) -> dict[str, float]:
+    return {name: float(value[0, 0]) for name, value in most(held(**changed), moment).items()}
 
 
 def alone(**changed: float) -> dict[str, float]:
@@ -97,6 +98,20 @@ def test_the_end_of_the_only_micro_batch_has_all_gradients() -> None:
     found = by_use(micro_batches=1, zero=3, activations=0, loss=0, working=0)
     assert found["gradients"] == 4 * 65 and found["activations"] == 0
     assert found[LOSS] == 2 * 20 and found[COPIES] == 2 * (10 + 20) + 4 * 20
+
+
+def test_a_moment_of_a_schedule_is_a_loss_or_a_backward_pass() -> None:
+    assert by_use("loss", loss=0)[LOSS] == 4 * 4 + 7
+    assert by_use("backward")[LOSS] == 100 + 2 * 20 + 2 * 4
+
+
+def test_gradients_of_weights_that_are_put_off() -> None:
+    """The output matrix's, of each such micro-batch, in fp32; of the only one no sums are on their way."""
+    assert by_use("backward", put_off=3)[LOSS] == 100 + 2 * 20 + 2 * 4 + 3 * (4 * 4 + 7)
+    assert by_use("backward", micro_batches=1, last=0)[COPIES] == 2 * 130
+    for in_halves, sums in ((False, 4 * 20), (True, 0)):
+        found = by_use("backward", micro_batches=1, last=0, of_layer=0, in_halves=in_halves)
+        assert found[COPIES] == 2 * 130 + sums
 
 
 def test_the_loss_of_one_rank_alone() -> None:
