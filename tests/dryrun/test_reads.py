@@ -87,7 +87,7 @@ def test_what_another_optimizer_kept_is_refused(stages: dict[tuple[str, int], li
 
 SMALL = ["model.hidden_size=64", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=2"]
 SMALL += ["model.head_dim=32", "model.intermediate_size=96", "model.vocab_size=256", "data.seq_len=64"]
-FLEET = ["fleet=dgx-h100-1", "run.global_batch=8"]
+FLEET = ["fleet=dgx-h100-1", "run.global_batch=8", "layout.pp=1", "layout.tp=1"]
 
 
 @pytest.fixture(scope="module")
