@@ -32,6 +32,7 @@ class Need:
 
     @property
     def title(self) -> str:
+        """Of the tensor, in messages."""
         return title(self.entry)
 
 
