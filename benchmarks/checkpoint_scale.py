@@ -1,7 +1,7 @@
 """A checkpoint's metadata where 196,608 ranks save Llama 3.1 405B: tp 8, pp 16, 128 shards, 12 replicas.
 
-The 16,384 ranks of one replica write. Here are all their files: indexes and headers as they would be, the
-data as holes of the right length. The rules are those of the DTensors that the program makes for a rank of
+The 16,384 ranks of one replica write. Here are all their files: indexes as they would be, headers and data as
+holes of the right length. The rules are those of the DTensors that the program makes for a rank of
 each stage of that world. Measured is what one rank does to save beside writing its data; what the processes
 do that commit, first those of 127 groups in turns, then rank 0's; and what one rank reads and parses before
 it reads data, in the same layout and in another one (tp 4, pp 8, 64 shards). Bytes are those of the files
@@ -19,23 +19,20 @@ import sys
 import tempfile
 import time
 import tracemalloc
-import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from colossus.checkpoints.commit import Order
 from colossus.checkpoints.committer import Committer
+from colossus.checkpoints.foreseen import SAVE, Foreseen
 from colossus.checkpoints.format import (
     CHUNK_BYTES,
     COMMITTED,
-    ITEM_BYTES,
     MANIFEST,
-    Entry,
     File,
     Key,
     group_size,
@@ -44,11 +41,10 @@ from colossus.checkpoints.format import (
 )
 from colossus.checkpoints.index import DONE, Index, digest, encode_index, sorted_entries
 from colossus.checkpoints.manifest import read_claim
-from colossus.checkpoints.pieces import by_rule, pieces_of, places_at
+from colossus.checkpoints.pieces import pieces_of
 from colossus.checkpoints.retention import delete
-from colossus.checkpoints.shards import shard_of, shards_to_write
-from colossus.checkpoints.write import file_header
-from colossus.cuts import box_at
+from colossus.checkpoints.shards import Grids, shard_of, shards_to_write
+from colossus.checkpoints.spread import Spread
 from colossus.dryrun.fake import fake_world
 from colossus.job import Job, load_job
 from colossus.measure.machine import this_machine
@@ -61,8 +57,7 @@ SAVES = {"tp": 8, "pp": 16, "dp_shard": 128, "dp_replicate": 12}
 LOADS = {"tp": 4, "pp": 8, "dp_shard": 64, "dp_replicate": 12}
 QUICK_SAVES = {"tp": 2, "pp": 4, "dp_shard": 16, "dp_replicate": 3}
 QUICK_LOADS = {"tp": 4, "pp": 2, "dp_shard": 4, "dp_replicate": 3}
-OWN, ALL = "< 1e6", "< 50e6"  # bytes that a rank reads and parses; of all that describes a checkpoint
-SAVE = "0" * 32 + "-0"  # as long as the name of a save is
+OWN, ALL = "< 1e6", "< 100e6"  # bytes that a rank reads and parses; of all that describes a checkpoint
 
 
 def job_of(layout: Mapping[str, int]) -> Job:
@@ -79,65 +74,20 @@ def state_of(job: Job, rank: int) -> tuple[dict[Key, torch.Tensor], int]:
         return {(name, kind): p for name, p in named for kind in KINDS}, world.num_writers
 
 
-@dataclass(frozen=True)
-class Hole:
-    """A box of zeros that is never written."""
-
-    entry: Entry
-    sizes: tuple[int, ...]
-    num_bytes: int
-
-    def parts(self) -> Iterable[memoryview]:
-        raise AssertionError("a hole is not written")
-
-
-@cache
-def checksum(num_bytes: int) -> int:
-    """CRC32 of so many zeros."""
-    return zlib.crc32(bytes(num_bytes))
-
-
 class Writers:
     """Makes what the writers of a checkpoint make."""
 
-    def __init__(self, folder: Path, entries: Iterable[Entry]) -> None:
-        self._folder = folder
-        self._rules = by_rule(entries)
-        self._ordered: dict[tuple[object, ...], tuple[list[Entry], int]] = {}
+    def __init__(self, folder: Path, foreseen: Foreseen) -> None:
+        self._folder, self._foreseen = folder, foreseen
         self.header_bytes = self.index_bytes = 0
 
     def write(self, rank: int) -> None:
-        places = places_at(self._rules, rank)
-        key = tuple(places)
-        if key not in self._ordered:
-            entries = sorted_entries(entry for rule in places for entry in self._rules[rule])
-            self._ordered[key] = entries, digest(entries)
-        entries, rules = self._ordered[key]
-        boxes, holes, checksums = dict[object, tuple[int, ...]](), list[Hole](), array("I")
-        for entry in entries:
-            kind = (entry.shape, entry.first, entry.cuts)
-            if kind not in boxes:
-                box = box_at(entry.shape, entry.cuts, places[entry.first, entry.cuts])
-                assert box is not None
-                boxes[kind] = box[1]
-            num_bytes = ITEM_BYTES[entry.dtype]
-            for size in boxes[kind]:
-                num_bytes *= size
-            holes.append(Hole(entry, boxes[kind], num_bytes))
-            left = num_bytes
-            while left > 0:
-                checksums.append(checksum(min(left, CHUNK_BYTES)))
-                left -= CHUNK_BYTES
-        header = file_header(holes)
-        size = len(header) + sum(hole.num_bytes for hole in holes)
+        index = self._foreseen.index(rank)
         with (self._folder / pieces_name(rank)).open("wb") as file:
-            file.write(header)
-            file.truncate(size)
-        listed = tuple(entry for entry in entries if entry.first == rank)
-        index = Index(SAVE, File(size, len(header), zlib.crc32(header)), rules, listed, (), checksums)
+            file.truncate(index.file.bytes)
         data = encode_index(index)
         (self._folder / index_name(rank)).write_bytes(data + DONE)
-        self.header_bytes += len(header)
+        self.header_bytes += index.file.header_bytes
         self.index_bytes += len(data)
 
 
@@ -214,19 +164,19 @@ def to_load(title: str, folder: Path, job: Job, rank: int, opened: Opened) -> It
 def measure(folder: Path, saves: Mapping[str, int], loads: Mapping[str, int]) -> Iterator[Figure]:
     job = job_of(saves)
     per_stage = saves["tp"] * saves["dp_shard"]
-    entries: dict[Key, Entry] = {}
+    spreads = list[Spread]()
     for stage in range(saves["pp"]):
-        for rank in range(stage * per_stage, stage * per_stage + saves["tp"]):  # norms take turns over tp
-            tensors, num_writers = state_of(job, rank)
-            shards, _ = shards_to_write(tensors, rank, num_writers)
-            entries |= {shard.entry.key: shard.entry for shard in shards}
+        tensors, num_writers = state_of(job, stage * per_stage)
+        grids = Grids()  # of one world
+        spreads += [grids.spread(key, tensor) for key, tensor in tensors.items()]
+    foreseen = Foreseen.of(spreads, num_writers)
     yield Figure("ranks", job.layout.num_ranks, "ranks")
     yield Figure("writers", num_writers, "writers")
-    yield Figure("state", sum(entry.num_bytes for entry in entries.values()), "bytes")
+    yield Figure("state", sum(entry.num_bytes for entry in foreseen.entries.values()), "bytes")
     for rank in (0, num_writers // 2 + 5):
         yield from to_save(job, rank, num_writers)
 
-    writers = Writers(folder, entries.values())
+    writers = Writers(folder, foreseen)
     for rank in range(num_writers):
         writers.write(rank)
     seconds, leader = list[float](), Committer()

@@ -304,38 +304,79 @@ def plan(
     return make_plan(job, machine, aim, ask=ask)
 
 
-def dry_run(job: Job, rank: int | None = None, *, say: Callable[[str], None] = lambda line: None) -> DryRun:
+def dry_run(
+    job: Job,
+    rank: int | None = None,
+    *,
+    source: Job | str | Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> DryRun:
     """Runs one step of the training program as every kind of rank of a job's world, on tensors without
     numbers: what each holds, computes and says to others, and whether it fits.
 
-    rank: this one alone. say: is told what is being traced. What is open of the layout is the planner's
-    choice; where nothing fits by its formulas, the simplest that takes the whole fleet.
+    rank: this one alone. source: what the job goes on from, of which its ranks' reads are planned: a
+    checkpoint or the folder of a run (its newest one), or a job (file) whose dry world would have saved. say:
+    is told what is being traced. What is open of a layout is the planner's choice; where nothing fits by its
+    formulas, the simplest that takes the whole fleet.
 
     Raises:
         UserError: the job names no model or no fleet, its layout is not legal, or there is no such rank;
-            NothingFits (one of them): no layout was asked for, and none fits.
+            NothingFits (one of them): no layout was asked for, and none fits; the source is none, or of
+            another model.
+        DamagedCheckpoint: of the source.
     """
-    from colossus.derive.to_plan import planned, with_model
     from colossus.dryrun.mend import mended
     from colossus.dryrun.ranks import dry_run as run
+    from colossus.dryrun.reads import check_source, reads_of
     from colossus.hardware.fleets import hardware_of
     from colossus.planner.measured import corrections_for
+
+    kept = None if source is None else _source(source)
+    job, machine, notes = _spread(job)
+    if kept is not None:
+        check_source(kept, job)
+    hardware = hardware_of(job.fleet, machine, ranks=job.layout.num_ranks)
+    corrections = corrections_for(hardware, machine)
+    found = run(job, hardware, rank, say=say, notes=notes, corrections=corrections)
+    reads = None if kept is None else reads_of(kept, found.job, say)
+    return dataclasses.replace(mended(found, rank, say=say, corrections=corrections), reads=reads)
+
+
+def _spread(job: Job) -> tuple[Job, Machine | None, list[str]]:
+    """The job with its model and layout, the machine that it is planned for, and what to say of that."""
+    from colossus.derive.to_plan import planned, with_model
     from colossus.planner.plan import laid_out, make_plan
     from colossus.planner.search import NothingFits
 
     machine = _measured() if job.fleet.accelerator is None and job.fleet.pools is None else None
-    job, notes = with_model(job, machine), []
+    job, notes = with_model(job, machine), list[str]()
     try:
-        job = planned(job, make_plan(job, machine))
+        return planned(job, make_plan(job, machine)), machine, notes
     except NothingFits:
         if not any(job.asked_for(f"layout.{axis}") for axis in AXES):
             raise
-        job = laid_out(job, machine)
         notes.append("no layout fits by the planner's formulas; what was open of this one is the simplest")
-    hardware = hardware_of(job.fleet, machine, ranks=job.layout.num_ranks)
-    corrections = corrections_for(hardware, machine)
-    found = run(job, hardware, rank, say=say, notes=notes, corrections=corrections)
-    return mended(found, rank, say=say, corrections=corrections)
+        return laid_out(job, machine), machine, notes
+
+
+def _source(source: Job | str | Path) -> Path | tuple[Path, Job]:
+    """A checkpoint that is there; or the job of a dry world, and what it is called."""
+    from colossus.checkpoints.find import latest
+    from colossus.checkpoints.format import is_committed
+
+    if isinstance(source, Job):
+        return Path("a job"), _spread(source)[0]
+    path = Path(source)
+    if path.is_file():
+        return path, _spread(load_job(path))[0]
+    if is_committed(path):
+        return path
+    if not (path / "job.toml").is_file():
+        raise UserError(f"--from {path}: no job file, no run's folder and no checkpoint")
+    newest = latest(path)
+    if newest is None:
+        raise UserError(f"--from {path}: this run has no checkpoint yet; of its job, {path / 'job.toml'}")
+    return newest
 
 
 def compare(run: str | Path, *, say: Callable[[str], None] = lambda line: None) -> Comparison:

@@ -105,6 +105,16 @@ class Layout(Section):
                 return self.model_copy(update={name: v for name, v in own.items() if v is not None})
         return self
 
+    def fewest_rows(self, batch: int) -> int:
+        """Sequences of a batch that a rank takes, of the ranks that have fewest and whose pool doesn't say
+        itself how many it computes at once."""
+        pools = self.pools or ()
+        total = sum(pool.replicas * (pool.share or 0) for pool in pools) or self.dp_replicate or 1
+        shares = [batch * (pool.share or 1) // total for pool in pools if pool.micro_batch is None]
+        if not shares:
+            return -(-batch // self.dp)
+        return max(1, -(-min(shares) // (self.dp_shard or 1)))
+
     @property
     def num_ranks(self) -> int:
         """Ranks of the whole job; an axis that is not derived yet counts as 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import zlib
 from collections import deque
 from collections.abc import Callable
@@ -103,10 +104,10 @@ def _check(path: Path, checks: list[Check]) -> None:
 
 
 def read_exactly(stream: io.FileIO, out: memoryview, begin: int) -> int:
-    """Fills `out` with the file's bytes from `begin` on; returns their CRC32 (of what there is)."""
-    stream.seek(begin)
+    """Fills `out` with the file's bytes from `begin` on; returns their CRC32 (of what there is). Several
+    threads may read one file."""
     done = 0
-    while done < len(out) and (read := stream.readinto(out[done:])):
+    while done < len(out) and (read := os.preadv(stream.fileno(), [out[done:]], begin + done)):
         done += read
     return zlib.crc32(out[:done])
 

@@ -21,7 +21,7 @@ from colossus.checkpoints.format1 import natural
 from colossus.cuts import Cut
 from colossus.untrusted import parse_json
 
-MAX_INDEX_BYTES = 64 << 20
+MAX_INDEX_BYTES = 256 << 20  # of one writer: 16 TiB
 DONE = b"\n"
 _ROW = struct.Struct("<QQ32s")
 

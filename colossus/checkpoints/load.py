@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from colossus.checkpoints.claims import Say, committed, warn
-from colossus.checkpoints.find import latest, latest_verified, num_threads, read_exactly, verify, verify_files
+from colossus.checkpoints.find import latest, latest_verified, verify, verify_files
 from colossus.checkpoints.format import (
-    ITEM_BYTES,
     DamagedCheckpoint,
     Entry,
     Key,
@@ -25,10 +22,11 @@ from colossus.checkpoints.manifest import read_claim
 from colossus.checkpoints.passing import reads
 from colossus.checkpoints.pieces import Pieces, pieces_of
 from colossus.checkpoints.ranks import OneRank, Ranks
-from colossus.checkpoints.shards import bytes_of, shard_of
+from colossus.checkpoints.reading import Need, read, title
+from colossus.checkpoints.shards import shard_of
+from colossus.checkpoints.spans import overlap
 from colossus.errors import MachineError, UserError, nearest
 from colossus.models.hf.header import TYPES
-from colossus.untrusted import open_file
 
 Found = TypeVar("Found")
 __all__ = ["Checkpoint", "DamagedCheckpoint", "latest", "newest_whole", "open_checkpoint", "verify"]
@@ -99,8 +97,11 @@ def candidates(
     if error is not None:
         raise error
     for path in paths:
-        checkpoint, error = _tried(_open, path, world)
-        damage = world.first_error(error)
+        # Read once for all: of 200,000 ranks, each would read a megabyte of the same file.
+        manifest, damage = world.broadcast(_tried(read_claim, path) if world.rank == 0 else None)
+        if manifest is not None:
+            checkpoint, error = _tried(_open, path, manifest, world)
+            damage = world.first_error(error)
         if damage is None:
             assert checkpoint is not None
             yield checkpoint
@@ -129,8 +130,7 @@ def load_agreed(checkpoint: Checkpoint, load: Callable[[Checkpoint], None], worl
     return error is None
 
 
-def _open(path: Path, world: Ranks) -> Checkpoint:
-    manifest = read_claim(path)
+def _open(path: Path, manifest: Manifest, world: Ranks) -> Checkpoint:
     pieces = pieces_of(path, manifest)
     verify_files(path, pieces, world.rank, world.size)
     return Checkpoint(path, manifest, pieces)
@@ -179,7 +179,7 @@ class Checkpoint:
 
         Args:
             slices: of the leading dimensions, without steps; None is the whole tensor. Only the parts of
-                files that the box lies in are read, rounded to chunks of 4 MiB.
+                files that the box lies in are read, rounded to chunks of 256 KiB.
 
         Raises:
             UserError: there is no such tensor.
@@ -188,7 +188,7 @@ class Checkpoint:
         entry = self._entry((name, kind))
         offset, sizes = _box(entry.shape, slices or ())
         out = torch.empty(sizes, dtype=TYPES[entry.dtype])
-        self._fill(entry, out, offset)
+        read(self.path, self._needs(entry, out, offset), self.manifest.chunk_bytes)
         return out
 
     def load_into(
@@ -207,79 +207,47 @@ class Checkpoint:
         """
         pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
         shards = [(shard_of(key, tensor), not share or reads(key, tensor)) for key, tensor in pairs]
-        tasks = []
-        for shard, is_read in shards:
-            entry = self._entry(shard.entry.key)
-            if entry.shape != shard.entry.shape:
-                raise UserError(f"{self.path}: {_title(entry)} is {entry.shape}, not {shard.entry.shape}")
-            dtype = TYPES[entry.dtype]
-            convertible = dtype.is_floating_point and shard.values.dtype.is_floating_point
-            if dtype != shard.values.dtype and not convertible:
-                raise UserError(f"{self.path}: {_title(entry)} is {dtype}, not {shard.values.dtype}")
-            if is_read and shard.values.numel():
-                tasks.append((entry, shard.values, shard.offset))
-        tasks.sort(key=lambda task: -task[1].numel())  # the long ones first: the threads end together
-        with ThreadPoolExecutor(num_threads()) as pool:
-            for done in [pool.submit(self._fill, *task) for task in tasks]:
-                done.result()
+        entries = [entry_for(shard.entry, self.manifest, self.path) for shard, _ in shards]
+        needs = list[Need]()
+        for entry, (shard, is_read) in zip(entries, shards, strict=True):
+            if is_read:
+                needs += self._needs(entry, shard.values, shard.offset)
+        read(self.path, needs, self.manifest.chunk_bytes)
 
     def _entry(self, key: Key) -> Entry:
-        entry = self.manifest.tensors.get(key)
-        if entry is None:
-            name, kind = key
-            guess = nearest(name, [other for other, _ in self.names(kind)])
-            hint = f"; did you mean {guess!r}?" if guess else ""
-            raise UserError(f"{self.path} holds no {name} ({kind}){hint}")
-        return entry
+        return _named(key, self.manifest, self.path)
 
-    def _fill(self, entry: Entry, out: torch.Tensor, offset: Sequence[int]) -> None:
-        """Fills `out` with the box of the tensor that begins at `offset`."""
+    def _needs(self, entry: Entry, out: torch.Tensor, offset: Sequence[int]) -> Iterator[Need]:
+        """What is read to fill `out` with the box of the tensor that begins at `offset`."""
         last = [a + n for a, n in zip(offset, out.shape, strict=True)]
-        with torch.no_grad():
-            for piece in self._pieces.within(entry, offset, last):
-                begin = [max(a, b) for a, b in zip(piece.offset, offset, strict=True)]
-                end = [min(a + n, b) for a, n, b in zip(piece.offset, piece.shape, last, strict=True)]
-                here = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, offset, strict=True))
-                there = [slice(a - o, b - o) for a, b, o in zip(begin, end, piece.offset, strict=True)]
-                self._copy(entry, piece, there, out[here])
+        for piece in self._pieces.within(entry, offset, last):
+            low, high = overlap(piece.offset, piece.shape, offset, last)
+            there = tuple(map(slice, low, high))
+            moved = [a - b for a, b in zip(piece.offset, offset, strict=True)]
+            here = tuple(slice(a + by, b + by) for a, b, by in zip(low, high, moved, strict=True))
+            yield Need(entry, piece, there, out[here])
 
-    def _copy(self, entry: Entry, piece: Piece, box: list[slice], out: torch.Tensor) -> None:
-        """Reads a box of a piece; straight into `out` where its bytes lie there as they do in the file."""
-        dtype, shape, first = TYPES[entry.dtype], piece.shape, 0
-        while len(box) > 1 and len(out) == 1:  # one of a stack, of which no other need be read
-            first += box[0].start * math.prod(shape[1:]) * ITEM_BYTES[entry.dtype]
-            box, shape, out = box[1:], shape[1:], out[0]
-        rows = box[0] if box else slice(0, 1)
-        first += rows.start * math.prod(shape[1:]) * ITEM_BYTES[entry.dtype]
-        whole_rows = tuple(out.shape[1:]) == shape[1:]
-        if whole_rows and out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous():
-            self._read_bytes(entry, piece, first, bytes_of(out))
-            return
-        scratch = torch.empty((rows.stop - rows.start, *shape[1:]), dtype=dtype)
-        self._read_bytes(entry, piece, first, bytes_of(scratch))
-        out.copy_(scratch[:, *box[1:]] if box else scratch[0])
 
-    def _read_bytes(self, entry: Entry, piece: Piece, first: int, out: memoryview) -> None:
-        """Fills `out` with the bytes of a piece from `first` on; verifies every chunk that they lie in."""
-        num_bytes = math.prod(piece.shape) * ITEM_BYTES[entry.dtype]
-        size = self.manifest.chunk_bytes
-        last = first + len(out)
-        path = self.path / piece.file
-        try:
-            with open_file(path) as stream:
-                for chunk in range(first // size, -(-last // size)):
-                    begin, end = chunk * size, min((chunk + 1) * size, num_bytes)
-                    low, high = max(begin, first), min(end, last)
-                    whole = (low, high) == (begin, end)
-                    room = out[low - first : high - first] if whole else memoryview(bytearray(end - begin))
-                    if read_exactly(stream, room, piece.begin + begin) != piece.checksums[chunk]:
-                        raise DamagedCheckpoint(
-                            f"{path} is damaged: {_title(entry)} changed since it was written"
-                        )
-                    if not whole:
-                        out[low - first : high - first] = room[low - begin : high - begin]
-        except OSError as error:
-            raise DamagedCheckpoint(f"{path}: {error.strerror}; it holds {_title(entry)}") from error
+def entry_for(wanted: Entry, manifest: Manifest, path: Path) -> Entry:
+    """The tensor of a checkpoint from which `wanted` can be filled. Raises UserError where it has none, or
+    one of another shape or type."""
+    entry = _named(wanted.key, manifest, path)
+    if entry.shape != wanted.shape:
+        raise UserError(f"{path}: {title(entry)} is {entry.shape}, not {wanted.shape}")
+    there, here = TYPES[entry.dtype], TYPES[wanted.dtype]
+    if there != here and not (there.is_floating_point and here.is_floating_point):
+        raise UserError(f"{path}: {title(entry)} is {there}, not {here}")
+    return entry
+
+
+def _named(key: Key, manifest: Manifest, path: Path) -> Entry:
+    entry = manifest.tensors.get(key)
+    if entry is None:
+        name, kind = key
+        guess = nearest(name, [other for other, of in manifest.tensors if of == kind])
+        hint = f"; did you mean {guess!r}?" if guess else ""
+        raise UserError(f"{path} holds no {name} ({kind}){hint}")
+    return entry
 
 
 def _box(shape: Sequence[int], slices: Sequence[slice]) -> tuple[list[int], list[int]]:
@@ -289,7 +257,3 @@ def _box(shape: Sequence[int], slices: Sequence[slice]) -> tuple[list[int], list
     assert all(step == 1 for _, _, step in bounds), "slices with steps are not read"
     bounds += [(0, size, 1) for size in shape[len(slices) :]]
     return [begin for begin, _, _ in bounds], [max(end - begin, 0) for begin, end, _ in bounds]
-
-
-def _title(entry: Entry) -> str:
-    return f"{entry.name} ({entry.kind})"

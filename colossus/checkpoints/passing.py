@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from colossus.checkpoints.format import Key
+from colossus.checkpoints.spread import turns
 
 Tensors = Iterable[tuple[Key, torch.Tensor]]
 
@@ -37,13 +37,12 @@ def _axes(key: Key, tensor: torch.Tensor) -> list[tuple[int, int, int]]:
     they take turns by the tensor's name."""
     if not isinstance(tensor, DTensor) or tensor.device_mesh.get_coordinate() is None:
         return []
-    turn, found = zlib.crc32("/".join(key).encode()), list[tuple[int, int, int]]()
-    for axis, placement in enumerate(tensor.placements):
-        size = tensor.device_mesh.size(axis)
-        if placement.is_replicate() and size > 1:
-            turn, reader = divmod(turn, size)
-            found.append((axis, tensor.device_mesh.get_local_rank(axis), reader))
-    return found
+    mesh = tensor.device_mesh
+    axes = [
+        a for a, placement in enumerate(tensor.placements) if placement.is_replicate() and mesh.size(a) > 1
+    ]
+    readers = turns(key, map(mesh.size, axes))
+    return [(axis, mesh.get_local_rank(axis), reader) for axis, reader in zip(axes, readers, strict=True)]
 
 
 def _broadcast(

@@ -154,6 +154,7 @@ class Ruled:
         assert isinstance(manifest.source, Writers)
         self._path, self._manifest, self._writers = path, manifest, manifest.source
         self._group = lru_cache(KEPT_INDEXES)(self._read_group)
+        self._index = lru_cache(KEPT_INDEXES)(self._read_index)
         self._held = lru_cache(KEPT_INDEXES)(self._read_held)
         self._entries = lru_cache(KEPT_INDEXES)(self._in_file)
         self._digest = lru_cache(KEPT_INDEXES)(lambda rules: digest(self._entries(rules)))
@@ -231,7 +232,7 @@ class Ruled:
             raise DamagedCheckpoint(f"{self._path / index_name(writer)}: of another file than the rules say")
         return _Held(index.file, order, begins, firsts, index.checksums)
 
-    def _index(self, writer: int) -> Index:
+    def _read_index(self, writer: int) -> Index:
         path, vouched = self._path / index_name(writer), self._vouched(writer)
         data = _read(path, vouched)
         try:

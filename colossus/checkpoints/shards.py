@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from colossus.checkpoints.format import Entry, Key
-from colossus.cuts import Cut
+from colossus.checkpoints.spread import Axis, Spread
 from colossus.models.box import box, cuts_of
 from colossus.models.hf.header import DTYPES
 
@@ -59,7 +58,17 @@ class Grids:
     def __init__(self) -> None:
         self._known: dict[int, tuple[DeviceMesh, int, list[int]]] = {}
 
-    def of(self, mesh: DeviceMesh) -> tuple[int, list[int]]:
+    def spread(self, key: Key, tensor: torch.Tensor) -> Spread:
+        """How it lies over its ranks: a DTensor over those of its mesh, a plain tensor, equal, over all."""
+        dtype, shape = DTYPES[tensor.dtype], tuple(tensor.shape)
+        if not isinstance(tensor, DTensor):
+            return Spread(key, dtype, shape)
+        mesh = tensor.device_mesh
+        first, strides = self._of(mesh)
+        axes = map(Axis, mesh.shape, strides, cuts_of(tensor))
+        return Spread(key, dtype, shape, first, tuple(axes))
+
+    def _of(self, mesh: DeviceMesh) -> tuple[int, list[int]]:
         if id(mesh) not in self._known:
             ranks = mesh.mesh
             zeros = (0,) * ranks.ndim
@@ -77,36 +86,6 @@ class Grids:
         return self._known[id(mesh)][1:]
 
 
-def placed(
-    key: Key, tensor: torch.Tensor, num_writers: int, grids: Grids
-) -> tuple[int, tuple[Cut, ...], tuple[int, ...]]:
-    """The rule by which a tensor is cut over its writers (see `Entry`): the first one, the cuts, and this
-    rank's place on each.
-
-    The first `num_writers` ranks hold all of it. Where several of them hold the same they take turns by the
-    tensor's name, so that each writes about as much. A plain tensor is held, equal, by every rank of the
-    world; a DTensor by the ranks of its mesh.
-    """
-    turn = zlib.crc32("/".join(key).encode())
-    if not isinstance(tensor, DTensor):
-        return turn % num_writers, (), ()
-    mesh = tensor.device_mesh
-    first, strides = grids.of(mesh)
-    first %= num_writers
-    coordinates = mesh.get_coordinate()
-    assert coordinates is not None
-    cuts, places = list[Cut](), list[int]()
-    for axis, cut in enumerate(cuts_of(tensor)):
-        stride = strides[axis]
-        if cut is not None and mesh.size(axis) > 1:
-            cuts.append(dataclasses.replace(cut, stride=stride))
-            places.append(coordinates[axis])
-        elif mesh.size(axis) > 1:  # it may lead to replicas that do not write
-            turn, chosen = divmod(turn, max(1, min(mesh.size(axis), num_writers // stride)))
-            first += chosen * stride
-    return first, tuple(cuts), tuple(places)
-
-
 def shards_to_write(
     tensors: Mapping[Key, torch.Tensor], rank: int, num_writers: int
 ) -> tuple[list[Shard], list[Key]]:
@@ -115,14 +94,14 @@ def shards_to_write(
     grids, shards, held = Grids(), list[Shard](), list[Key]()
     for key, tensor in tensors.items() if rank < num_writers else ():
         mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
-        if mesh is not None and mesh.get_coordinate() is None:
+        coordinate = mesh.get_coordinate() if mesh is not None else ()
+        if coordinate is None:
             continue
-        first, cuts, places = placed(key, tensor, num_writers, grids)
-        shard = shard_of(key, tensor)
-        entry = dataclasses.replace(shard.entry, first=first, cuts=cuts)
-        if entry.writer(places) == rank:
-            shards.append(dataclasses.replace(shard, entry=entry))
-        elif mesh is None or grids.of(mesh)[0] % num_writers == rank:
+        spread = grids.spread(key, tensor)
+        entry = spread.entry(num_writers)
+        if entry.writer(spread.places(coordinate)) == rank:
+            shards.append(dataclasses.replace(shard_of(key, tensor), entry=entry))
+        elif mesh is None or spread.teller(num_writers) == rank:
             held.append(key)
     return shards, held
 

@@ -21,6 +21,15 @@ def dryrun(
     rank: Annotated[
         int | None, typer.Option("--rank", metavar="N", help="This one alone; else one of each kind.")
     ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="What its start reads: of a checkpoint, of a run's newest, or of what the world of a job "
+            "file would save.",
+        ),
+    ] = None,
     compare: Annotated[
         Path | None,
         typer.Option("--compare", metavar="RUN", help="Of a run's job, beside what the run measured."),
@@ -49,7 +58,7 @@ def dryrun(
     from colossus.dryrun.timeline import trace
 
     if compare is not None:
-        if words or rank is not None or timeline is not None or html is not None:
+        if words or any(option is not None for option in (rank, source, timeline, html)):
             raise UserError(f"--compare {compare}: takes the run's own job, and no other words or options")
         with one_line() as show:
             made = api.compare(compare, say=show)
@@ -59,7 +68,7 @@ def dryrun(
     path, overrides = split(words)
     job = api.load_job(path, overrides)
     with one_line() as show:
-        found = api.dry_run(job, rank, say=show)
+        found = api.dry_run(job, rank, source=source, say=show)
     if timeline is not None:
         if found.price is None:
             raise UserError(f"--timeline {timeline}: needs every stage of the pipeline; leave --rank out")

@@ -154,7 +154,7 @@ def _plan_layout(job: Job, machine: Machine, ranks: int) -> Job:
 
 
 def _derive_layout(job: Job, machine: Machine) -> Job:
-    share = -(-min(batch for _, batch in job.run.batch_schedule) // job.layout.dp)
+    share = job.layout.fewest_rows(min(batch for _, batch in job.run.batch_schedule))
     job = job.derive(**{"layout.micro_batch": micro_batch(job, share, machine)})
     return job.derive(**{"layout.zero": zero_level(job, machine)})
 

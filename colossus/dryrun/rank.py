@@ -89,7 +89,7 @@ def trace(job: Job, rank: int, num_rows: int, seq_len: int, *, replay: bool = Tr
         UserError: something in the program needs the numbers of a tensor; with the module and the operator.
     """
     began = time.perf_counter()
-    job = _as_traced(job)
+    job = as_traced(job)
     tracer = Tracer(flop_counter(attention.FLOPS).flop_registry)
     replayed = Replay(tracer, in_halves=job.layout.schedule in ZERO_BUBBLE)
     with fake_world(job, rank) as world, ExitStack() as stack:
@@ -144,7 +144,7 @@ def _by_pass(done: list[tuple[Pass, Work]]) -> dict[Pass, dict[Work, int]]:
     return {at: dict(work) for at, work in found.items()}
 
 
-def _as_traced(job: Job) -> Job:
+def as_traced(job: Job) -> Job:
     """With what is open filled in. A compiler does nothing here: layers are traced as they are written."""
     layout = job.layout.filled().model_copy(update={"compile": False, "async_tp": False})
     open_ = {name: value for name, value in ANY.items() if getattr(job.optimizer, name) is None}

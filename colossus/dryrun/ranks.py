@@ -8,6 +8,7 @@ from typing import Any
 
 from colossus.dryrun.price import Price, price, problem_of
 from colossus.dryrun.rank import Traced
+from colossus.dryrun.reads import Reads
 from colossus.dryrun.tracer import Moment
 from colossus.dryrun.worker import traces
 from colossus.errors import UserError
@@ -65,7 +66,8 @@ class DryRun:
 
     mend: what would make it fit, as words of a job, and the ranks with it; None: it fits, nothing that was
     tried does, or nobody has asked (`mend.mended`). notes: what the figures leave out. price: what a step
-    takes; None where not every stage of the pipeline was run.
+    takes; None where not every stage of the pipeline was run. reads: what its start reads of the checkpoint
+    that it goes on from, where one was named.
     """
 
     job: Job
@@ -74,6 +76,7 @@ class DryRun:
     notes: tuple[str, ...]
     mend: tuple[str, DryRun] | None = None
     price: Price | None = None
+    reads: Reads | None = None
 
     @property
     def fits(self) -> bool:
@@ -91,6 +94,7 @@ class DryRun:
             "fits": self.fits,
             "layout": layout.model_dump(exclude_none=True),
             "price": None if self.price is None else self.price.to_dict(),
+            "reads": None if self.reads is None else self.reads.to_dict(),
             "ranks": [],
             "notes": list(self.notes),
         }
@@ -119,6 +123,9 @@ class DryRun:
                     "host_reads": traced.host_reads,
                 }
             )
+            if self.reads is not None:
+                kind = judged.kind
+                found["ranks"][-1]["reads"] = self.reads.of_kind(kind.replica, kind.stage, kind.count)
         if self.mend is not None:
             found["mend"] = {"words": self.mend[0], **self.mend[1].to_dict()}
         return found

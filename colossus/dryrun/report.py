@@ -30,7 +30,7 @@ PRICED = "priced as `colossus plan` prices"
 def text(found: DryRun) -> str:
     """The whole report for a terminal."""
     sections = [_head(found), verdict(found), _table(found), _memory(found.worst), _said(found.worst)]
-    sections += [_computed(found.worst), _time(found), _host(found), list(found.notes)]
+    sections += [_computed(found.worst), _time(found), _host(found), _reads(found), list(found.notes)]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
@@ -165,4 +165,31 @@ def _host(found: DryRun) -> list[str]:
         f"a start reads as much; from a failure until steps go on {duration(host.restart_seconds)} pass "
         "(seconds are assumptions of the fleet)"
     )
+    return lines
+
+
+def _reads(found: DryRun) -> list[str]:
+    """What the start reads of the checkpoint that it goes on from."""
+    reads = found.reads
+    if reads is None:
+        return []
+    whole, most = int(reads.storage.sum()), reads.of_rank(reads.most)
+    source = reads.source
+    written = f"{plural(source.writers.num, 'rank')} {'wrote' if source.is_there else 'write'}"
+    lines = [
+        f"going on from {source.path}, which {written}: "
+        f"a start reads {memory(whole)} from storage, {whole / reads.state:.2f} times what it has; rank "
+        f"{most['rank']:,} most, {memory(most['storage_bytes'])}",
+        f"{'rank':>9} {'stage':>5} {'alike':>8}  {'mean':>9}  {'most':>9}  {'on rank':>9}  {'files':>6}  "
+        "passed on to it",
+    ]
+    for judged in found.ranks:
+        kind = judged.kind
+        told = reads.of_kind(kind.replica, kind.stage, kind.count)
+        one = told["most"]
+        lines.append(
+            f"{kind.rank:>9,} {kind.stage:>5} {kind.count:>8,}  {memory(told['mean_storage_bytes']):>9}  "
+            f"{memory(one['storage_bytes']):>9}  {one['rank']:>9,}  {one['files']:>6,}  "
+            f"{memory(one['received_bytes'])}"
+        )
     return lines

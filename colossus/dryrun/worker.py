@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from queue import SimpleQueue
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from colossus.dryrun.rank import Traced, trace
 from colossus.errors import MachineError
 from colossus.measure.machine import free_memory_bytes
 
+Answer = TypeVar("Answer")
 POLL_SECONDS = 0.02
 WORKER_BYTES = 700 * 2**20  # at most: PyTorch, and what is known of a world of 200,000 ranks
 
@@ -30,7 +31,16 @@ WORKER_BYTES = 700 * 2**20  # at most: PyTorch, and what is known of a world of 
 def traces(
     wanted: Iterable[tuple[Any, ...]], begun: Callable[[int], None] = lambda index: None
 ) -> list[Traced]:
-    """`trace(*arguments)` for each, in their order, several at a time. begun: is told the index of each.
+    """`trace(*arguments)` for each. See `answers`."""
+    return answers(trace, wanted, begun)
+
+
+def answers(
+    function: Callable[..., Answer],
+    wanted: Iterable[tuple[Any, ...]],
+    begun: Callable[[int], None] = lambda index: None,
+) -> list[Answer]:
+    """`function(*arguments)` for each, in their order, several at a time. begun: is told the index of each.
 
     Raises: what the first that failed has raised.
     """
@@ -38,19 +48,19 @@ def traces(
     most = min(len(wanted), os.cpu_count() or 1, int(free_memory_bytes() // WORKER_BYTES))
     idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
 
-    def one(index: int, arguments: tuple[Any, ...]) -> Traced:
+    def one(index: int, arguments: tuple[Any, ...]) -> Answer:
         worker = idle.get()
         try:
             begun(index)
             assert worker.stdin is not None and worker.stdout is not None
-            _send(worker.stdin, arguments)
+            _send(worker.stdin, (function, arguments))
             answer = _receive(worker.stdout)
         finally:
             idle.put(worker)
         if isinstance(answer, Exception):
             raise answer
-        assert isinstance(answer, Traced)
-        return answer
+        found: Answer = answer
+        return found
 
     with ExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(max(1, most)))
@@ -124,12 +134,13 @@ def _wait(child: int) -> int:
             return os.waitpid(child, 0)[1]  # the next request: it has answered
 
 
-def _answer(request: bytes) -> Traced | Exception:
+def _answer(request: bytes) -> Any:
     import torch
 
     torch.set_num_threads(1)
     try:
-        return trace(*pickle.loads(request))
+        function, arguments = pickle.loads(request)
+        return function(*arguments)
     except Exception as error:
         return _that_can_be_sent(error)
 

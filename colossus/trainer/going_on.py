@@ -40,6 +40,7 @@ MAY_CHANGE = (
 # What a rank's memory follows, beside what a run keeps.
 FITS_BY = ("layout.", "fleet.", "data.seq_len", "data.phases", "run.global_batch", "run.batch_schedule",
            "precision.", "optimizer.")  # fmt: skip
+SHARED_BY = (*AXES, "schedule", "pools")  # a batch, over ranks and micro batches
 FOLLOWS_LAYOUT = ("layout.micro_batch", "layout.stages_per_rank", "layout.zero")
 FROM_NOW_ON = {  # words that mean the steps to come, and the schedule that tells of the others
     "run.global_batch": "run.batch_schedule",
@@ -220,7 +221,7 @@ def check_fixed(
 
 def spread(kept: Job, changed: Mapping[str, Any]) -> Job:
     """The job with what may change between attempts, and what follows from a layout derived again."""
-    open_again = [*FOLLOWS_LAYOUT] if changed.keys() & {f"layout.{a}" for a in (*AXES, "schedule")} else []
+    open_again = [*FOLLOWS_LAYOUT] if changed.keys() & {f"layout.{a}" for a in SHARED_BY} else []
     if "layout.recompute_layers" in changed or changed.get(
         "layout.activation_gib", kept.layout.activation_gib
     ):

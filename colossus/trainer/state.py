@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class TrainState:
         """(name, kind) -> tensor, for checkpoints: what this rank's stages have of weights in fp32, buffers
         and optimizer state; but for what an earlier stage of another rank has too."""
         copied = self._copied()
-        return {key: tensor for key, tensor in self._held() if key[0] not in copied}
+        return {key: tensor for key, tensor in self.held() if key[0] not in copied}
 
     def restore(self, checkpoint: Checkpoint, *, share: bool = False) -> None:
         """Takes weights, optimizer state and step from a checkpoint of any layout.
@@ -73,14 +74,14 @@ class TrainState:
         Raises:
             UserError: it is of another model, on every rank. MachineError: it is damaged.
         """
-        check_model(checkpoint, self.arch)
-        checkpoint.load_into(self._held(), share=share)
+        check_model(checkpoint.path, checkpoint.meta, self.arch)
+        checkpoint.load_into(self.held(), share=share)
         self.optimizer.num_steps = checkpoint.meta["optimizer_steps"]
         self.step = checkpoint.meta["step"]
 
     def pass_on(self) -> None:
         """Brings what each rank has read to all that hold it. Every rank calls this."""
-        pass_on(self._held())
+        pass_on(self.held())
 
     def begin_with(self, weights: Weights) -> None:
         """Takes the weights of another model, and no more: step 0 of a new schedule."""
@@ -90,13 +91,9 @@ class TrainState:
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says beside its tensors."""
-        return {
-            "step": self.step,
-            "optimizer_steps": self.optimizer.num_steps,
-            "architecture": self.arch.model_dump(exclude={"init_from"}),
-        }
+        return meta_of(self.arch, self.step, self.optimizer.num_steps)
 
-    def _held(self) -> Iterator[tuple[Key, torch.Tensor]]:
+    def held(self) -> Iterator[tuple[Key, torch.Tensor]]:
         """All that this rank has a part of. Its first and its last stage may have a parameter of one name."""
         reshard(self.model)
         for name, parameter in self.model.named_parameters():
@@ -112,18 +109,25 @@ class TrainState:
         return {logical_name(n) for n, p in self.model.named_parameters() if id(p) in copies}
 
 
-def check_model(checkpoint: Checkpoint, arch: Architecture) -> None:
-    """Raises `UserError` where a checkpoint is of another model, and says in what they differ."""
+def meta_of(arch: Architecture, step: int = 0, optimizer_steps: int = 0) -> dict[str, Any]:
+    """What a checkpoint says of its model and how far that is trained; the run adds what it decided."""
+    return {
+        "step": step,
+        "optimizer_steps": optimizer_steps,
+        "architecture": arch.model_dump(exclude={"init_from"}),
+    }
+
+
+def check_model(path: Path, meta: Mapping[str, Any], arch: Architecture) -> None:
+    """Raises `UserError` where the checkpoint at `path` is of another model, and says in what they differ."""
     there, here = (
-        checkpoint.meta.get("architecture", {}),
+        meta.get("architecture", {}),
         arch.model_dump(mode="json", exclude={"preset", "init_from"}),
     )
     if differing := [
         f"{n}: {there[n]!r}, {here[n]!r}" for n in here if n in there and _is_other(there[n], here[n])
     ]:
-        raise UserError(
-            f"{checkpoint.path}: of another model; differing in model (there, here): {'; '.join(differing)}"
-        )
+        raise UserError(f"{path}: of another model; differing in model (there, here): {'; '.join(differing)}")
 
 
 def _is_other(there: Any, here: Any) -> bool:

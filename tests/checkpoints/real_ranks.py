@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from colossus.checkpoints import load
+from colossus.checkpoints import load, reading
 from colossus.checkpoints.format import Key
 from colossus.checkpoints.load import newest_whole
 from colossus.checkpoints.passing import pass_on
@@ -86,14 +86,14 @@ def pass_on_in_replicas(folder: Path) -> tuple[int, bool]:
     Returns the bytes that this rank has read of tensors, and whether it agreed that the damaged one is whole.
     """
     read = 0
-    real = load.read_exactly
+    real = reading.read_exactly
 
     def counted(stream: io.FileIO, out: memoryview, begin: int) -> int:
         nonlocal read
         read += len(out)
         return real(stream, out, begin)
 
-    load.read_exactly = counted  # type: ignore[attr-defined]
+    reading.read_exactly = counted  # type: ignore[attr-defined]
     with World.join(Layout(dp_replicate=2, dp_shard=2), "cpu") as world:
         assert world.meshes is not None
         mesh = world.meshes.dense

@@ -123,6 +123,17 @@ def test_a_batch_schedule_alone_gives_the_batch() -> None:
     assert job.run.global_batch == 2 and job.layout.micro_batch <= 2
 
 
+def test_the_micro_batch_is_no_more_than_the_least_share_of_a_pool() -> None:
+    """Of 8 sequences the first replica takes 2; the others say themselves how many they compute at once."""
+    pools = "layout.pools=[{replicas=1,share=2},{replicas=2,share=3,micro_batch=3}]"
+    job = derived("run.global_batch=8", "run.steps=9", "layout.dp_replicate=3", pools)
+    assert job.layout.micro_batch == 2
+    assert job.layout.fewest_rows(16) == 4
+    measured = job.put({"layout.pools": [{"replicas": 1}, {"replicas": 2}]}, "argument")
+    assert measured.layout.fewest_rows(8) == 2
+    assert measured.put({"layout.pools": []}, "argument").layout.fewest_rows(8) == 3
+
+
 PIPELINE = ["layout.pp=2", "layout.schedule=interleaved_1f1b", "model.num_layers=4", "layout.micro_batch=1"]
 
 

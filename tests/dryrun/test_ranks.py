@@ -186,7 +186,7 @@ def test_a_process_ends_with_whoever_asked() -> None:
     """In the middle of a trace of minutes."""
     asked = worker._start()
     assert asked.stdin is not None
-    worker._send(asked.stdin, (of(Case.of(dp_shard=2, micro_batch=1)), 0, 20_000, 16))
+    worker._send(asked.stdin, (trace, (of(Case.of(dp_shard=2, micro_batch=1)), 0, 20_000, 16)))
     with pytest.raises(subprocess.TimeoutExpired):
         asked.wait(3)
     asked.stdin.close()
