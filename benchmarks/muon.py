@@ -2,7 +2,8 @@
 
 The peer is what Muon over FSDP2 does where nothing is shared out: every rank gathers every matrix and makes
 all of them orthogonal, those of one shape at once. Both update the same model of 12M parameters from the same
-gradients, in turns; what they write is compared. Ranks have one thread each and share this machine's cores.
+gradients, in turns; what they write is compared. So are buckets that travel beside the work, and the same
+ones, each of which is back before the next leaves. Ranks have one thread each and share this machine's cores.
 
     python -m benchmarks.muon [--quick] [--out FILE] [--turns N]
 """
@@ -27,8 +28,9 @@ from colossus.architecture import num_parameters
 from colossus.job import Job
 from colossus.measure.machine import this_machine
 from colossus.models.box import local
+from colossus.optim.exchange import at_owners
 from colossus.optim.muon import Muon, orthogonalised
-from colossus.optim.owners import at_owners
+from colossus.optim.owners import families_of, matrix_of
 from colossus.parallel.apply import build
 from colossus.parallel.world import World
 from colossus.perf.receipts import Figure, print_figures, write_receipt
@@ -39,6 +41,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "4 copies": {"dp_replicate": 4},
 }
 GOAL = ">= 3"
+WAYS = ("owners", "everywhere", "buckets", "one by one")
+ROOM = 2**19  # elements of an owner in a bucket: so that this model has several
 
 
 def everywhere(muon: Muon, matmul_type: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
@@ -63,8 +67,8 @@ def spread(parameter: torch.Tensor) -> tuple[DeviceMesh, tuple[Placement, ...]]:
 
 @contextlib.contextmanager
 def rank(job: Job, kind: str) -> Iterator[Callable[[str], tuple[float, float]]]:
-    """In a process: gives what makes all updates by "owners" or "everywhere"; (seconds, how far the last are
-    from those of the other way, in parts of the largest) is its answer."""
+    """In a process: gives what makes all updates by one of the `WAYS`; (seconds, how far the last are from
+    those of "everywhere", in parts of the largest) is its answer."""
     torch.set_num_threads(1)
     matmul_type = torch_type(kind)
     with World.join(job.layout, "cpu") as world:
@@ -73,21 +77,30 @@ def rank(job: Job, kind: str) -> Iterator[Callable[[str], tuple[float, float]]]:
         muon = Muon(weights, lr=1e-2, momentum=0.95, weight_decay=0.1, matmul_type=matmul_type)
         for parameter in weights:
             parameter.grad = parameter.detach().clone()
-        last: dict[str, dict[int, torch.Tensor]] = {}
+        matrices = [matrix_of(parameter) for parameter in weights]
+        work = partial(orthogonalised, matmul_type=matmul_type)
+        small = families_of(matrices, ROOM)
+        families = {
+            "owners": families_of(matrices),
+            "buckets": small,
+            "one by one": [[bucket] for family in small for bucket in family],
+        }
+        reference: dict[int, torch.Tensor] = {}
 
         @torch.no_grad()
         def act(way: str) -> tuple[float, float]:
             world.sum([0.0])  # all begin together
             began = time.perf_counter()
-            if way == "owners":
-                work = partial(orthogonalised, matmul_type=matmul_type)
-                last[way] = dict(at_owners(muon._matrices, muon._nesterov, work))
+            if way == "everywhere":
+                made = dict(everywhere(muon, matmul_type))
             else:
-                last[way] = dict(everywhere(muon, matmul_type))
+                turns = at_owners(families[way], muon._nesterov, work)
+                made = {index: part for parts in turns for index, part in parts.items()}
             seconds = time.perf_counter() - began
-            ones, others = last[way], next((made for name, made in last.items() if name != way), last[way])
-            far = max(float((ones[i] - others[i]).abs().max() / ones[i].abs().max()) for i in ones)
-            assert all(ones[i].shape == local(weights[i]).shape for i in ones)
+            reference.update(made if way == "everywhere" else {})
+            others = reference or made
+            far = max(float((made[i] - others[i]).abs().max() / made[i].abs().max()) for i in made)
+            assert all(made[i].shape == local(weights[i]).shape for i in range(len(weights)))
             return seconds, far
 
         yield act
@@ -101,20 +114,29 @@ def measure(quick: bool, turns: int) -> list[Figure]:
         if not figures:
             figures.append(Figure("parameters", num_parameters(job.model), "parameters"))
         with Ranks(job.layout.num_ranks, rank, job, kind) as ranks:
-            for way in ("owners", "everywhere"):
+            for way in WAYS:
                 ranks.all(way)
-            pairs, far = [], 0.0
+            took: dict[str, list[float]] = {way: [] for way in WAYS}
+            far = 0.0
             for _ in range(turns):
-                answers = [ranks.all(way) for way in ("owners", "everywhere")]
-                pairs.append(tuple(max(seconds for seconds, _ in answer) for answer in answers))
-                far = max(far, *(each for answer in answers for _, each in answer))
-        ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-        gain = statistics.median(there / here for here, there in pairs)
+                for way, column in took.items():
+                    answer = ranks.all(way)
+                    column.append(max(seconds for seconds, _ in answer))
+                    far = max(far, *(each for _, each in answer))
+        ours, theirs = (statistics.median(took[way]) for way in ("owners", "everywhere"))
+        gain = ratio(took["everywhere"], took["owners"])
+        beside = ratio(took["one by one"], took["buckets"])
         figures.append(Figure(name, ours, f"s an update, {kind}", None, theirs, ours / theirs))
         figures.append(Figure(f"{name}: times as fast as everywhere", gain, "times", GOAL))
+        figures.append(Figure(f"{name}: times as fast as buckets one by one", beside, "times", None))
         figures.append(Figure(f"{name}: farthest from the other way", far, "of the largest", None))
-        print_figures(figures[-3:])
+        print_figures(figures[-4:])
     return figures
+
+
+def ratio(theirs: list[float], ours: list[float]) -> float:
+    """Of what was measured in turns."""
+    return statistics.median(there / here for here, there in zip(ours, theirs, strict=True))
 
 
 def main() -> None:
