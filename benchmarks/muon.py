@@ -3,7 +3,9 @@
 The peer is what Muon over FSDP2 does where nothing is shared out: every rank gathers every matrix and makes
 all of them orthogonal, those of one shape at once. Both update the same model of 12M parameters from the same
 gradients, in turns; what they write is compared. So are buckets that travel beside the work, and the same
-ones, each of which is back before the next leaves. Ranks have one thread each and share this machine's cores.
+ones, each of which is back before the next leaves: as it is here, where messages are work of the same cores,
+and where a message takes as long as over a slow network. Ranks have one thread each. At last, what the update
+of 405B takes on 16,384 GPUs, by the plan's formulas.
 
     python -m benchmarks.muon [--quick] [--out FILE] [--turns N]
 """
@@ -17,15 +19,18 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
+import colossus
 from benchmarks.overhead import job_of
 from benchmarks.ranks import Ranks
 from colossus.architecture import num_parameters
-from colossus.job import Job
+from colossus.job import Job, load_job
 from colossus.measure.machine import this_machine
 from colossus.models.box import local
 from colossus.optim.exchange import at_owners
@@ -34,6 +39,9 @@ from colossus.optim.owners import families_of, matrix_of
 from colossus.parallel.apply import build
 from colossus.parallel.world import World
 from colossus.perf.receipts import Figure, print_figures, write_receipt
+from colossus.planner.estimate import groups_of
+from colossus.planner.muon import muon_bytes, muon_update
+from colossus.planner.plan import layouts_of_row
 from colossus.precision import torch_type
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -41,7 +49,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "4 copies": {"dp_replicate": 4},
 }
 GOAL = ">= 3"
-WAYS = ("owners", "everywhere", "buckets", "one by one")
+SLOW = ", slow"  # of a way: no message arrives sooner than at this rate
+RATE = 50e6  # bytes/s
+WAYS = ("owners", "everywhere", "buckets", "one by one", f"buckets{SLOW}", f"one by one{SLOW}")
 ROOM = 2**19  # elements of an owner in a bucket: so that this model has several
 
 
@@ -94,8 +104,9 @@ def rank(job: Job, kind: str) -> Iterator[Callable[[str], tuple[float, float]]]:
             if way == "everywhere":
                 made = dict(everywhere(muon, matmul_type))
             else:
-                turns = at_owners(families[way], muon._nesterov, work)
-                made = {index: part for parts in turns for index, part in parts.items()}
+                with slow_network() if way.endswith(SLOW) else contextlib.nullcontext():
+                    turns = at_owners(families[way.removesuffix(SLOW)], muon._nesterov, work)
+                    made = {index: part for parts in turns for index, part in parts.items()}
             seconds = time.perf_counter() - began
             reference.update(made if way == "everywhere" else {})
             others = reference or made
@@ -104,6 +115,26 @@ def rank(job: Job, kind: str) -> Iterator[Callable[[str], tuple[float, float]]]:
             return seconds, far
 
         yield act
+
+
+class Late:
+    """A message that has not arrived before it has travelled."""
+
+    def __init__(self, work: Any, num_bytes: int) -> None:
+        self.work, self.arrives = work, time.perf_counter() + num_bytes / RATE
+
+    def wait(self) -> None:
+        self.work.wait()
+        time.sleep(max(0.0, self.arrives - time.perf_counter()))
+
+
+def slow_network() -> contextlib.AbstractContextManager[Any]:
+    begin = dist.all_to_all_single
+
+    def late(got: torch.Tensor, sent: torch.Tensor, *args: Any, **kwargs: Any) -> Late:
+        return Late(begin(got, sent, *args, **kwargs), max(got.nbytes, sent.nbytes))
+
+    return patch.object(dist, "all_to_all_single", late)
 
 
 def measure(quick: bool, turns: int) -> list[Figure]:
@@ -125,13 +156,35 @@ def measure(quick: bool, turns: int) -> list[Figure]:
                     far = max(far, *(each for _, each in answer))
         ours, theirs = (statistics.median(took[way]) for way in ("owners", "everywhere"))
         gain = ratio(took["everywhere"], took["owners"])
-        beside = ratio(took["one by one"], took["buckets"])
         figures.append(Figure(name, ours, f"s an update, {kind}", None, theirs, ours / theirs))
         figures.append(Figure(f"{name}: times as fast as everywhere", gain, "times", GOAL))
-        figures.append(Figure(f"{name}: times as fast as buckets one by one", beside, "times", None))
+        for network in ("", SLOW):
+            beside = ratio(took[f"one by one{network}"], took[f"buckets{network}"])
+            told = f"{name}: buckets beside the work, times as fast as one by one{network}"
+            figures.append(Figure(told, beside, "times", None))
         figures.append(Figure(f"{name}: farthest from the other way", far, "of the largest", None))
-        print_figures(figures[-4:])
+        print_figures(figures[-5:])
     return figures
+
+
+def planned() -> list[Figure]:
+    """Of the plan's best layout."""
+    words = ["model=llama3.1-405b", "fleet.accelerator=h100-sxm", "fleet.count=16384", "run.tokens=15e12"]
+    plan = colossus.plan(load_job(None, [*words, "optimizer.name=muon"]))
+    of, row = plan.problem, plan.best.row
+    layouts, made = layouts_of_row(row), of.shape(row["schedule"], row["pp"], row["stages_per_rank"])
+    groups = groups_of(of, layouts)
+    muon = muon_update(of.arch, layouts, made, of.pricer, of.precision, groups)
+    num_bytes = muon_bytes(of.arch, layouts, made, of.precision, groups).max()
+    name = "405B on 16,384 H100"
+    print(f"{name}: {plan.best.name}")
+    return [
+        Figure(f"{name}: a step", plan.best.seconds, "s"),
+        Figure(f"{name}: Muon's products, of the busiest owner", float(muon.work[0]), "s"),
+        Figure(f"{name}: Muon's messages", float(muon.messages[0]), "s"),
+        Figure(f"{name}: of these no work hides", float(muon.shown[0]), "s"),
+        Figure(f"{name}: an owner's buckets", float(num_bytes) / 2**30, "GiB"),
+    ]
 
 
 def ratio(theirs: list[float], ours: list[float]) -> float:
@@ -147,6 +200,9 @@ def main() -> None:
     arguments = parser.parse_args()
     turns = arguments.turns or (3 if arguments.quick else 15)
     figures = measure(arguments.quick, turns)
+    if not arguments.quick:
+        figures += planned()
+        print_figures(figures[-5:])
     write_receipt("muon", figures, arguments.out, this_machine().to_dict())
 
 

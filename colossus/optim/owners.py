@@ -14,9 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-# Of an owner's whole matrices in a bucket, if one alone has not more: 16 MiB in fp32, so that messages run at
-# the rate of a network, small matrices are worked on many at once, and most models have several buckets.
-BUCKET_NUMEL = 2**22
+from colossus.perf.parts import MUON_BUCKET
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Bucket:
         return _groups(next(iter(self.matrices.values())))
 
 
-def families_of(given: Sequence[Matrix], room: int = BUCKET_NUMEL) -> list[list[Bucket]]:
+def families_of(given: Sequence[Matrix], room: int = MUON_BUCKET) -> list[list[Bucket]]:
     """Buckets of those that are spread over ranks of the same groups, the largest matrices first. Ranks that
     share a group have the same of its families, in the same order: that of the names of the groups.
 

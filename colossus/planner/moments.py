@@ -22,7 +22,7 @@ class Held:
     `head` of the output matrix, `layer` of the largest layer. Bytes: `optimizer`; `activations` of all
     micro-batches that wait, of which one layer has left `of_layer`; `again` of a layer that is computed once
     more; `loss` of a chunk's logits; `output` of what the output matrix is multiplied with; `working` of a
-    layer's backward pass; `size` of an element of these.
+    layer's backward pass; `update` of the optimizer's buckets; `size` of an element of these.
     summed: the share of the weights whose sums of gradients are there, where micro-batches follow.
     waiting: micro-batches of the last stage whose loss has its gradients already. chunks: stages of a rank.
     """
@@ -47,6 +47,7 @@ class Held:
     zero: Columns
     micro_batches: Columns
     chunks: Columns
+    update: NDArray[np.float64]
 
 
 def most(held: Held) -> dict[str, NDArray[np.float64]]:
@@ -55,7 +56,7 @@ def most(held: Held) -> dict[str, NDArray[np.float64]]:
     follows = np.where(held.micro_batches > 1, held.edges, 0.0)
     first = _backward(held, held.activations, follows)
     second = _backward(held, held.activations - held.of_layer, held.layer)
-    moments = [_loss(held), first, second, _end(held)]
+    moments = [_loss(held), first, second, _end(held), _update(held)]
     totals = np.stack([np.sum(np.stack(list(moment.values())), axis=0) for moment in moments])
     which = np.argmax(totals, axis=0)
     return {
@@ -128,4 +129,16 @@ def _end(held: Held) -> dict[str, NDArray[np.float64]]:
         "activations": np.zeros_like(held.activations),
         "loss or one layer's gradients": held.size * held.layer,
         "copies of weights": _gathered(held, 1.0) + _summing(held, np.maximum(held.edges, held.layer)),
+    }
+
+
+def _update(held: Held) -> dict[str, NDArray[np.float64]]:
+    """Of the optimizer, whose buckets take the place of the layer that was gathered last."""
+    return {
+        "weights": FP32 * held.shards,
+        "gradients": FP32 * held.shards,
+        "optimizer": held.optimizer + held.update,
+        "activations": np.zeros_like(held.activations),
+        "loss or one layer's gradients": np.zeros_like(held.activations),
+        "copies of weights": np.zeros_like(held.activations),
     }

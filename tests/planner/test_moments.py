@@ -17,6 +17,7 @@ HELD = Held(
     tp=np.array([1.0]), summed=np.array([[1.0]]),
     waiting=np.array([[1.0]]), working=np.array([[100.0]]), last=np.array([[1.0]]), size=2.0,
     zero=np.array([1.0]), micro_batches=np.array([8.0]), chunks=np.array([1.0]),
+    update=np.array([[0.0]]),
 )  # fmt: skip
 LOSS, COPIES = "loss or one layer's gradients", "copies of weights"
 
