@@ -83,8 +83,12 @@ def muon_bytes(
             whole = np.where(shared.shards.size * columns > 1, bucket + each, 0.0)
             halfway = np.where((shared.shards.size > 1) & (columns > 1), bucket / columns + each, 0.0)
             copies = np.where(shared.replicas.size > 1, 2 * shared.replicas.size * each, 0.0)
-            others = np.minimum(shared.buckets - 1, 2) * (whole + halfway) + (shared.buckets > 1) * copies
-            found[list(ranks)] = np.maximum(found[list(ranks)], working + 4 * others)
+            later = np.minimum(shared.buckets - 1, 2)  # which travel beside this one
+            others = later * (whole + halfway)
+            while_working = working + 4 * (others + np.minimum(later, 1) * copies)
+            afterwards = 4 * (bucket + others + (1 + np.minimum(later, 1)) * copies)  # as it leaves
+            most = np.maximum(while_working, afterwards)
+            found[list(ranks)] = np.maximum(found[list(ranks)], most)
     return found
 
 

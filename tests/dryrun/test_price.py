@@ -44,8 +44,10 @@ CASES = [
 ]
 
 # Matrices of several buckets, which travel beside the work.
-TRAVELLING = Case.of(WIDE, dp_shard=2, optimizer="muon", seq_len=2048, type="bf16")
-COPIED = Case.of(WIDE, dp_replicate=2, tp=2, optimizer="muon", seq_len=2048, type="bf16")
+TRAVELLING = [
+    Case.of(WIDE, optimizer="muon", seq_len=2048, type="bf16", batch=2, **axes)
+    for axes in ({"dp_shard": 2}, {"dp_replicate": 2}, {"dp_replicate": 2, "tp": 2})
+]
 # Each rank of tp makes the vectors that queries, keys and values come from, of all tokens.
 LATENT = {
     "num_kv_heads": 16, "head_dim": 192, "latent.q_rank": 512, "latent.kv_rank": 256, "latent.nope_dim": 128,
@@ -221,7 +223,7 @@ def test_what_takes_a_backward_pass_in_two_is_priced(schedule: str, pool: Pool) 
     assert found.seconds > 0
 
 
-@pytest.mark.parametrize("case", [TRAVELLING, COPIED], ids=str)
+@pytest.mark.parametrize("case", TRAVELLING, ids=str)
 def test_muons_update_is_the_planners(case: Case, pool: Pool) -> None:
     """Seconds of its products and of those messages that no work hides; the bytes of its buckets."""
     (traced,) = ranks_of(case, pool)
@@ -239,4 +241,5 @@ def test_muons_update_is_the_planners(case: Case, pool: Pool) -> None:
     )
     at_rest = traced.at_rest["weights"] + traced.at_rest["optimizer"]
     buckets = traced.lived[ONCE][0] - at_rest - traced.at_rest["weights"]  # and gradients
-    assert buckets == pytest.approx(float(muon_bytes(of.arch, layouts, made, "bf16", groups)[0, 0]), rel=0.12)
+    # Formulas take all buckets for the largest.
+    assert 0.98 <= float(muon_bytes(of.arch, layouts, made, "bf16", groups)[0, 0]) / buckets <= 1.4
