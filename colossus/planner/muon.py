@@ -16,6 +16,7 @@ from colossus.architecture import Architecture, parameter_table
 from colossus.perf import communication as comm
 from colossus.perf.ledger import Columns, Ledger, Row
 from colossus.perf.parts import MUON_BUCKET
+from colossus.perf.passes import OVERLAP_COST
 from colossus.perf.price import Pricer
 from colossus.planner.columns import Layouts
 from colossus.planner.formulas import layer_counts
@@ -94,10 +95,12 @@ def muon_bytes(
 
 def shown_seconds(to: Columns, back: Columns, work: Columns, buckets: Columns) -> Columns:
     """What shows of the messages of buckets which take `to` and `back` seconds each: of the first bucket `to`
-    and of the last `back`; the others go on beside the `work` on one bucket, as far as that goes."""
+    and of the last `back`; the others go on beside the `work` on one bucket, as far as that goes, and take
+    their share of its time."""
     beside = np.maximum(to - work, 0.0) + np.maximum(back - work, 0.0)
     beside = beside + (buckets - 2) * np.maximum(to + back - work, 0.0)
-    return np.asarray(to + back + np.where(buckets > 1, beside, 0.0))
+    shown = to + back + np.where(buckets > 1, beside, 0.0)
+    return np.asarray(shown + OVERLAP_COST * (buckets * (to + back) - shown))
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def test_muons_update_is_the_planners(case: Case, pool: Pool) -> None:
     travels = {cause: seconds for cause, seconds in once.messages.items() if "all to all" in cause}
     assert sum(travels.values()) == pytest.approx(float(planned.messages[0]), rel=0.05)
     shown = sum(once.causes[cause] for cause in travels)
-    assert 0 < shown == pytest.approx(float(planned.shown[0]), rel=0.2) and shown < 0.2 * sum(
+    assert 0 < shown == pytest.approx(float(planned.shown[0]), rel=0.2) and shown < 0.3 * sum(
         travels.values()
     )
     at_rest = traced.at_rest["weights"] + traced.at_rest["optimizer"]

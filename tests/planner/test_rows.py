@@ -287,10 +287,14 @@ def test_what_shows_of_muons_messages_is_what_no_work_hides():
     def shown(work: float, buckets: float) -> float:
         return float(shown_seconds(*(np.array([value]) for value in (2.0, 3.0, work, buckets)))[0])
 
-    assert shown(100.0, 1.0) == shown(100.0, 7.0) == 5.0
+    def hidden(seconds: float) -> float:
+        return OVERLAP_COST * seconds
+
+    assert shown(100.0, 1.0) == 5.0
+    assert shown(100.0, 7.0) == 5.0 + hidden(30.0)
     assert shown(0.0, 4.0) == 4 * 5.0
-    assert shown(2.5, 2.0) == 5.0 + 0.5  # the second one's way there hides behind the first one's work
-    assert shown(2.5, 4.0) == 5.0 + 0.5 + 2 * 2.5
+    assert shown(2.5, 2.0) == 5.5 + hidden(4.5)  # the second goes there beside the first one's work
+    assert shown(2.5, 4.0) == 5.5 + 2 * 2.5 + hidden(9.5)
 
 
 def test_muons_experts_are_shared_by_replicas_and_sent_where_they_are_cut():
