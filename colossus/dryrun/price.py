@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from colossus.dryrun.muon import is_travel, share_shown
 from colossus.dryrun.rank import Traced
 from colossus.dryrun.rows import Rows, groups_of, times_of
 from colossus.dryrun.work import ONCE, Message, Pass, Work
@@ -284,22 +285,25 @@ class _Pipeline:
         return float(self.pricer.seconds(Ledger.of(rows), groups_of(rows)).max())
 
     def at_end(self, rank: int, traced: Traced, micro_batches: int) -> Spent:
-        """Clipping, the update, and sums over both ends of a pipeline: nothing hides their messages."""
+        """Clipping, the update, and sums over both ends of a pipeline: nothing hides their messages, but work
+        on matrices those of others."""
         work = {
             each: times
             for each, times in traced.passes.get(ONCE, {}).items()
             if not _is_sent(each) and getattr(each, "group", "") not in UNWAITED
         }
-        rows = list(self.rows.traced(work))
+        rows = [(each, row) for each, times in work.items() for row in self.rows.traced({each: times})]
         causes: dict[Cause, float] = {"update": self.update(rank, traced, micro_batches)}
         told: dict[Cause, float] = defaultdict(float)
         if rows:
-            ledger = Ledger.of(rows)
-            seconds = (self.pricer.seconds(ledger, groups_of(rows)) * ledger.repeat)[:, 0]
-            for row, value in zip(rows, seconds.tolist(), strict=True):
+            ledger = Ledger.of([row for _, row in rows])
+            seconds = (self.pricer.seconds(ledger, groups_of([row for _, row in rows])) * ledger.repeat)[:, 0]
+            done = [(*each, value) for each, value in zip(rows, seconds.tolist(), strict=True)]
+            shown = share_shown(done) if self.pricer.hardware.accelerator.device != "cpu" else 1.0
+            for each, row, value in done:
                 is_message = row.kind in COMMUNICATION
                 cause = in_words(row.name, row.kind) if is_message else "update"
-                causes[cause] = causes.get(cause, 0.0) + value
+                causes[cause] = causes.get(cause, 0.0) + value * (shown if is_travel(each) else 1.0)
                 if is_message:
                     told[cause] += value
         return Spent(causes, dict(told))

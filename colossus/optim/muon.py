@@ -8,13 +8,14 @@ rate serves matrices of every shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from colossus.models.box import local
-from colossus.optim.owners import Matrix, at_owners, matrix_of
+from colossus.optim.exchange import at_owners
+from colossus.optim.owners import Matrix, families_of, matrix_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at zero, all values to [0.7, 1.2]
 ITERATIONS = 5
@@ -40,20 +41,26 @@ class Muon:
         self.momentum = [torch.zeros_like(p) for p in self.parameters]
         self.follow(lr, momentum, weight_decay)
         self._matmul_type = matmul_type
-        self._matrices: list[Matrix] = []
+        matrices: list[Matrix] = []
         self._places: list[tuple[int, Any]] = []  # of each: its parameter, and where in this rank's part
         for number, parameter in enumerate(self.parameters):
             places = range(len(local(parameter))) if parameter.ndim == 3 else [...]
-            self._matrices += [matrix_of(parameter)] * len(places)
+            matrices += [matrix_of(parameter)] * len(places)
             self._places += [(number, place) for place in places]
+        self._families = families_of(matrices)
 
     def follow(self, lr: float, momentum: float, weight_decay: float) -> None:
         """From the next update on, these hold."""
         self._lr, self._beta, self._weight_decay = lr, momentum, weight_decay
 
-    @torch.no_grad()
     def step(self, lr_factor: float, taken: torch.Tensor | None = None) -> None:
         """One update from the gradients that are there; none where `taken`, [] on the device, is false."""
+        for _ in self.turns(lr_factor, taken):
+            pass
+
+    @torch.no_grad()
+    def turns(self, lr_factor: float, taken: torch.Tensor | None = None) -> Iterator[None]:
+        """The same, between whose turns matrices travel: until all are taken, gradients must stay."""
         if taken is None:
             taken = torch.ones((), dtype=torch.bool, device=local(self.parameters[0]).device)
         lr = self._lr * lr_factor
@@ -62,11 +69,13 @@ class Muon:
             assert parameter.grad is not None
             kept = local(momentum)
             kept.copy_(torch.where(taken, kept.lerp(local(parameter.grad), 1 - self._beta), kept))
-        for index, update in at_owners(self._matrices, self._nesterov, self._orthogonalised):
-            number, place = self._places[index]
-            parameter = self.parameters[number]
-            size = lr * RMS * math.sqrt(max(parameter.shape[-2:]))
-            local(parameter)[place].mul_(keep).add_(torch.where(taken, update, 0), alpha=-size)
+        for updates in at_owners(self._families, self._nesterov, self._orthogonalised):
+            for index, update in updates.items():
+                number, place = self._places[index]
+                parameter = self.parameters[number]
+                size = lr * RMS * math.sqrt(max(parameter.shape[-2:]))
+                local(parameter)[place].mul_(keep).add_(torch.where(taken, update, 0), alpha=-size)
+            yield
 
     def _nesterov(self, index: int) -> torch.Tensor:
         """This rank's part of what is made orthogonal."""

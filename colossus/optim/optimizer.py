@@ -86,10 +86,12 @@ class Optimizer:
     def step(self, lr_factor: float, taken: torch.Tensor | None = None) -> None:
         """One update, at `lr_factor` of the rates. taken: a truth on the device, []; where it is false, all
         stays as it is, and no host learns of it. None: it is true."""
+        turns = iter(()) if self._muon is None else self._muon.turns(lr_factor, taken)
+        next(turns, None)  # Muon's first matrices travel while AdamW works
         for _, adamw in self._adamw:
             adamw.step(lr_factor, taken)
-        if self._muon is not None:
-            self._muon.step(lr_factor, taken)
+        for _ in turns:
+            pass
         self._num_steps += 1 if taken is None else taken
 
     def zero_grad(self) -> None:

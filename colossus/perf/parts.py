@@ -16,6 +16,10 @@ from colossus.architecture import Architecture, Experts, Parameter, parameter_ta
 EXACT_BYTES = 4  # of what is computed in fp32 or better: norms and routers
 MULTIPLIED = ("matrix", "expert", "router", "head")  # groups that a token is multiplied with
 GATE_TENSORS = {"gelu": 1, "swiglu": 2, "geglu": 2, "clamped_swiglu": 5}  # saved: see `models.mlp.gated`
+# Of an owner's whole matrices in a bucket of Muon's, if one alone has not more: 16 MiB in fp32, so that
+# messages run at the rate of a network, small matrices are worked on many at once, and most models have
+# several buckets.
+MUON_BUCKET = 2**22
 ATTENTION = ("attention.scores", "attention.values")  # products without parameters
 
 

@@ -27,7 +27,7 @@ from colossus.perf.schedule import bubble
 from colossus.perf.software import OURS, OURS_EAGER
 from colossus.planner.columns import ALL, Layouts, unique_columns
 from colossus.planner.formulas import TP_AXES, Piece, layer_counts, layers_ledger, piece_of
-from colossus.planner.muon import muon_seconds
+from colossus.planner.muon import muon_update
 from colossus.planner.stages import Shape, shape
 
 KEYS = ("micro_batch", "tp", "cp", "ep", "etp", "sp", "recompute")
@@ -129,6 +129,12 @@ def estimate(problem: Problem, layouts: Layouts) -> Estimate:
     return _Estimate(problem, layouts).run()
 
 
+def groups_of(problem: Problem, layouts: Layouts) -> dict[str, comm.Group]:
+    """The groups that ranks of layouts talk in, by axis."""
+    axes = ("dp_replicate", "dp_shard", "pp", "cp", "tp", "ep", "etp")
+    return comm.groups_of({axis: layouts.number(axis) for axis in axes}, problem.pricer.software.order)
+
+
 @dataclass(frozen=True)
 class _Layer:
     """Seconds of one layer of a kind, or of an edge, for a micro-batch, [N] each."""
@@ -162,8 +168,7 @@ class _Estimate:
     def __init__(self, problem: Problem, layouts: Layouts) -> None:
         self.problem, self.layouts = problem, layouts
         self.pricer, self.software = problem.pricer, problem.pricer.software
-        axes = {a: layouts.number(a) for a in ("dp_replicate", "dp_shard", "pp", "cp", "tp", "ep", "etp")}
-        self.groups = comm.groups_of(axes, self.software.order)
+        self.groups = groups_of(problem, layouts)
         self.micro_batches = layouts.micro_batches(problem.global_batch)
 
     def run(self) -> Estimate:
@@ -370,9 +375,8 @@ class _Estimate:
         touched = np.where((zero >= 2) | ours, updated, dense + routed)
         update = self.pricer.update(updated, touched)
         if self.problem.optimizer == "muon":
-            update = update + muon_seconds(
-                self.problem.arch, layouts, made, self.pricer, self.problem.precision, groups
-            )
+            muon = muon_update(self.problem.arch, layouts, made, self.pricer, self.problem.precision, groups)
+            update = update + muon.seconds
         if ours:  # the others' products add to what is there
             divided = (zero >= 2) & (groups["fsdp"].size > 1)
             update = update + (m - 1) * accumulate_seconds(

@@ -17,6 +17,7 @@ from colossus.planner.columns import Layouts, unique_columns
 from colossus.planner.estimate import (
     KEYS,
     Problem,
+    groups_of,
     kind_weights,
     rank_weights,
     recomputed_layers,
@@ -24,6 +25,7 @@ from colossus.planner.estimate import (
 )
 from colossus.planner.formulas import piece_of
 from colossus.planner.moments import Held, Moment, largest, most, most_alone
+from colossus.planner.muon import muon_bytes
 from colossus.planner.stages import Shape
 
 GIB = 2**30
@@ -239,6 +241,7 @@ def _of_ranks(
         zero=zero,
         micro_batches=micro_batches,
         chunks=layouts.number("stages_per_rank"),
+        update=_update(problem, layouts, made),
     )
     several = layouts.ranks > 1
     alone, together = most_alone(needed), most(needed, moment)
@@ -279,6 +282,14 @@ def _of_peers(
         "loss or one layer's gradients": loss,
         "copies of weights": copies,
     }
+
+
+def _update(problem: Problem, layouts: Layouts, made: Shape) -> NDArray[np.float64]:
+    """Of Muon's buckets, [pp, n]; AdamW needs nothing."""
+    if problem.optimizer != "muon":
+        return np.zeros((len(made.first), len(layouts)))
+    groups = groups_of(problem, layouts)
+    return muon_bytes(problem.arch, layouts, made, problem.precision, groups)
 
 
 def _largest_layer(arch: Architecture, layouts: Layouts, made: Shape) -> NDArray[np.float64]:

@@ -26,7 +26,8 @@ class Held:
     largest layer. recomputed: the share of layers that are computed once more. Bytes: `optimizer`;
     `activations` of all micro-batches that wait, of which one layer has left `of_layer`; `again` of a layer
     that is computed once more; `loss` of a chunk's logits; `output` of what the output matrix is multiplied
-    with; `working` of a layer's backward pass; `size` of an element of these.
+    with; `working` of a layer's backward pass; `update` of the optimizer's buckets; `size` of an element of
+    these.
     summed: the share of the weights whose sums of gradients are there, where micro-batches follow.
     waiting: micro-batches of the last stage whose loss has its gradients already; put_off: in a backward
     pass, those of them whose gradients of weights are put off; in_halves: the schedule puts them off.
@@ -58,6 +59,7 @@ class Held:
     zero: Columns
     micro_batches: Columns
     chunks: Columns
+    update: NDArray[np.float64]
 
 
 def most(held: Held, moment: Moment = "any") -> dict[str, NDArray[np.float64]]:
@@ -68,7 +70,7 @@ def most(held: Held, moment: Moment = "any") -> dict[str, NDArray[np.float64]]:
     follows = np.where(held.micro_batches > 1, held.edges, 0.0)
     first = _backward(held, held.activations, follows)
     second = _backward(held, held.activations - held.of_layer, held.layer)
-    return largest([*([_loss(held)] if moment == "any" else []), first, second, _end(held)])
+    return largest([*([_loss(held)] if moment == "any" else []), first, second, _end(held), _update(held)])
 
 
 def largest(moments: Sequence[dict[str, NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
@@ -105,7 +107,7 @@ def most_alone(held: Held) -> dict[str, NDArray[np.float64]]:
 
     loss = held.loss + head + 2 * held.output
     first = held.working + np.where(follows & ~held.tied, 0.0, head)
-    layer = FP32 * held.layer
+    layer, none = FP32 * held.layer, np.zeros_like(held.activations)
     # Of an embedding that is the output matrix, too: the gradients of both, and then their sum.
     end = np.where(follows | held.tied, FP32 * held.embedding, 0.0) + (head if held.tied else 0.0)
     return largest(
@@ -118,7 +120,8 @@ def most_alone(held: Held) -> dict[str, NDArray[np.float64]]:
                 first + np.where(follows, layer, 0.0),
                 waiting + at_work,
             ),
-            moment(FP32 * held.weights, np.zeros_like(held.activations), end, np.zeros_like(waiting)),
+            moment(FP32 * held.weights, none, end, none),
+            moment(FP32 * held.weights, none, held.update, none),
         ]
     )
 
@@ -189,4 +192,16 @@ def _end(held: Held) -> dict[str, NDArray[np.float64]]:
         "activations": np.zeros_like(held.activations),
         "loss or one layer's gradients": held.size * held.layer,
         "copies of weights": _gathered(held, 1.0) + _summing(held, np.maximum(held.edges, held.layer)),
+    }
+
+
+def _update(held: Held) -> dict[str, NDArray[np.float64]]:
+    """Of the optimizer, whose buckets take the place of the layer that was gathered last."""
+    return {
+        "weights": FP32 * held.shards,
+        "gradients": FP32 * held.shards,
+        "optimizer": held.optimizer + held.update,
+        "activations": np.zeros_like(held.activations),
+        "loss or one layer's gradients": np.zeros_like(held.activations),
+        "copies of weights": np.zeros_like(held.activations),
     }

@@ -1,19 +1,22 @@
-"""What Muon's update costs beside AdamW's: each matrix is sent to its owner, made orthogonal, and sent back
-(`optim.owners`). Of experts each rank has whole ones.
+"""What Muon's update costs beside AdamW's: each matrix is sent to its owner, made orthogonal, and sent back,
+bucket by bucket, and beside the work on one the next arrives and the last returns (`optim.exchange`). Of
+experts each rank has whole ones, where there are enough for all.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 
 import numpy as np
 
 from colossus.architecture import Architecture, parameter_table
 from colossus.perf import communication as comm
 from colossus.perf.ledger import Columns, Ledger, Row
+from colossus.perf.parts import MUON_BUCKET
+from colossus.perf.passes import OVERLAP_COST
 from colossus.perf.price import Pricer
 from colossus.planner.columns import Layouts
 from colossus.planner.formulas import layer_counts
@@ -35,83 +38,173 @@ def matrices(arch: Architecture, kind: str) -> dict[tuple[int, int, bool], int]:
     return dict(found)
 
 
-def muon_seconds(
+@dataclass(frozen=True)
+class Update:
+    """Seconds of a rank, [N]: of its products, of all its messages, and what of these no work hides."""
+
+    work: Columns
+    messages: Columns
+    shown: Columns
+
+    @property
+    def seconds(self) -> Columns:
+        return self.work + self.shown
+
+
+def muon_update(
     arch: Architecture,
     layouts: Layouts,
     made: Shape,
     pricer: Pricer,
     precision: str,
-    groups: dict[str, comm.Group],
+    groups: comm.Groups,
+) -> Update:
+    """Of the pipeline rank that has most to do."""
+    seconds = cache(partial(_seconds, pricer, precision))
+    ranks = [_update(_shared(arch, layouts, made, rank, groups, seconds), pricer) for rank, *_ in made.alike]
+    which = np.argmax(np.stack([rank.seconds for rank in ranks]), axis=0)
+    return Update(
+        *(np.choose(which, [getattr(rank, name) for rank in ranks]) for name in ("work", "messages", "shown"))
+    )
+
+
+def muon_bytes(
+    arch: Architecture, layouts: Layouts, made: Shape, precision: str, groups: comm.Groups
 ) -> Columns:
-    """Of the pipeline rank that has most to do, [N]."""
-    per_kind = {kind: _layer(arch, kind, layouts, pricer, precision, groups) for kind in made.kinds}
-    return np.asarray(np.max(np.stack([_rank(per_kind, made.kinds, counts, layouts, pricer, groups)
-                                       for counts in made.counts]), axis=0))  # fmt: skip
+    """Bytes of an owner's buckets, [pp, N]: of the one that it works on the matrices, a quotient and powers;
+    of each that is on its way what is sent and what is received."""
+    size = 4.0 if precision == "fp32" else 2.0
+    found = np.zeros((len(made.first), len(layouts)))
+    for ranks in made.alike:
+        for shared in _shared(arch, layouts, made, ranks[0], groups, lambda *_: 0.0):
+            share, columns = shared.numel / shared.owners, shared.columns.size
+            bucket = np.maximum(share / shared.buckets, shared.largest)
+            each = np.minimum(bucket, share)  # of a rank that holds parts
+            working = (4 + np.maximum(4 + size, 3 * size)) * bucket
+            whole = np.where(shared.shards.size * columns > 1, bucket + each, 0.0)
+            halfway = np.where((shared.shards.size > 1) & (columns > 1), bucket / columns + each, 0.0)
+            copies = np.where(shared.replicas.size > 1, 2 * shared.replicas.size * each, 0.0)
+            later = np.minimum(shared.buckets - 1, 2)  # which travel beside this one
+            others = later * (whole + halfway)
+            while_working = working + 4 * (others + np.minimum(later, 1) * copies)
+            afterwards = 4 * (bucket + others + (1 + np.minimum(later, 1)) * copies)  # as it leaves
+            most = np.maximum(while_working, afterwards)
+            found[list(ranks)] = np.maximum(found[list(ranks)], most)
+    return found
+
+
+def shown_seconds(to: Columns, back: Columns, work: Columns, buckets: Columns) -> Columns:
+    """What shows of the messages of buckets which take `to` and `back` seconds each: of the first bucket `to`
+    and of the last `back`; the others go on beside the `work` on one bucket, as far as that goes, and take
+    their share of its time."""
+    beside = np.maximum(to - work, 0.0) + np.maximum(back - work, 0.0)
+    beside = beside + (buckets - 2) * np.maximum(to + back - work, 0.0)
+    shown = to + back + np.where(buckets > 1, beside, 0.0)
+    return np.asarray(shown + OVERLAP_COST * (buckets * (to + back) - shown))
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """Seconds that orthogonalising one layer's matrices takes one owner, and of the largest; fp32 elements
-    of all, and of the largest. experts: seconds of a rank, which has whole ones, [N]."""
+class _Shared:
+    """Matrices that the same ranks share: how many, the fp32 elements of all and of the largest, the seconds
+    that one rank would need for all and for the largest, [N]. replicas, shards, columns: those ranks."""
 
-    seconds: float
-    longest: float
-    numel: float
-    largest: float
-    experts: Columns
+    count: Columns
+    numel: Columns
+    largest: Columns
+    seconds: Columns
+    longest: Columns
+    replicas: comm.Group
+    shards: comm.Group
+    columns: comm.Group
 
+    @property
+    def owners(self) -> Columns:
+        return np.asarray(self.replicas.size * self.shards.size * self.columns.size)
 
-def _rank(
-    per_kind: dict[str, _Layer],
-    kinds: Sequence[str],
-    counts: Sequence[float],
-    layouts: Layouts,
-    pricer: Pricer,
-    groups: dict[str, comm.Group],
-) -> Columns:
-    """The owner with most to do has its share, or the largest matrix. Along each axis a rank sends its part
-    of all once, and so it comes back; an owner is sent all of what it owns."""
-    rows = [(per_kind[kind], float(count)) for kind, count in zip(kinds, counts, strict=True) if count]
-    sharers = groups["fsdp"].size * groups["tp"].size * layouts.number("dp_replicate")
-    total = sum(layer.seconds * count for layer, count in rows)
-    longest = max((layer.longest for layer, _ in rows), default=0.0)
-    seconds = np.maximum(total / sharers, longest)
-    numel = sum(layer.numel * count for layer, count in rows)
-    largest = max((layer.largest for layer, _ in rows), default=0.0)
-    part = numel / (groups["fsdp"].size * groups["tp"].size)
-    for name, times in (("fsdp", 2), ("tp", 2), ("dp_replicate", 1)):  # copies cross replicas on the way back
-        sent = 4.0 * np.maximum(part, largest / np.where(name == "fsdp", groups["tp"].size, 1.0))
-        if numel:
-            seconds = seconds + times * pricer.messages("all_to_all", sent, groups[name])
-    experts = [layer.experts * count for layer, count in rows]
-    return np.asarray(seconds + np.sum(experts, axis=0))
+    @property
+    def buckets(self) -> Columns:
+        """Each with a matrix for every owner at least."""
+        by_room = np.minimum(self.count, np.ceil(self.numel / MUON_BUCKET)) / self.owners
+        return np.maximum(1.0, np.ceil(by_room))
+
+    @property
+    def work(self) -> Columns:
+        """Of the owner with most to do: its share, or the largest matrix."""
+        return np.maximum(self.seconds / self.owners, self.longest)
 
 
-def _layer(
+def _update(families: list[_Shared], pricer: Pricer) -> Update:
+    """Along each axis a rank sends its part once, and so it comes back; an owner is sent all of what it owns.
+    Copies are sent by nobody, but to all replicas on the way back. A processor's ranks compute with the same
+    cores that carry their messages."""
+    hides = pricer.hardware.accelerator.device != "cpu"
+    alone = sum(np.where(shared.owners == 1, shared.work, 0.0) for shared in families)
+    messages = shown = np.zeros(len(families[0].count))
+    for shared in families:
+        buckets, cut = shared.buckets, shared.shards.size * shared.columns.size
+        part, copies = shared.numel / shared.owners, shared.replicas.size
+        over_shards = np.maximum(part, shared.largest / shared.columns.size)
+        sent = [(shared.shards, over_shards), (shared.columns, np.maximum(part, shared.largest))]
+        last = [(shared.replicas, np.maximum(shared.numel, copies * shared.largest) / cut)]
+        to, copied = (
+            np.sum(
+                [pricer.messages("all_to_all", 4.0 * numel / buckets, group) for group, numel in some], axis=0
+            )
+            for some in (sent, last)
+        )
+        every = np.where(shared.count > 0, buckets * (2 * to + copied), 0.0)
+        beside = shown_seconds(to, to + copied, (shared.work + alone) / buckets, buckets)
+        messages = messages + every
+        shown = shown + np.where(shared.count > 0, beside, 0.0) if hides else messages
+    return Update(np.sum([shared.work for shared in families], axis=0), messages, shown)
+
+
+def _shared(
     arch: Architecture,
-    kind: str,
     layouts: Layouts,
-    pricer: Pricer,
-    precision: str,
-    groups: dict[str, comm.Group],
-) -> _Layer:
+    made: Shape,
+    rank: int,
+    groups: comm.Groups,
+    seconds_of: Callable[[str, int, int, bool], float],
+) -> list[_Shared]:
+    """Of a pipeline rank: of its layers' matrices, and of its experts'."""
+    ones = np.ones(len(layouts))
+    tp, shards, experts = groups["tp"], groups["fsdp"], groups["experts"]
+    num_experts = arch.experts.num_experts if arch.experts is not None else 1
+    ep, size = layouts.number("ep"), np.maximum(experts.size, 1.0)
+    whole = (num_experts / ep) % size == 0  # see `parallel.data`
+    found = []
+    for is_expert in (False, True):
+        count = numel = largest = seconds = longest = 0.0
+        for kind, layers in zip(made.kinds, made.counts[rank], strict=True):
+            for (short, long, of_expert), number in matrices(arch, kind).items():
+                if of_expert is is_expert and layers:
+                    each = seconds_of(kind, short, long, is_expert)
+                    count, numel = count + layers * number, numel + layers * number * short * long
+                    largest, longest = max(largest, float(short * long)), max(longest, each)
+                    seconds += layers * number * each
+        if is_expert:
+            here = 1 / (ep * np.where(whole, size, 1.0))
+            shards = comm.Group(np.where(whole, 1.0, size), experts.stride)
+            tp = comm.Group(np.where(layouts.number("etp") > 1, tp.size, 1.0), tp.stride)
+        else:
+            here = ones
+        found.append(_Shared(
+            count * here, numel * here, largest * ones, seconds * here, longest * ones,
+            groups["dp_replicate"], shards, tp,
+        ))  # fmt: skip
+    return found
+
+
+def _seconds(pricer: Pricer, precision: str, kind: str, short: int, long: int, is_expert: bool) -> float:
+    """To make one matrix orthogonal."""
     type_ = "fp32" if precision == "fp32" else "bf16"
     size = 4 if type_ == "fp32" else 2
-    seconds, longest, numel, largest = 0.0, 0.0, 0.0, 0.0
-    experts = np.zeros(len(layouts))
-    for (short, long, is_expert), count in matrices(arch, kind).items():
-        name = "experts.muon" if is_expert else "muon"
-        products = ((short, short, long), (short, short, short), (short, long, short))
-        ledger = Ledger.of(
-            Row(name, "forward", kind, "product", "compute", type_, m=m, n=n, k=k, repeat=ITERATIONS,
-                bytes=size * (m * k + n * k + 2 * m * n))
-            for m, n, k in products
-        )  # fmt: skip
-        each = float((pricer.seconds(ledger) * ledger.repeat).sum())
-        if is_expert:
-            here = count / (layouts.number("ep") * np.maximum(groups["experts"].size, 1.0))
-            experts = experts + here * each
-        else:
-            seconds, numel = seconds + count * each, numel + count * short * long
-            longest, largest = max(longest, each), max(largest, float(short * long))
-    return _Layer(seconds, longest, numel, largest, experts)
+    name = "experts.muon" if is_expert else "muon"
+    products = ((short, short, long), (short, short, short), (short, long, short))
+    ledger = Ledger.of(
+        Row(name, "forward", kind, "product", "compute", type_, m=m, n=n, k=k, repeat=ITERATIONS,
+            bytes=size * (m * k + n * k + 2 * m * n))
+        for m, n, k in products
+    )  # fmt: skip
+    return float((pricer.seconds(ledger) * ledger.repeat).sum())

@@ -12,14 +12,16 @@ import pytest
 from colossus.dryrun.price import Price, price, problem_of, standing_for
 from colossus.dryrun.rank import Traced
 from colossus.dryrun.rows import KINDS, Rows, row_at
-from colossus.dryrun.work import Message, Product, Work
+from colossus.dryrun.work import ONCE, Message, Product, Work
 from colossus.hardware.fleets import hardware_of
 from colossus.job import Job, load_job
 from colossus.layout import SCHEDULES, ZERO_BUBBLE, layout_row
 from colossus.perf.ledger import COMMUNICATION
 from colossus.planner.choice import refined
-from colossus.planner.estimate import Problem, rank_weights
+from colossus.planner.columns import Layouts
+from colossus.planner.estimate import Problem, estimate, groups_of, rank_weights
 from colossus.planner.measured import corrections_for
+from colossus.planner.muon import muon_bytes, muon_update
 from colossus.planner.plan import layouts_of_row
 from tests.dryrun.programs import dry
 from tests.ranks.cases import Case
@@ -41,6 +43,11 @@ CASES = [
     Case.of(ROUTED, preset="mixtral-8x7b", dp_shard=4, ep=4, seq_len=2048, type="bf16"),
 ]
 
+# Matrices of several buckets, which travel beside the work.
+TRAVELLING = [
+    Case.of(WIDE, optimizer="muon", seq_len=2048, type="bf16", batch=2, **axes)
+    for axes in ({"dp_shard": 2}, {"dp_replicate": 2}, {"dp_replicate": 2, "tp": 2})
+]
 # Each rank of tp makes the vectors that queries, keys and values come from, of all tokens.
 LATENT = {
     "num_kv_heads": 16, "head_dim": 192, "latent.q_rank": 512, "latent.kv_rank": 256, "latent.nope_dim": 128,
@@ -214,3 +221,25 @@ def test_what_takes_a_backward_pass_in_two_is_priced(schedule: str, pool: Pool) 
     halves = [action for action in pool_of.spent if action.work == "I"]
     assert halves and all((pool_of.spent[action].seconds > 0) is (action.stage > 0) for action in halves)
     assert found.seconds > 0
+
+
+@pytest.mark.parametrize("case", TRAVELLING, ids=str)
+def test_muons_update_is_the_planners(case: Case, pool: Pool) -> None:
+    """Seconds of its products and of those messages that no work hides; the bytes of its buckets."""
+    (traced,) = ranks_of(case, pool)
+    (once,) = priced(case, [traced]).slowest.once
+    of, layouts = problem(case), Layouts.of_layout(case.job().layout)
+    made = of.shape("1f1b", 1, 1)
+    groups = groups_of(of, layouts)
+    planned = muon_update(of.arch, layouts, made, of.pricer, "bf16", groups)
+    assert once.seconds == pytest.approx(float(estimate(of, layouts).parts["update"][0]), rel=0.04)
+    travels = {cause: seconds for cause, seconds in once.messages.items() if "all to all" in cause}
+    assert sum(travels.values()) == pytest.approx(float(planned.messages[0]), rel=0.05)
+    shown = sum(once.causes[cause] for cause in travels)
+    assert 0 < shown == pytest.approx(float(planned.shown[0]), rel=0.2) and shown < 0.3 * sum(
+        travels.values()
+    )
+    at_rest = traced.at_rest["weights"] + traced.at_rest["optimizer"]
+    buckets = traced.lived[ONCE][0] - at_rest - traced.at_rest["weights"]  # and gradients
+    # Formulas take all buckets for the largest.
+    assert 0.98 <= float(muon_bytes(of.arch, layouts, made, "bf16", groups)[0, 0]) / buckets <= 1.4

@@ -8,7 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from colossus.planner.columns import Layouts
+from colossus.planner.memory import memory
 from colossus.planner.moments import Held, Moment, most, most_alone
+from tests.planner.problems import problem
 
 HELD = Held(
     weights=np.array([[130.0]]), shards=np.array([[65.0]]), edges=np.array([[10.0]]), head=np.array([[4.0]]),
@@ -19,6 +22,7 @@ HELD = Held(
     waiting=np.array([[1.0]]), put_off=np.array([[0.0]]), in_halves=False,
     working=np.array([[100.0]]), last=np.array([[1.0]]), size=2.0,
     zero=np.array([1.0]), micro_batches=np.array([8.0]), chunks=np.array([1.0]),
+    update=np.array([[0.0]]),
 )  # fmt: skip
 LOSS, COPIES = "loss or one layer's gradients", "copies of weights"
 
@@ -148,3 +152,19 @@ def test_the_end_of_one_rank_alone() -> None:
     once = {name: value for name, value in none.items() if name != "size"} | {"micro_batches": 1.0}
     assert alone(**once)[LOSS] == 0
     assert alone(**once, tied=True)[LOSS] == 4 * 5 + 4 * 4
+
+
+def test_buckets_of_the_update_come_when_activations_are_gone() -> None:
+    found = by_use(update=9000)
+    assert found["optimizer"] == 520 + 9000 and found["gradients"] == 4 * 65
+    assert found["activations"] == found[LOSS] == found[COPIES] == 0
+
+
+def test_muon_needs_room_for_whole_matrices() -> None:
+    """Of 405B a rank of 1024 has little, but an owner a matrix of 16,384 x 53,248 in fp32, and more."""
+    layouts = Layouts.of([{"dp_shard": 128, "tp": 8, "zero": 3, "recompute": 2}])
+    muon, adamw = (
+        memory(replace(problem("llama3.1-405b", count=1024, seq_len=64), optimizer=name), layouts)
+        for name in ("muon", "adamw")
+    )
+    assert muon.parts["optimizer"] > 10 * 16384 * 53248 > 2 * adamw.parts["optimizer"]

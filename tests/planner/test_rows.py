@@ -18,9 +18,9 @@ from colossus.perf.passes import OVERLAP_COST, TOGETHER
 from colossus.perf.price import BACKWARD_PASSES, CLIP_BYTES, DEPTH, GAP, KEYS, Pricer
 from colossus.perf.software import MEGATRON_2021, MEGATRON_CORE, OURS, OURS_EAGER
 from colossus.planner.columns import Layouts
-from colossus.planner.estimate import estimate, kind_weights
+from colossus.planner.estimate import estimate, groups_of, kind_weights
 from colossus.planner.formulas import layers_ledger
-from colossus.planner.muon import muon_seconds
+from colossus.planner.muon import muon_update, shown_seconds
 from tests.perf.tiny import tiny
 from tests.planner.problems import hardware, problem
 from tests.planner.test_formulas import piece
@@ -256,7 +256,8 @@ def test_muon_sends_matrices_in_fp32_to_owners_that_make_fifteen_products_of_eac
         groups = comm.groups_of(
             {"dp_shard": ones} | axes | {k: v * ones for k, v in sizes.items()}, OURS.order
         )
-        return float(muon_seconds(made.arch, Layouts.of([sizes]), shape, made.pricer, "bf16", groups)[0])
+        layouts = Layouts.of([sizes])
+        return float(muon_update(made.arch, layouts, shape, made.pricer, "bf16", groups).seconds[0])
 
     one, numel = {}, 0
     for (short, long), count in {(32, 32): 2, (16, 32): 2, (32, 48): 3}.items():
@@ -277,3 +278,40 @@ def test_muon_sends_matrices_in_fp32_to_owners_that_make_fifteen_products_of_eac
     longest = max(each for _, each in one.values())
     assert took(dp_shard=64.0) == pytest.approx(longest + 2 * message(4 * 32 * 48, 64.0), rel=1e-9)
     assert took(dp_replicate=2.0) == pytest.approx(everything / 2 + message(4 * numel, 2.0), rel=1e-9)
+
+
+def test_what_shows_of_muons_messages_is_what_no_work_hides():
+    """Of one bucket both ways; of several the first one's way there, the last one's back, and what is longer
+    than the work."""
+
+    def shown(work: float, buckets: float) -> float:
+        return float(shown_seconds(*(np.array([value]) for value in (2.0, 3.0, work, buckets)))[0])
+
+    def hidden(seconds: float) -> float:
+        return OVERLAP_COST * seconds
+
+    assert shown(100.0, 1.0) == 5.0
+    assert shown(100.0, 7.0) == 5.0 + hidden(30.0)
+    assert shown(0.0, 4.0) == 4 * 5.0
+    assert shown(2.5, 2.0) == 5.5 + hidden(4.5)  # the second goes there beside the first one's work
+    assert shown(2.5, 4.0) == 5.5 + 2 * 2.5 + hidden(9.5)
+
+
+def test_muons_experts_are_shared_by_replicas_and_sent_where_they_are_cut():
+    """Eight experts a layer: whole ones on two ranks, parts of all on sixteen."""
+    of = replace(problem("llama3.2-1b"), arch=tiny("mixtral-8x7b", num_layers=1, vocab_size=V))
+    made = of.shape("1f1b", 1, 1)
+
+    def update(**sizes: float) -> tuple[float, float]:
+        layouts = Layouts.of([sizes])
+        groups = groups_of(of, layouts)
+        found = muon_update(of.arch, layouts, made, of.pricer, "bf16", groups)
+        return float(found.work[0]), float(found.messages[0])
+
+    alone, _ = update()
+    copies, sent = update(dp_replicate=2)
+    assert copies == pytest.approx(alone / 2, rel=0.02) and sent > 0
+    by_ep, by_fsdp = update(dp_shard=2, ep=2), update(dp_shard=2)
+    assert by_ep == by_fsdp  # either way four experts each
+    whole, cut = update(dp_shard=8)[1], update(dp_shard=16)[1]
+    assert cut > 1.5 * whole  # these travel too

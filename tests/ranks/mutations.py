@@ -441,7 +441,8 @@ def _() -> Patches:
 
 @mutation("matrices are made orthogonal shard by shard", Case.of(dp_shard=2, optimizer="muon"))
 def _() -> Patches:
-    def each_its_own(given: Any, read: Any, work: Any) -> Iterator[tuple[int, torch.Tensor]]:
-        return ((index, work(read(index).unsqueeze(0))[0]) for index in range(len(given)))
+    def each_its_own(families: Any, read: Any, work: Any) -> Iterator[dict[int, torch.Tensor]]:
+        buckets = (bucket for family in families for bucket in family)
+        return ({index: work(read(index).unsqueeze(0))[0] for index in bucket.matrices} for bucket in buckets)
 
     yield replaced(muon, "at_owners", each_its_own)
