@@ -304,20 +304,29 @@ def plan(
     return make_plan(job, machine, aim, ask=ask)
 
 
-def dry_run(job: Job, rank: int | None = None, *, say: Callable[[str], None] = lambda line: None) -> DryRun:
+def dry_run(
+    job: Job,
+    rank: int | None = None,
+    *,
+    routing: str | Path | Sequence[float] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> DryRun:
     """Runs one step of the training program as every kind of rank of a job's world, on tensors without
     numbers: what each holds, computes and says to others, and whether it fits.
 
-    rank: this one alone. say: is told what is being traced. What is open of the layout is the planner's
-    choice; where nothing fits by its formulas, the simplest that takes the whole fleet.
+    rank: this one alone. routing: of tokens to experts, as each expert's share, as the multiples of the mean
+    that the busiest get, a file of either, or a run that has measured it; None: all get alike. say: is told
+    what is being traced. What is open of the layout is the planner's choice; where nothing fits by its
+    formulas, the simplest that takes the whole fleet.
 
     Raises:
-        UserError: the job names no model or no fleet, its layout is not legal, or there is no such rank;
-            NothingFits (one of them): no layout was asked for, and none fits.
+        UserError: the job names no model or no fleet, its layout is not legal, there is no such rank, or no
+            such routing; NothingFits (one of them): no layout was asked for, and none fits.
     """
     from colossus.derive.to_plan import planned, with_model
     from colossus.dryrun.mend import mended
     from colossus.dryrun.ranks import dry_run as run
+    from colossus.dryrun.routing import routing_of
     from colossus.hardware.fleets import hardware_of
     from colossus.planner.measured import corrections_for
     from colossus.planner.plan import laid_out, make_plan
@@ -325,6 +334,7 @@ def dry_run(job: Job, rank: int | None = None, *, say: Callable[[str], None] = l
 
     machine = _measured() if job.fleet.accelerator is None and job.fleet.pools is None else None
     job, notes = with_model(job, machine), []
+    routed = None if routing is None else routing_of(routing, job.model)
     try:
         job = planned(job, make_plan(job, machine))
     except NothingFits:
@@ -334,7 +344,7 @@ def dry_run(job: Job, rank: int | None = None, *, say: Callable[[str], None] = l
         notes.append("no layout fits by the planner's formulas; what was open of this one is the simplest")
     hardware = hardware_of(job.fleet, machine, ranks=job.layout.num_ranks)
     corrections = corrections_for(hardware, machine)
-    found = run(job, hardware, rank, say=say, notes=notes, corrections=corrections)
+    found = run(job, hardware, rank, routing=routed, say=say, notes=notes, corrections=corrections)
     return mended(found, rank, say=say, corrections=corrections)
 
 

@@ -32,13 +32,15 @@ PHASES: dict[str, tuple[Phase, ...]] = {
     "W": ("weights",),
 }
 BETWEEN = ("memory", "elementwise")  # rows that come of formulas
+GATED = "moe.experts.gated"  # the one of these whose bytes follow the rows that experts get
 
 
 class Rows:
-    """Of a pool's replicas. made: what each rank of the pipeline has."""
+    """Of a pool's replicas. made: what each rank of the pipeline has. load: rows that its experts get, over
+    the mean of all ranks."""
 
-    def __init__(self, problem: Problem, layout: Layout, made: Shape) -> None:
-        self.problem, self.layout, self.made = problem, layout, made
+    def __init__(self, problem: Problem, layout: Layout, made: Shape, load: float = 1.0) -> None:
+        self.problem, self.layout, self.made, self.load = problem, layout, made, load
         self.layouts = Layouts.of_layout(layout)
 
     def traced(self, work: Mapping[Work, int]) -> Iterator[Row]:
@@ -121,6 +123,8 @@ class Rows:
         for i in np.flatnonzero(ledger.where(kind=BETWEEN, phase=PHASES[at.work])):
             row = row_at(ledger, int(i))
             times = (redone if row.phase == "recompute" else counts | edges).get(row.stage, 0.0)
+            if row.name == GATED:
+                row = replace(row, bytes=np.asarray(row.bytes) * self.load)
             if times and row.repeat:
                 yield replace(row, repeat=row.repeat * times)
 

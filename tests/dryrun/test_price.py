@@ -184,9 +184,9 @@ def check_price(case: Case, ranks: list[Traced], low: float, high: float) -> Non
             assert causes.get(cause, 0.0) <= seconds * 1.001
 
 
-def priced(case: Case, ranks: list[Traced]) -> Price:
+def priced(case: Case, ranks: list[Traced], load: float = 1.0) -> Price:
     hardware = hardware_of(H100)
-    return price(on_gpus(case), hardware, corrections_for(hardware), [(hardware.accelerator, ranks)])
+    return price(on_gpus(case), hardware, corrections_for(hardware), [(hardware.accelerator, ranks)], load)
 
 
 def test_products_of_latents_are_the_planners(pool: Pool) -> None:
