@@ -309,25 +309,29 @@ def dry_run(
     rank: int | None = None,
     *,
     source: Job | str | Path | None = None,
+    routing: str | Path | Sequence[float] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> DryRun:
     """Runs one step of the training program as every kind of rank of a job's world, on tensors without
     numbers: what each holds, computes and says to others, and whether it fits.
 
     rank: this one alone. source: what the job goes on from, of which its ranks' reads are planned: a
-    checkpoint or the folder of a run (its newest one), or a job (file) whose dry world would have saved. say:
-    is told what is being traced. What is open of a layout is the planner's choice; where nothing fits by its
-    formulas, the simplest that takes the whole fleet.
+    checkpoint or the folder of a run (its newest one), or a job (file) whose dry world would have saved.
+    routing: of tokens to experts, as each expert's share, as the multiples of the mean that the busiest get,
+    a file of either, or a run that has measured it; None: all get alike. say: is told what is being traced.
+    What is open of a layout is the planner's choice; where nothing fits by its formulas, the simplest that
+    takes the whole fleet.
 
     Raises:
-        UserError: the job names no model or no fleet, its layout is not legal, or there is no such rank;
-            NothingFits (one of them): no layout was asked for, and none fits; the source is none, or of
-            another model.
+        UserError: the job names no model or no fleet, its layout is not legal, there is no such rank, or no
+            such routing; NothingFits (one of them): no layout was asked for, and none fits; the source is
+            none, or of another model.
         DamagedCheckpoint: of the source.
     """
     from colossus.dryrun.mend import mended
     from colossus.dryrun.ranks import dry_run as run
     from colossus.dryrun.reads import check_source, reads_of
+    from colossus.dryrun.routing import routing_of
     from colossus.hardware.fleets import hardware_of
     from colossus.planner.measured import corrections_for
 
@@ -335,9 +339,10 @@ def dry_run(
     job, machine, notes = _spread(job)
     if kept is not None:
         check_source(kept, job)
+    routed = None if routing is None else routing_of(routing, job.model)
     hardware = hardware_of(job.fleet, machine, ranks=job.layout.num_ranks)
     corrections = corrections_for(hardware, machine)
-    found = run(job, hardware, rank, say=say, notes=notes, corrections=corrections)
+    found = run(job, hardware, rank, routing=routed, say=say, notes=notes, corrections=corrections)
     reads = None if kept is None else reads_of(kept, found.job, say)
     return dataclasses.replace(mended(found, rank, say=say, corrections=corrections), reads=reads)
 

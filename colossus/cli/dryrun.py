@@ -30,6 +30,14 @@ def dryrun(
             "file would save.",
         ),
     ] = None,
+    routing: Annotated[
+        str | None,
+        typer.Option(
+            "--routing",
+            metavar="NUMBERS|FILE|RUN",
+            help="Of tokens to experts: each one's share, or multiples of the mean of the busiest.",
+        ),
+    ] = None,
     compare: Annotated[
         Path | None,
         typer.Option("--compare", metavar="RUN", help="Of a run's job, beside what the run measured."),
@@ -58,7 +66,7 @@ def dryrun(
     from colossus.dryrun.timeline import trace
 
     if compare is not None:
-        if words or any(option is not None for option in (rank, source, timeline, html)):
+        if words or any(option is not None for option in (rank, source, routing, timeline, html)):
             raise UserError(f"--compare {compare}: takes the run's own job, and no other words or options")
         with one_line() as show:
             made = api.compare(compare, say=show)
@@ -68,10 +76,11 @@ def dryrun(
     path, overrides = split(words)
     job = api.load_job(path, overrides)
     with one_line() as show:
-        found = api.dry_run(job, rank, source=source, say=show)
+        found = api.dry_run(job, rank, source=source, routing=routing, say=show)
     if timeline is not None:
         if found.price is None:
-            raise UserError(f"--timeline {timeline}: needs every stage of the pipeline; leave --rank out")
+            needed = "every stage of the pipeline, and of it the rank that others wait for"
+            raise UserError(f"--timeline {timeline}: needs {needed}; leave --rank out")
         write(timeline, trace(found).to_json())
     if html is not None:
         write(html, page(found))

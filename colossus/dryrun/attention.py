@@ -16,17 +16,22 @@ import torch
 import torch.nn.functional as F
 
 from colossus.measure.counter import attention_backward_flops, attention_flops
-from colossus.models import attend
+from colossus.models import attend, sight
+from colossus.models.block_mask import block_mask
+from colossus.perf.parts import BY_BLOCKS as OF_GPU
+from colossus.perf.parts import computed_keys
 
 # By the names that recomputation knows kernels by (see `parallel.recompute`): PyTorch's own, and of blocks.
 NAMES = ("_scaled_dot_product", "flex_attention")
 
 
 def _define(name: str) -> Any:
-    """The operator, and that of its gradients."""
+    """The operator, and that of its gradients. met: keys that a query takes the time of."""
 
     @torch.library.custom_op(f"colossus_dryrun::{name}", mutates_args=())
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, met: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError("for tensors without numbers alone")
 
     @torch.library.custom_op(f"colossus_dryrun::{name}_backward", mutates_args=())
@@ -37,25 +42,27 @@ def _define(name: str) -> Any:
         v: torch.Tensor,
         y: torch.Tensor,
         sums: torch.Tensor,
+        met: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         raise NotImplementedError("for tensors without numbers alone")
 
     @forward.register_fake
-    def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, met: float) -> tuple[torch.Tensor, torch.Tensor]:
         batch, heads, num, _ = q.shape
         y_BTHE = q.new_empty(batch, num, heads, v.shape[3])
         return y_BTHE.transpose(1, 2), q.new_empty(batch, heads, num, dtype=torch.float32)
 
     @backward.register_fake
-    def _(grad: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _(grad: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
         return tuple(torch.empty_like(x) for x in given[:3])
 
-    def keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs, *output)
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        *tensors, ctx.met = inputs
+        ctx.save_for_backward(*tensors, *output)
         ctx.set_materialize_grads(False)
 
     def grads(ctx: Any, grad: torch.Tensor, _: None) -> Any:
-        return backward(grad, *ctx.saved_tensors)
+        return *backward(grad, *ctx.saved_tensors, ctx.met), None
 
     forward.register_autograd(grads, setup_context=keep)
     return forward
@@ -69,6 +76,12 @@ FLOPS: dict[Any, Any] = {
 }
 
 
+def met_keys(q_BHTE: torch.Tensor, k_BKSE: torch.Tensor, causal: bool) -> float:
+    """That a query takes the time of, of a kernel without blocks: all, or half by the causal rule, of queries
+    that are the last ones."""
+    return k_BKSE.shape[2] - q_BHTE.shape[2] / 2 * causal
+
+
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
     """Within this, attention takes a GPU's kernels."""
@@ -79,7 +92,13 @@ def as_on_gpu() -> Iterator[None]:
     ) -> torch.Tensor:
         if q_BHTE.shape[3] == v_BKSE.shape[3]:
             return plain(q_BHTE, k_BKSE, v_BKSE, **rest)
-        return FUSED(q_BHTE, k_BKSE, v_BKSE)[0]  # type: ignore[no-any-return]
+        met = met_keys(q_BHTE, k_BKSE, rest.get("is_causal", False))
+        return FUSED(q_BHTE, k_BKSE, v_BKSE, met)[0]  # type: ignore[no-any-return]
+
+    def noted(positions_T: torch.Tensor, num_keys: int, window: int | None = None, *rest: Any) -> Any:
+        made = block_mask(positions_T, num_keys, window, *rest)
+        setattr(made.mask_mod, "window", window)  # noqa: B010
+        return made
 
     def attend_by_blocks(
         q_BHTE: torch.Tensor,
@@ -90,7 +109,9 @@ def as_on_gpu() -> Iterator[None]:
         temperature_T: torch.Tensor | None = None,
         sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        y_BHTE, sums_BHT = BY_BLOCKS(q_BHTE, k_BKSE, v_BKSE)
+        # Ranks of cp have queries of both ends, which meet as many keys as those of a whole sequence do.
+        met = computed_keys(k_BKSE.shape[2], mask.mask_mod.window, OF_GPU)
+        y_BHTE, sums_BHT = BY_BLOCKS(q_BHTE, k_BKSE, v_BKSE, met)
         if sinks_H is None:
             return y_BHTE  # type: ignore[no-any-return]
         left_BHT = torch.sigmoid(sums_BHT - sinks_H.to(sums_BHT.dtype).unsqueeze(-1))
@@ -100,6 +121,7 @@ def as_on_gpu() -> Iterator[None]:
         """The causal rule of the last rows of a square is no mask to a GPU's kernel."""
 
     with ExitStack() as stack:
+        stack.enter_context(patch.object(sight, "block_mask", noted))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", scaled_dot_product_attention))
         for function in (attend_by_blocks, _last_rows):
             stack.enter_context(patch.object(attend, function.__name__, function))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import schedules
 
+from colossus.dryrun.routing import Routing, rows_of
 from colossus.job import Job
 from colossus.parallel import expert
 from colossus.parallel.mesh import Meshes
@@ -19,8 +21,8 @@ from colossus.parallel.world import World
 
 
 @contextmanager
-def fake_world(job: Job, rank: int) -> Iterator[World]:
-    """This process as rank `rank` of the job's world."""
+def fake_world(job: Job, rank: int, routing: Routing | None = None) -> Iterator[World]:
+    """This process as rank `rank` of the job's world. routing: of tokens to experts; None: all get alike."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     layout, device = job.layout, torch.device("cpu")
@@ -34,7 +36,9 @@ def fake_world(job: Job, rank: int) -> Iterator[World]:
         meshes = Meshes.build(layout, "cpu", experts=job.model.experts is not None, rank=rank)
         own = layout.of_replica(meshes.place.dp_replicate)
         with ExitStack() as stack:
-            stack.enter_context(patch.object(expert, "row_counts", _balanced))
+            loads = [1.0] * layout.ep if routing is None else routing.loads(layout.ep)
+            counts = partial(_row_counts, loads, meshes.place.ep(layout))
+            stack.enter_context(patch.object(expert, "row_counts", counts))
             if hasattr(schedules._PipelineSchedule, "_warmup_p2p"):  # from PyTorch 2.13 on
                 stack.enter_context(
                     patch.object(schedules._PipelineSchedule, "_warmup_p2p", _shapes_are_known)
@@ -52,8 +56,10 @@ def _shapes_are_known(schedule: Any, stages: list[Any], has_backward: bool, p2p_
         stage._inference_mode = InferenceMode.STATIC
 
 
-def _balanced(sums_2R: torch.Tensor, num_rows: int) -> tuple[list[int], list[int]]:
-    """In place of a router's choice, which no tensor here holds: each rank gives every other as many rows."""
-    ranks = sums_2R.shape[1]
-    each = [num_rows // ranks + (rank < num_rows % ranks) for rank in range(ranks)]
-    return each, list(each)
+def _row_counts(
+    loads: list[float], rank: int, sums_2R: torch.Tensor, num_rows: int
+) -> tuple[list[int], list[int]]:
+    """In place of a router's choice, which no tensor here holds: each rank deals its rows out by the loads of
+    all, and this one gets from every other what it keeps of its own."""
+    sent = rows_of(loads, num_rows)
+    return sent, [sent[rank]] * len(sent)

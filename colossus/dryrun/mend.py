@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from colossus.dryrun.ranks import DryRun, dry_run
+from colossus.dryrun.routing import Routing
 from colossus.errors import UserError
 from colossus.job import Job
-from colossus.parallel.mesh import Place
 from colossus.perf.corrections import Corrections
 
 
@@ -31,11 +31,11 @@ def mended(
         say(f"with {words}")
         try:
             stage = round(worst * (changed.layout.pp - 1))
-            beside = Place(0, stage, 0, 0, 0)
-            tried = dry_run(changed, found.hardware, _rank_at(changed, beside), corrections=corrections)
+            one = _rank_of(changed, stage, found.routing)
+            tried = dry_run(changed, found.hardware, one, routing=found.routing, corrections=corrections)
             is_all = changed.layout.pp == 1 and len(found.ranks) == found.job.layout.pp  # of one kind
             if tried.fits and rank is None and not is_all:
-                tried = dry_run(changed, found.hardware, corrections=corrections)
+                tried = dry_run(changed, found.hardware, routing=found.routing, corrections=corrections)
             if tried.fits:
                 return replace(found, mend=(words, tried))
         except UserError:  # not legal, or too many ranks
@@ -43,8 +43,11 @@ def mended(
     return found
 
 
-def _rank_at(job: Job, place: Place) -> int:
-    return place.pp * (job.layout.num_ranks // job.layout.dp_replicate // job.layout.pp)
+def _rank_of(job: Job, stage: int, routing: Routing | None) -> int:
+    """The one of a stage that needs most."""
+    layout = job.layout
+    fullest = 0 if routing is None else routing.kinds(layout.ep)[0][0] * layout.etp
+    return stage * (layout.num_ranks // layout.dp_replicate // layout.pp) + fullest
 
 
 def _changes(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -134,15 +134,17 @@ def price(
     hardware: Hardware,
     corrections: Corrections | None,
     pools: Sequence[tuple[Accelerator, Sequence[Traced]]],
+    load: float = 1.0,
 ) -> Price:
-    """Of a job with its layout. pools: of each the accelerator, and every rank of its pipeline as traced."""
+    """Of a job with its layout. pools: of each the accelerator, and every rank of its pipeline as traced.
+    load: rows that experts of these ranks get, over the mean of all ranks."""
     problem, ends = problem_of(job, hardware, corrections), [0]
     for pool in job.layout.pools or ():
         ends.append(ends[-1] + pool.replicas)
     piped = []
     for replica, (accelerator, ranks) in zip(ends, pools, strict=False):
         mine = replace(problem, pricer=problem.pricer.on(accelerator))
-        piped.append(_Pipeline(mine, job.layout.of_replica(replica), ranks).run(accelerator))
+        piped.append(_Pipeline(mine, job.layout.of_replica(replica), ranks, load).run(accelerator))
     seconds = max(pool.seconds for pool in piped)
     peak = problem.peak if len(hardware.pools) == 1 else _mean_peak(problem, hardware)
     return Price(
@@ -159,14 +161,14 @@ def _mean_peak(problem: Problem, hardware: Hardware) -> float:
 
 
 class _Pipeline:
-    """One pool's replicas. ranks: of the pipeline, in their order."""
+    """One pool's replicas. ranks: of the pipeline, in their order. load: see `price`."""
 
-    def __init__(self, problem: Problem, layout: Layout, ranks: Sequence[Traced]) -> None:
+    def __init__(self, problem: Problem, layout: Layout, ranks: Sequence[Traced], load: float) -> None:
         self.problem, self.layout, self.ranks = problem, layout, ranks
         self.pricer = problem.pricer
         self.per_rank = 2 if layout.schedule in V_SHAPED and layout.pp > 1 else layout.stages_per_rank
         self.made = problem.shape(layout.schedule, layout.pp, self.per_rank)
-        self.rows = Rows(problem, layout, self.made)
+        self.rows = Rows(problem, layout, self.made, load)
         self.known: dict[Any, Spent] = {}
 
     def run(self, accelerator: Accelerator) -> Piped:

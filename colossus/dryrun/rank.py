@@ -23,6 +23,7 @@ from colossus.dryrun import attention
 from colossus.dryrun.fake import fake_world
 from colossus.dryrun.refused import refusals
 from colossus.dryrun.replay import Replay
+from colossus.dryrun.routing import Routing
 from colossus.dryrun.tracer import Moment, Tracer
 from colossus.dryrun.work import Message, Pass, Work
 from colossus.job import Job
@@ -80,10 +81,20 @@ class Traced:
         return found
 
 
-def trace(job: Job, rank: int, num_rows: int, seq_len: int, *, replay: bool = True, steps: int = 1) -> Traced:
+def trace(
+    job: Job,
+    rank: int,
+    num_rows: int,
+    seq_len: int,
+    routing: Routing | None = None,
+    *,
+    replay: bool = True,
+    steps: int = 1,
+) -> Traced:
     """Takes `steps` as rank `rank` of the job's world; the last one counts. The first is like all others.
 
-    num_rows: sequences of a step that this rank sees. replay: layers stand for those that are alike.
+    num_rows: sequences of a step that this rank sees. routing: of tokens to experts; None: all get alike.
+    replay: layers stand for those that are alike.
 
     Raises:
         UserError: something in the program needs the numbers of a tensor; with the module and the operator.
@@ -92,7 +103,7 @@ def trace(job: Job, rank: int, num_rows: int, seq_len: int, *, replay: bool = Tr
     job = as_traced(job)
     tracer = Tracer(flop_counter(attention.FLOPS).flop_registry)
     replayed = Replay(tracer, in_halves=job.layout.schedule in ZERO_BUBBLE)
-    with fake_world(job, rank) as world, ExitStack() as stack:
+    with fake_world(job, rank, routing) as world, ExitStack() as stack:
         model = transformed(job, world)
         stack.enter_context(_told(tracer))
         stack.enter_context(replayed.told())

@@ -9,6 +9,7 @@ from typing import Any
 from colossus.dryrun.price import Price, price, problem_of
 from colossus.dryrun.rank import Traced
 from colossus.dryrun.reads import Reads
+from colossus.dryrun.routing import Routing
 from colossus.dryrun.tracer import Moment
 from colossus.dryrun.worker import traces
 from colossus.errors import UserError
@@ -29,7 +30,8 @@ class Kind:
     """Ranks that do the same: `count` of them, of which `rank` stands for all.
 
     Those that differ by their shard alone (a dimension that ranks do not share equally) count as alike: it
-    is the one with the largest. num_rows: sequences of a step that each sees.
+    is the one with the largest. num_rows: sequences of a step that each sees. load: rows that its experts
+    get, over the mean. is_waited_for: no rank of its stage gets more.
     """
 
     rank: int
@@ -38,6 +40,8 @@ class Kind:
     stage: int
     num_rows: int
     accelerator: Accelerator
+    load: float = 1.0
+    is_waited_for: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class DryRun:
     mend: what would make it fit, as words of a job, and the ranks with it; None: it fits, nothing that was
     tried does, or nobody has asked (`mend.mended`). notes: what the figures leave out. price: what a step
     takes; None where not every stage of the pipeline was run. reads: what its start reads of the checkpoint
-    that it goes on from, where one was named.
+    that it goes on from, where one was named. routing: of tokens to experts; None: all get alike.
     """
 
     job: Job
@@ -77,6 +81,7 @@ class DryRun:
     mend: tuple[str, DryRun] | None = None
     price: Price | None = None
     reads: Reads | None = None
+    routing: Routing | None = None
 
     @property
     def fits(self) -> bool:
@@ -95,6 +100,7 @@ class DryRun:
             "layout": layout.model_dump(exclude_none=True),
             "price": None if self.price is None else self.price.to_dict(),
             "reads": None if self.reads is None else self.reads.to_dict(),
+            "expert_shares": None if self.routing is None else list(self.routing.shares),
             "ranks": [],
             "notes": list(self.notes),
         }
@@ -105,6 +111,7 @@ class DryRun:
                     "rank": judged.kind.rank,
                     "place": vars(traced.place),
                     "alike": judged.kind.count,
+                    "expert_load": judged.kind.load,
                     "accelerator": judged.kind.accelerator.name,
                     "micro_batches": traced.num_micro_batches,
                     "peak_bytes": traced.peak.num_bytes,
@@ -136,6 +143,7 @@ def dry_run(
     hardware: Hardware,
     rank: int | None = None,
     *,
+    routing: Routing | None = None,
     say: Callable[[str], None] = lambda line: None,
     notes: Sequence[str] = (),
     stages: Collection[int] | None = None,
@@ -143,9 +151,10 @@ def dry_run(
 ) -> DryRun:
     """Runs one step of a job as every kind of rank of its world, or as `rank` alone.
 
-    job: with its model, layout, type, batch and length known. stages: ranks of its pipelines that are looked
-    at; None: all. say: is told what is being traced. notes: what is known already of how the job came about.
-    corrections: what was measured of the fleet's accelerators.
+    job: with its model, layout, type, batch and length known. routing: of tokens to experts; None: all get
+    alike. stages: ranks of its pipelines that are looked at; None: all. say: is told what is being traced.
+    notes: what is known already of how the job came about. corrections: what was measured of the fleet's
+    accelerators.
 
     Raises:
         UserError: the layout is not legal, the fleet has too few accelerators, or there is no such rank.
@@ -165,10 +174,10 @@ def dry_run(
         raise UserError(
             f"--rank {rank}: the layout has {layout.num_ranks:,} ranks; 0 to {layout.num_ranks - 1}"
         )
-    kinds = [k for k in kinds_of(job, hardware, batch, rank) if stages is None or k.stage in stages]
+    kinds = [k for k in kinds_of(job, hardware, batch, rank, routing) if stages is None or k.stage in stages]
     wanted = [(kind, rows) for kind in kinds for rows in rows_of(job, kind)]
     steps = traces(
-        [(job, kind.rank, rows, seq_len) for kind, rows in wanted],
+        [(job, kind.rank, rows, seq_len, routing) for kind, rows in wanted],
         lambda index: say(f"rank {wanted[index][0].rank:,} ({index + 1} of {len(wanted)} steps)"),
     )
     found = []
@@ -176,26 +185,34 @@ def dry_run(
         of_kind = [traced for (other, _), traced in zip(wanted, steps, strict=True) if other is kind]
         found.append(_judged(job, hardware, kind, of_kind))
     priced = _price(job, hardware, corrections, found)
-    return DryRun(job, hardware, tuple(found), (*notes, *_notes(job)), price=priced)
+    said = (*notes, *_notes(job, routing))
+    return DryRun(job, hardware, tuple(found), said, price=priced, routing=routing)
 
 
 def _price(
     job: Job, hardware: Hardware, corrections: Corrections | None, ranks: Sequence[Judged]
 ) -> Price | None:
-    """Of a step, where each stage of the pipeline was run in each pool."""
+    """Of a step, where each stage of the pipeline was run in each pool, as the rank that others wait for."""
     by_pool: dict[int, list[Judged]] = {}
-    for judged in ranks:
+    for judged in (judged for judged in ranks if judged.kind.is_waited_for):
         by_pool.setdefault(judged.kind.replica, []).append(judged)
     num_pools = max(1, len(job.layout.pools or ()))
     if len(by_pool) < num_pools or any(len(pool) < job.layout.pp for pool in by_pool.values()):
         return None
     pools = [(pool[0].kind.accelerator, [one.traced for one in pool]) for pool in by_pool.values()]
-    return price(job, hardware, corrections, pools)
+    load = max(judged.kind.load for judged in ranks)
+    return price(job, hardware, corrections, pools, load)
 
 
-def kinds_of(job: Job, hardware: Hardware, batch: int, rank: int | None = None) -> Iterator[Kind]:
-    """The kinds of ranks of a world: a stage of a replica of each pool; or that of `rank` alone, as it is."""
+def kinds_of(
+    job: Job, hardware: Hardware, batch: int, rank: int | None = None, routing: Routing | None = None
+) -> Iterator[Kind]:
+    """The kinds of ranks of a world: a stage of a replica of each pool, and of that those whose experts get
+    most rows and the others; or that of `rank` alone, as it is."""
     layout = job.layout
+    loads, spread = [1.0] * layout.ep, [(0, layout.ep)]
+    if routing is not None:
+        loads, spread = routing.loads(layout.ep), routing.kinds(layout.ep)
     each = layout.num_ranks // layout.dp_replicate
     pools = layout.pools or []
     sizes = [pool.replicas for pool in pools] or [layout.dp_replicate]
@@ -208,13 +225,17 @@ def kinds_of(job: Job, hardware: Hardware, batch: int, rank: int | None = None) 
         accelerator = by_count[min(index, len(by_count) - 1)].accelerator
         for stage in range(layout.pp):
             first = begin * each + stage * (each // layout.pp)
-            alike = size * each // layout.pp
+            alike, num_rows = size * each // layout.pp, -(-share // layout.dp_shard)
+            found = [(first + ep * layout.etp, ep, alike // layout.ep * count) for ep, count in spread]
             if rank is not None:
                 place = Place.of(layout, rank)
                 if place.pp != stage or not begin <= place.dp_replicate < begin + size:
                     continue
-                first = rank
-            yield Kind(first, alike, begin, stage, -(-share // layout.dp_shard), accelerator)
+                ep = place.ep(layout)
+                found = [(rank, ep, alike // layout.ep * loads.count(loads[ep]))]
+            for stands, ep, count in found:
+                is_most = loads[ep] == max(loads)
+                yield Kind(stands, count, begin, stage, num_rows, accelerator, loads[ep], is_most)
 
 
 def rows_of(job: Job, kind: Kind) -> list[int]:
@@ -286,11 +307,20 @@ def extended(short: Traced, longer: Traced, many: int) -> Traced:
     )
 
 
-def _notes(job: Job) -> Iterator[str]:
+def _notes(job: Job, routing: Routing | None) -> Iterator[str]:
     if job.layout.compile:
         yield "layers are traced as they are written; what compiled ones need less is the planner's estimate"
     if job.model.experts is not None and job.layout.ep > 1:
-        yield "every rank of ep gives every other as many rows: routers are taken to be balanced"
+        if routing is None:
+            yield "every rank of ep gives every other as many rows: routers are taken to be balanced"
+        else:
+            most = max(routing.loads(job.layout.ep))
+            yield (
+                f"{routing.said}, in every layer: of {job.layout.ep} ranks of ep one gets {most:.2f} times "
+                "the mean of rows, and the others wait for it"
+            )
+    elif routing is not None:
+        yield f"{routing.said}: that changes nothing, since each rank has all experts (layout.ep=1)"
     if job.layout.pools and job.layout.pools[0].share is None:
         yield "layout.pools: taken to have equal shares; a run gives each what its speed deserves"
     if job.fleet.device == "cuda":

@@ -32,13 +32,15 @@ PHASES: dict[str, tuple[Phase, ...]] = {
     "W": ("weights",),
 }
 BETWEEN = ("memory", "elementwise")  # rows that come of formulas
+GATED = "moe.experts.gated"  # the one of these whose bytes follow the rows that experts get
 
 
 class Rows:
-    """Of a pool's replicas. made: what each rank of the pipeline has."""
+    """Of a pool's replicas. made: what each rank of the pipeline has. load: rows that its experts get, over
+    the mean of all ranks."""
 
-    def __init__(self, problem: Problem, layout: Layout, made: Shape) -> None:
-        self.problem, self.layout, self.made = problem, layout, made
+    def __init__(self, problem: Problem, layout: Layout, made: Shape, load: float = 1.0) -> None:
+        self.problem, self.layout, self.made, self.load = problem, layout, made, load
         self.layouts = Layouts.of_layout(layout)
 
     def traced(self, work: Mapping[Work, int]) -> Iterator[Row]:
@@ -77,14 +79,14 @@ class Rows:
             "stage": "", "precision": each.precision, "repeat": float(times), "executed": float(each.flops),
         }  # fmt: skip
         if each.kind == "attention":
-            # n is the keys that a query meets by the causal rule, as one of the last m of n, as often as it
-            # multiplies with them: for scores and values once each, backward twice, for scores once more.
+            # As often as a query multiplies with the keys that it meets: for scores and values once each,
+            # backward twice, for scores once more.
             passes = (3.0, 2.0) if each.side == "backward" else (1.0, 1.0)
-            square, seen = 2 * m * n * count, (n - m / 2) * self.share_seen
+            square = 2 * m * n * count
             widths = (k, (each.flops / square - passes[0] * k) / passes[1])
             for again, width in zip(passes, widths, strict=True):
                 common["executed"] = square * width * again
-                yield Row("attention", phase, kind="fused_attention", m=m, n=seen * again, k=width,
+                yield Row("attention", phase, kind="fused_attention", m=m, n=each.met * again, k=width,
                           count=count, **common)  # fmt: skip
             return
         moved = count * size * (m * k + k * n + m * n)
@@ -92,16 +94,6 @@ class Rows:
             moved += count * m * n * 2 * self.problem.pricer.software.gradient_bytes
         name = "experts.product" if each.kind == "grouped" else "product"
         yield Row(name, phase, kind="product", m=m, n=n, k=k, count=count, bytes=moved, **common)
-
-    @cached_property
-    def share_seen(self) -> float:
-        """Of the keys that the causal rule lets a query meet, what windows leave, in the mean over layers."""
-        ledger, kinds = self.formulas, self.problem.shape("1f1b", 1, 1)
-        counts = dict(zip(kinds.kinds, kinds.counts[0], strict=True))
-        rows = ledger.where(kind="fused_attention", phase="forward")
-        weights = np.array([counts.get(stage, 0.0) for stage in ledger.stage[rows]])
-        executed = (ledger.executed[rows, 0] * weights).sum()
-        return float(2 * (ledger.model[rows, 0] * weights).sum() / executed) if executed else 1.0
 
     @cached_property
     def piece(self) -> Piece:
@@ -121,6 +113,8 @@ class Rows:
         for i in np.flatnonzero(ledger.where(kind=BETWEEN, phase=PHASES[at.work])):
             row = row_at(ledger, int(i))
             times = (redone if row.phase == "recompute" else counts | edges).get(row.stage, 0.0)
+            if row.name == GATED:
+                row = replace(row, bytes=np.asarray(row.bytes) * self.load)
             if times and row.repeat:
                 yield replace(row, repeat=row.repeat * times)
 

@@ -78,11 +78,12 @@ def trace(found: DryRun) -> Trace:
 
 
 def ranks_of(found: DryRun) -> Iterator[tuple[str, Piped, int, Judged]]:
-    """Every rank of every pool's pipeline, with a name."""
+    """Every rank of every pool's pipeline that was priced, with a name."""
     assert found.price is not None, "not every stage was run"
-    by_pool = dict.fromkeys(judged.kind.replica for judged in found.ranks)
+    priced = [judged for judged in found.ranks if judged.kind.is_waited_for]
+    by_pool = dict.fromkeys(judged.kind.replica for judged in priced)
     for number, (replica, pool) in enumerate(zip(by_pool, found.price.pools, strict=True)):
-        ranks = [judged for judged in found.ranks if judged.kind.replica == replica]
+        ranks = [judged for judged in priced if judged.kind.replica == replica]
         for stage, judged in enumerate(ranks):
             several = f"pool {number}, " if len(by_pool) > 1 else ""
             name = f"{several}rank {judged.kind.rank:,}" + f" (stage {stage})" * (len(ranks) > 1)

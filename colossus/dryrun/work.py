@@ -59,7 +59,8 @@ class Message:
 
 @dataclass(frozen=True)
 class Product:
-    """`count` matrix products [m, k] x [k, n]; of attention m queries, n keys, k the width of a query.
+    """`count` matrix products [m, k] x [k, n]; of attention m queries, n keys, k the width of a query, and
+    `met` the keys that a query takes the time of, in the mean.
 
     kind: "product", "grouped" (of experts) or "attention". phase: of the program: "forward", "recompute",
     "backward", "update". side: what it is to its layer: a product of the forward pass, or makes the gradient
@@ -75,6 +76,7 @@ class Product:
     k: float
     count: float
     flops: int
+    met: float = 0.0
 
 
 Work = Product | Message
@@ -83,45 +85,79 @@ Work = Product | Message
 def product_of(operator: Any, args: tuple[Any, ...], flops: int, phase: str) -> Product:
     """Of an operator that PyTorch's counter knows."""
     assert operator in _SHAPES, f"the shape of {operator} is not known: see dryrun/work.py"
-    kind, side, m, n, k, count = _SHAPES[operator](*args)
-    if phase == "backward" and side == "forward":
-        side = "backward"
+    shape = _SHAPES[operator](*args)
+    side = "backward" if phase == "backward" and shape.side == "forward" else shape.side
     type_ = next(arg.dtype for arg in args if isinstance(arg, torch.Tensor))
-    return Product(phase, kind, side, TYPES.get(type_, "fp32"), m, n, k, count, flops)
+    precision = TYPES.get(type_, "fp32")
+    return Product(
+        phase, shape.kind, side, precision, shape.m, shape.n, shape.k, shape.count, flops, shape.met
+    )  # fmt: skip
 
 
-Shape = tuple[Literal["product", "grouped", "attention"], Side, float, float, float, float]
+@dataclass(frozen=True)
+class Shape:
+    """Of a `Product`."""
+
+    kind: Literal["product", "grouped", "attention"]
+    side: Side
+    m: float
+    n: float
+    k: float
+    count: float
+    met: float = 0.0
 
 
 def _mm(left: torch.Tensor, right: torch.Tensor, *_: Any) -> Shape:
     """The gradient of weights is a product whose left side is turned: of outputs' gradients."""
     (m, k), n = left.shape, right.shape[1]
     turned = m > 1 and k > 1 and left.stride(0) == 1
-    return "product", "weights" if turned else "forward", m, n, k, 1
+    return Shape("product", "weights" if turned else "forward", m, n, k, 1)
 
 
 def _bmm(left: torch.Tensor, right: torch.Tensor, *_: Any) -> Shape:
     count, m, k = left.shape
-    return "product", "forward", m, right.shape[2], k, count
+    return Shape("product", "forward", m, right.shape[2], k, count)
 
 
 def _grouped(x_MI: torch.Tensor, w_XOI: torch.Tensor, *_: Any) -> Shape:
     count, n, k = w_XOI.shape
-    return "grouped", "forward", x_MI.shape[0] / count, n, k, count
+    return Shape("grouped", "forward", x_MI.shape[0] / count, n, k, count)
 
 
 def _grouped_outer(g_MO: torch.Tensor, x_MI: torch.Tensor, ends_X: torch.Tensor, *_: Any) -> Shape:
     count = len(ends_X)
-    return "grouped", "weights", g_MO.shape[1], x_MI.shape[1], g_MO.shape[0] / count, count
+    return Shape("grouped", "weights", g_MO.shape[1], x_MI.shape[1], g_MO.shape[0] / count, count)
 
 
-def _attention(q_BHTE: torch.Tensor, k_BKSE: torch.Tensor, v_BKSE: torch.Tensor, *_: Any) -> Shape:
+def _attention(q_BHTE: torch.Tensor, k_BKSE: torch.Tensor, met: float) -> Shape:
     batch_heads = prod(q_BHTE.shape[:2])
-    return "attention", "forward", q_BHTE.shape[2], k_BKSE.shape[2], q_BHTE.shape[3], batch_heads
+    return Shape("attention", "forward", q_BHTE.shape[2], k_BKSE.shape[2], q_BHTE.shape[3], batch_heads, met)
 
 
-def _attention_backward(g: torch.Tensor, *qkv: Any) -> Shape:
-    return _attention(*qkv)
+def _of_gpu(q_BHTE: torch.Tensor, k_BKSE: torch.Tensor, v_BKSE: torch.Tensor, met: float) -> Shape:
+    return _attention(q_BHTE, k_BKSE, met)
+
+
+def _of_gpu_backward(g: torch.Tensor, *given: Any) -> Shape:
+    q_BHTE, k_BKSE, *_, met = given
+    return _attention(q_BHTE, k_BKSE, met)
+
+
+def _of_processor(
+    q_BHTE: torch.Tensor,
+    k_BKSE: torch.Tensor,
+    v_BKSE: torch.Tensor,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *_: Any,
+) -> Shape:
+    """Its kernel knows the causal rule, of queries that are the last; what a mask hides it computes."""
+    return _attention(q_BHTE, k_BKSE, attention.met_keys(q_BHTE, k_BKSE, causal))
+
+
+def _of_processor_backward(g: torch.Tensor, *given: Any) -> Shape:
+    q_BHTE, k_BKSE, v_BKSE, _, _, dropout, causal = given[:7]
+    return _of_processor(q_BHTE, k_BKSE, v_BKSE, dropout, causal)
 
 
 _SHAPES: dict[Any, Callable[..., Shape]] = {
@@ -132,10 +168,10 @@ _SHAPES: dict[Any, Callable[..., Shape]] = {
     aten.baddbmm: lambda _, *sides: _bmm(*sides),
     ours.grouped_product: _grouped,
     ours.grouped_outer_product: _grouped_outer,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: _of_processor,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_processor_backward,
     **{
-        operator: _attention_backward if operator.__name__.endswith("_backward") else _attention
+        operator: _of_gpu_backward if operator.__name__.endswith("_backward") else _of_gpu
         for operator in attention.FLOPS
     },
 }

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from colossus.perf.parts import BLOCK
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
     from colossus.models.attend import Scores
 
     Mask = torch.Tensor | BlockMask  # of all pairs, or of blocks of them
-
-BLOCK = 128  # tokens, of queries and of keys
 
 
 def block_mask(

@@ -42,6 +42,11 @@ class Place:
         """Of the ranks that see different samples, which this is."""
         return self.dp_replicate * layout.dp_shard + self.dp_shard
 
+    def ep(self, layout: Layout) -> int:
+        """Of the ranks that share a set of experts, which this is."""
+        rank = (self.dp_shard * layout.cp + self.cp) * layout.tp + self.tp
+        return rank // layout.etp % layout.ep
+
 
 @dataclass(frozen=True)
 class Meshes:

@@ -28,11 +28,13 @@ class Kernel:
     """How attention is computed.
 
     rows: queries of a block, which meets the keys up to its own last query; None: each query meets all.
-    fused: scores are never written, and the backward pass makes them again.
+    fused: scores are never written, and the backward pass makes them again. block: queries, and keys, of a
+    block that is passed over where a window hides all of it; None: what a window hides is computed.
     """
 
     rows: int | None = None
     fused: bool = False
+    block: int | None = None
 
 
 ROWS = 256  # queries whose scores exist at once on a processor: 128 to 512 are alike, fewer compile quicker
@@ -44,13 +46,17 @@ MIN_KERNEL_WIDTH = 16  # of a head: the least that a GPU's units of matrices tak
 # a GPU each chunk costs a pass over the weight's gradient, as much as a product of some hundred tokens.
 CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**29}
 MIN_CHUNK = 512
+BLOCK = 128  # tokens, of queries and of keys, that a GPU's kernel passes over together, or not at all
 SQUARE = Kernel()  # plain products of all queries with all keys
-FUSED = Kernel(fused=True)  # as PyTorch counts its own kernels: none skips what a mask hides
+FUSED = Kernel(fused=True)  # a mask of all pairs, if any, which skips nothing
+BY_BLOCKS = Kernel(fused=True, block=BLOCK)
 
 
 def kernel_of(arch: Architecture, seq_len: int, device: str) -> Kernel:
     """How `models.attend` computes attention without a cache."""
-    if has_special_scores(arch) and not attends_by_blocks(arch, seq_len, device):
+    if attends_by_blocks(arch, seq_len, device):
+        return BY_BLOCKS
+    if has_special_scores(arch):
         return Kernel(rows=ROWS)
     if device == "cpu" and 1 < seq_len <= MAX_BLOCKED:
         return Kernel(rows=ROWS)
@@ -117,7 +123,8 @@ def product_flops(rows: int, inner: int, columns: int) -> int:
 
 
 def executed_keys(seq_len: int, kernel: Kernel = SQUARE) -> float:
-    """Keys that a query is multiplied with: the mean over a sequence."""
+    """Keys that a kernel is asked to multiply a query with, the mean over a sequence: PyTorch counts its own
+    as if none passed over what a mask hides. What takes time: `computed_keys`."""
     if kernel.rows is None or kernel.rows >= seq_len:
         return float(seq_len)
     blocks, rest = divmod(seq_len, kernel.rows)
@@ -134,6 +141,19 @@ def model_keys(seq_len: int, window: int | None = None) -> float:
     if window is None or window >= seq_len:
         return half
     return min(half, window - window * (window - 1) / (2 * seq_len))
+
+
+def computed_keys(seq_len: int, window: int | None, kernel: Kernel) -> float:
+    """Keys that a query takes the time of, the mean over a sequence: by the causal rule half of them, as
+    kernels' rates are given; with a window all of the blocks that it touches, where the kernel has blocks."""
+    if window is None or window >= seq_len:
+        return seq_len / 2
+    if kernel.block is None:
+        return seq_len / 2 if kernel.rows else float(seq_len)
+    blocks = -(-seq_len // kernel.block)
+    before = min(blocks, -(-(window - 1) // kernel.block))  # blocks that one looks back at, but at the start
+    touched = blocks + before * (before - 1) // 2 + before * (blocks - before)
+    return touched * kernel.block**2 / seq_len
 
 
 def layer_kinds(arch: Architecture) -> dict[LayerKind, list[int]]:

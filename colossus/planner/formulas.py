@@ -15,7 +15,17 @@ import numpy as np
 
 from colossus.architecture import Architecture, Parameter, parameter_table
 from colossus.perf.ledger import Columns, Kind, Ledger, Phase, Row
-from colossus.perf.parts import ATTENTION, FUSED, SQUARE, Kernel, LayerKind, Part, layer_kinds, parts
+from colossus.perf.parts import (
+    ATTENTION,
+    BY_BLOCKS,
+    SQUARE,
+    Kernel,
+    LayerKind,
+    Part,
+    computed_keys,
+    layer_kinds,
+    parts,
+)
 from colossus.perf.software import Software
 
 TP_AXES = ("heads", "kv", "ffn", "vocab")  # dimensions of parameters that tensor parallelism divides
@@ -126,7 +136,7 @@ class _Formulas:
         self.size = 4 if precision == "fp32" else 2
         self.wide = "fp32" if precision == "fp32" else "bf16"  # of what float8 leaves alone
         if kernel is None:
-            kernel = FUSED if software.fused_attention else SQUARE
+            kernel = BY_BLOCKS if software.fused_attention else SQUARE
         self.kernel = kernel
         self.compiled = software.measured and software.elementwise == "fused"
         self.parts = parts(arch, piece.seq_len, kernel=kernel, type_bytes=self.size, compiled=self.compiled)
@@ -310,10 +320,11 @@ class _Formulas:
         common: dict[str, Any] = {"stage": stage, "precision": self.wide, "count": heads}
         saved = self.kept(part)
         if self.kernel != SQUARE:
-            # A fused kernel skips blocks that the mask hides: n is the keys that a query meets, for the
-            # backward pass as often as the pass multiplies with them.
+            # n is the keys that a query takes the time of, for the backward pass as often as the pass
+            # multiplies with them.
             again = part.executed_backward / part.executed
-            seen = counted / (2 * heads * rows * width)
+            window = arch.window if part.kind is not None and part.kind.windowed else None
+            seen = computed_keys(piece.seq_len, window, self.kernel)
             yield Row(
                 part.name, "forward", kind="fused_attention", m=rows, n=seen, k=width, executed=flops,
                 model=counted, saved=saved, **common,

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from colossus.data.loader import Batch
+from colossus.dryrun import fake
 from colossus.dryrun.fake import fake_world
 from colossus.dryrun.rank import Traced, trace
+from colossus.dryrun.routing import Routing
 from colossus.dryrun.tracer import WAIT, Tracer
 from colossus.dryrun.work import Message, product_of
 from colossus.job import Job
 from colossus.measure.counter import flop_counter
 from colossus.models.box import local
+from colossus.models.router import Router
+from colossus.parallel import expert
+from colossus.parallel.collectives import Group
 from colossus.parallel.world import World
 from colossus.trainer.state import TrainState
 from colossus.trainer.step import train_step
+
+ROW_COUNTS = expert.row_counts  # the program's own
 
 
 @dataclass
@@ -73,9 +81,46 @@ def really(job: Job) -> Done:
         )
 
 
-def dry(job: Job, rank: int, **more: Any) -> Traced:
+def dry(job: Job, rank: int, routing: Routing | None = None, **more: Any) -> Traced:
     batch = batch_of(job)
-    return trace(job, rank, len(batch.tokens_BT), seq_len=job.data.seq_len, **more)
+    return trace(job, rank, len(batch.tokens_BT), job.data.seq_len, routing, **more)
+
+
+@contextmanager
+def routes(shares: Sequence[float]) -> Iterator[None]:
+    """Within this, routers give experts these shares of visits."""
+
+    def choose(router: Router, scores_BTX: torch.Tensor) -> torch.Tensor:
+        batch, num, _ = scores_BTX.shape
+        per_token = router.settings.per_token
+        counts = [share * batch * num * per_token for share in shares]
+        assert all(count == int(count) for count in counts), "a histogram that rows can follow exactly"
+        visits_M = torch.arange(len(shares)).repeat_interleave(torch.tensor(counts).int())
+        return visits_M.view(per_token, -1).T.reshape(batch, num, per_token)  # a token's are different ones
+
+    with patch.object(Router, "_choose", choose):
+        yield
+
+
+def really_routed(job: Job, shares: Sequence[float]) -> Done:
+    with routes(shares):
+        return really(job)
+
+
+def allocated_routed(job: Job, rank: int, shares: Sequence[float]) -> tuple[int, int]:
+    """As `allocated`, with the program's own counts of rows: every rank sends the same, so that this one's
+    tell what comes. (Gloo's threads let go of a message when they are next awake: no test can wait for it.)
+    """
+
+    def counted(counts_X: torch.Tensor, group: Group, *_: Any) -> torch.Tensor:
+        return counts_X.view(group.size, -1)[group.rank].repeat(group.size)
+
+    with (
+        routes(shares),
+        patch.object(expert, "all_to_all", counted),
+        patch.object(fake, "_row_counts", lambda loads, rank, *given: ROW_COUNTS(*given)),
+    ):
+        return allocated(job, rank)
 
 
 def allocated(job: Job, rank: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -191,13 +192,53 @@ def check_price(case: Case, ranks: list[Traced], low: float, high: float) -> Non
             assert causes.get(cause, 0.0) <= seconds * 1.001
 
 
-def priced(case: Case, ranks: list[Traced]) -> Price:
+def priced(case: Case, ranks: list[Traced], load: float = 1.0) -> Price:
     hardware = hardware_of(H100)
-    return price(on_gpus(case), hardware, corrections_for(hardware), [(hardware.accelerator, ranks)])
+    return price(on_gpus(case), hardware, corrections_for(hardware), [(hardware.accelerator, ranks)], load)
 
 
 def test_products_of_latents_are_the_planners(pool: Pool) -> None:
     check_products(OF_LATENTS, ranks_of(OF_LATENTS, pool))
+
+
+NEAR = WIDE | {"num_layers": 2, "vocab_size": 4096, "intermediate_size": 4096}
+GEMMA = {"window": 300, "full_attention_every": 2, "attention_soft_cap": 50.0, "qk_norm": True}
+OSS = {"window": 128, "experts.num_experts": 4, "experts.per_token": 2}
+FEW: dict[str, Any] = {"dp_shard": 2, "batch": 2, "type": "bf16"}
+WINDOWS = [
+    Case.of(NEAR | {"window": 512}, preset="mistral-7b-v0.1", seq_len=4096, **FEW),
+    Case.of(NEAR | GEMMA, seq_len=2048, recompute="full", **FEW),
+    Case.of(NEAR | OSS, preset="gpt-oss-20b", seq_len=2048, **FEW),
+    Case.of(NEAR | {"window": 128}, preset="mistral-7b-v0.1", seq_len=1024, **FEW),  # a mask of all pairs
+]
+
+
+@pytest.mark.parametrize("case", WINDOWS, ids=str)
+def test_what_a_window_touches_is_priced_in_both(case: Case, pool: Pool) -> None:
+    """Every FLOP that kernels are asked for, those that take time in each pass, and the step."""
+    ranks = ranks_of(case, pool)
+    check_products(case, ranks)
+    of, layout, found = problem(case), case.job().layout, Counter[str]()
+    rows = Rows(of, layout, of.shape(layout.schedule, layout.pp, 1))
+    for row in rows.traced({w: times for w, times in works(ranks[0]).items() if isinstance(w, Product)}):
+        if row.kind == "fused_attention":
+            found[row.phase] += row.m * row.n * row.k * row.count * row.repeat / ranks[0].num_micro_batches
+    expected = Counter[str]()
+    for row, times in formulas(case, 0):
+        if row.kind == "fused_attention":
+            expected[row.phase] += row.m * row.n * row.k * row.count * times
+    assert found == pytest.approx(+expected, rel=1e-9)
+    check_price(case, ranks, 0.98, 1.03)
+
+
+def test_ranks_of_a_context_meet_as_many_keys_as_one_alone(pool: Pool) -> None:
+    """Where masks are by blocks: with sinks, in layers with and without a window."""
+    case = WINDOWS[2]
+    met = []
+    for layout in ((("dp_shard", 2),), (("cp", 2),)):
+        (traced,) = ranks_of(dataclasses.replace(case, layout=layout), pool)
+        met.append({work.met for work in works(traced) if getattr(work, "kind", "") == "attention"})
+    assert met[0] == met[1] and len(met[0]) == 2
 
 
 def test_a_few_micro_batches_stand_for_many() -> None:

@@ -13,11 +13,24 @@ from colossus.architecture import num_active, parameter_table
 from colossus.derive.dial import shape
 from colossus.measure.machine import this_machine
 from colossus.models import Decoder, build
+from colossus.models.block_mask import block_mask
 from colossus.models.rope import rotations
 from colossus.models.sight import sight
 from colossus.parallel.binaries import choose_cache
 from colossus.perf.flops import saved_bytes_per_token
-from colossus.perf.parts import FUSED, ROWS, Kernel, executed_keys, kernel_of, layer_kinds, model_keys, parts
+from colossus.perf.parts import (
+    BLOCK,
+    BY_BLOCKS,
+    FUSED,
+    ROWS,
+    Kernel,
+    computed_keys,
+    executed_keys,
+    kernel_of,
+    layer_kinds,
+    model_keys,
+    parts,
+)
 from tests.models.reference import architecture, random_tokens
 from tests.perf.tiny import PRESETS, tiny
 
@@ -37,6 +50,24 @@ def test_a_block_of_queries_meets_the_keys_up_to_its_end(seq_len: int, rows: int
     by_hand = sum(min((query // rows + 1) * rows, seq_len) for query in range(seq_len)) / seq_len
     assert executed_keys(seq_len, Kernel(rows=rows)) == pytest.approx(by_hand, rel=1e-12)
     assert executed_keys(seq_len) == executed_keys(seq_len, FUSED) == seq_len
+
+
+@pytest.mark.parametrize("seq_len", [1, 128, 1000, 1025, 2048])
+@pytest.mark.parametrize("window", [1, 2, 127, 128, 129, 130, 512, 999])
+def test_a_window_takes_the_time_of_the_blocks_that_it_touches(seq_len: int, window: int) -> None:
+    """As many as the program's own mask has for a GPU's kernel."""
+    mask = block_mask(torch.arange(seq_len), seq_len, window)
+    assert mask.full_kv_num_blocks is not None
+    touched = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
+    found = computed_keys(seq_len, window, BY_BLOCKS)
+    assert found == (seq_len / 2 if window >= seq_len else touched * BLOCK**2 / seq_len)
+
+
+def test_what_skips_nothing_takes_the_time_of_all_that_it_computes() -> None:
+    """A mask of all pairs that of the square, a processor's products by rows that of the causal half."""
+    assert computed_keys(1024, 128, FUSED) == 1024
+    assert computed_keys(1024, 128, Kernel(rows=ROWS)) == 512
+    assert computed_keys(1024, None, FUSED) == computed_keys(1024, 1024, BY_BLOCKS) == 512
 
 
 def test_windows_count_in_their_layers_alone() -> None:
@@ -179,7 +210,7 @@ def test_on_a_gpu_long_sequences_keep_no_shares_whatever_their_scores(preset: st
     """Of few tokens special scores are plain products; so they are of heads that no kernel takes."""
     arch = tiny(preset, head_dim=16)
     special = preset != "mistral-7b-v0.1"
-    assert kernel_of(arch, 1025, "cuda") == FUSED
+    assert kernel_of(arch, 1025, "cuda") == BY_BLOCKS
     for length, device, model in ((1024, "cuda", arch), (1025, "cpu", arch), (1025, "cuda", tiny(preset))):
         assert kernel_of(model, length, device) == (Kernel(rows=ROWS) if special else FUSED)
 
