@@ -57,7 +57,7 @@ SAVES = {"tp": 8, "pp": 16, "dp_shard": 128, "dp_replicate": 12}
 LOADS = {"tp": 4, "pp": 8, "dp_shard": 64, "dp_replicate": 12}
 QUICK_SAVES = {"tp": 2, "pp": 4, "dp_shard": 16, "dp_replicate": 3}
 QUICK_LOADS = {"tp": 4, "pp": 2, "dp_shard": 4, "dp_replicate": 3}
-OWN, ALL = "< 1e6", "< 100e6"  # bytes that a rank reads and parses; of all that describes a checkpoint
+OWN, ALL = "< 1e6", "< 50e6"  # bytes that a rank reads and parses; of all that describes a checkpoint
 
 
 def job_of(layout: Mapping[str, int]) -> Job:

@@ -11,7 +11,7 @@ A checkpoint is a folder `RUN/checkpoints/step-00000100/`:
 No list says where a box lies: the rule does (`Entry`, `colossus.cuts`), and the order in a file (`in_order`).
 Every byte is covered: COMMITTED vouches for the manifest; that, or a group's index that it vouches for, for
 each writer's index (SHA-256) and the length of its file; the index for the safetensors header (CRC32) and for
-the data (CRC32 of every 256 KiB of a piece, so that reading a slice verifies no more than it needs).
+the data (CRC32 of every 512 KiB of a piece, so that reading a slice verifies no more than it needs).
 
 An index is also what tells, while a save is under way, that its writer is done (see `index.DONE`);
 `pieces-RRRRR.failed` that it has failed. Each file and folder is synced before the next is begun, no step
@@ -41,8 +41,9 @@ from colossus.untrusted import num_bytes, read_file
 
 FORMAT = 2
 # Whoever reads a part of a chunk reads all of it, and neighbours in another layout read it twice: of Llama
-# 3.1 405B, from 128 shards in 16 stages into 192 in 8, 2.4 times the data by chunks of 4 MiB, 1.13 by these.
-CHUNK_BYTES = 256 << 10
+# 3.1 405B, from 128 shards in 16 stages into 192 in 8, 2.4 times the data by chunks of 4 MiB. Smaller ones
+# than these would make checksums more than the 50 MB that may describe such a checkpoint.
+CHUNK_BYTES = 512 << 10
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
 LONGEST_LIST = (

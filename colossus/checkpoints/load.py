@@ -179,7 +179,7 @@ class Checkpoint:
 
         Args:
             slices: of the leading dimensions, without steps; None is the whole tensor. Only the parts of
-                files that the box lies in are read, rounded to chunks of 256 KiB.
+                files that the box lies in are read, rounded to chunks of 512 KiB.
 
         Raises:
             UserError: there is no such tensor.

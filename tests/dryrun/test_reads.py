@@ -73,7 +73,7 @@ def test_it_is_what_real_ranks_read(
             said = reads.of_rank(rank)
             assert {figure: said[figure] for figure in each} == each, (rank, source.is_there)
         assert reads.to_dict()["storage_bytes"] == sum(each["storage_bytes"] for each in really)
-    assert reads.state <= reads.data.sum() < 1.3 * reads.state
+    assert reads.state <= reads.data.sum() < 1.6 * reads.state  # chunks are large beside these tensors
 
 
 def test_what_another_optimizer_kept_is_refused(stages: dict[tuple[str, int], list[Held]]) -> None:
