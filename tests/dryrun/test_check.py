@@ -21,7 +21,7 @@ from tests.ranks.cases import Case
 from tests.trainer.running import kept_machine
 
 WORDS = ["run.steps=2", "layout.dp_replicate=2", "layout.dp_shard=1", "layout.micro_batch=1"]
-WORDS += ["layout.recompute=full", "model.hidden_size=256", "model.num_layers=4"]
+WORDS += ["layout.zero=3", "layout.recompute=full", "model.hidden_size=256", "model.num_layers=4"]
 
 
 def on_two_nodes(words: list[str], folder: Path, cache: str, memory: int | None = None) -> dict[str, Any]:
