@@ -215,10 +215,14 @@ def _of_ranks(
     optimizer = 8.0 * shards
     if problem.optimizer == "muon":  # one moment of the layers' matrices, which are nearly all of them
         optimizer = optimizer - 4 * ((dense - edges) / over + routed / over_experts)
+    # Weights whose sums of gradients are there: of layers in proportion, of a stage's end with the stage.
+    share = made.of_ranks(made.by_stage.sum(axis=1)[:, None] * summed) / layers
+    ends = first * summed[0] * _edge(arch, "first", tp) + last * summed[-1] * _edge(arch, "last", tp)
+    there = share * (everything - edges) + np.minimum(ends, edges)
     needed = Held(
         weights=everything,
         shards=shards,
-        summed=made.of_ranks(made.by_stage.sum(axis=1)[:, None] * summed) / layers,
+        summed=there / everything,
         edges=edges,
         embedding=first * kind_weights(arch, "first")[1] / tp,
         head=head,
