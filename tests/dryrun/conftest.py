@@ -1,4 +1,4 @@
-"""One pool of ranks for all tests of this room in a worker."""
+"""One pool of ranks, and workers of dry runs, for all tests of this room in a process of pytest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.dryrun.workers import kept_workers
 from tests.ranks.pool import Pool
 
 
@@ -13,3 +14,9 @@ from tests.ranks.pool import Pool
 def pool() -> Iterator[Pool]:
     with Pool() as made:
         yield made
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workers() -> Iterator[None]:
+    with kept_workers():
+        yield
