@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,12 +17,19 @@ from colossus.planner.confirm import Answer, Confirmed, confirmed
 from colossus.planner.estimate import Problem
 from colossus.planner.report import text
 from colossus.planner.search import Found, search
+from tests.dryrun.workers import kept_workers
 
 SMALL = ["model=llama3.2-1b", "fleet=dgx-h100-1", "run.tokens=1e9"]
 # Layers as they are written, so that a dry run is what is planned; in a pipeline, so that ranks differ.
 AXES = ["layout.pp=2", "layout.tp=1", "layout.cp=1", "layout.compile=false", "run.global_batch=16",
         "model.num_layers=4", "layout.schedule=1f1b", "layout.stages_per_rank=1", "layout.dp_shard=4",
         "layout.micro_batch=1", "layout.zero=2", "layout.recompute=none"]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers() -> Iterator[None]:
+    with kept_workers():
+        yield
 
 
 @pytest.fixture(scope="module")
