@@ -532,7 +532,8 @@ def _pool_violations(layout: Layout, rows: Sequence[Row]) -> list[str]:
     pools, replicas = layout.pools, row["dp_replicate"]
     if sum(pool.replicas for pool in pools) != replicas:
         together = sum(pool.replicas for pool in pools)
-        return [f"layout.pools: have {together} replicas together; layout.dp_replicate={replicas}"]
+        near = f"layout.dp_replicate={together}, or layout.pools=[] where replicas are alike"
+        return [f"layout.pools: have {together} replicas together; layout.dp_replicate={replicas}; {near}"]
     given = [pool.share is not None for pool in pools]
     if any(given) and not all(given):
         return ["layout.pools: share is given for some and not for others; for all, or for none"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from colossus.architecture import Architecture, Experts
 from colossus.errors import UserError
-from colossus.events import kept_and_lost, number, read_events
+from colossus.events import kept_and_lost, read_events
 from colossus.untrusted import MIB, read_text
 
 WANTED = "numbers, a file of them, or the folder of a run"
@@ -71,16 +71,23 @@ def routing_of(given: str | Path | Sequence[float], arch: Architecture) -> Routi
         return _of_run(path, arch.experts)
     if not path.is_file():
         raise UserError(f"--routing {given}: must be {WANTED}")
-    values = _numbers(read_text(path, MIB))
+    try:
+        values = _numbers(read_text(path, MIB))
+    except (UnicodeDecodeError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else "is no text"
+        raise UserError(f"--routing {given}: {why}; must be {WANTED}") from None
     if values is None:
         raise UserError(f"--routing {given}: has words that are no numbers; must be {WANTED}")
     return _declared(values, arch.experts, str(given))
 
 
 def _numbers(text: str) -> list[float] | None:
-    """Those of a list, by commas or blanks; None where something else is in it."""
+    """Those of a list, by commas or blanks, in brackets or not; None where something else is in it."""
+    inner = text.strip()
+    if inner.startswith("[") and inner.endswith("]"):
+        inner = inner[1:-1]
     try:
-        return [float(word) for word in text.strip().strip("[]").replace(",", " ").split()]
+        return [float(word) for word in inner.replace(",", " ").split()]
     except ValueError:
         return None
 
@@ -109,11 +116,12 @@ def _declared(values: list[float], experts: Experts, name: str) -> Routing:
             )
         rest = (num - total) / (num - len(values))
         multiples = [*values, *[rest] * (num - len(values))]
-        said = f"the busiest experts get {name} times the mean"
+        those = "expert gets" if len(values) == 1 else "experts get"
+        said = f"the busiest {those} {name} times the mean"
     if max(multiples) > most * (1 + 1e-6):
         raise UserError(
-            f"--routing {name}: an expert would get {max(multiples):.4g} times the mean; at most {most:.4g}, "
-            f"since each token visits {experts.per_token} different ones of {num}"
+            f"--routing {name}: an expert would get {max(multiples):.10g} times the mean; at most "
+            f"{most:.10g}, since each token visits {experts.per_token} different ones of {num}"
         )
     return Routing(tuple(multiple / num for multiple in multiples), said)
 
@@ -121,10 +129,19 @@ def _declared(values: list[float], experts: Experts, name: str) -> Routing:
 def _of_run(folder: Path, experts: Experts) -> Routing:
     """By the step whose busiest expert had most: what does not fit then ends a run."""
     steps = [event for event in kept_and_lost(read_events(folder))[0] if event.get(MEASURED) is not None]
+    steps = [step for step in steps if step[MEASURED] not in ("nan", "inf", "-inf")]  # of a run gone wrong
     if not steps:
         raise UserError(f"--routing {folder}: no step of it has measured {MEASURED}; must be {WANTED}")
-    step = max(steps, key=lambda event: number(event[MEASURED]))
-    most = min(number(step[MEASURED]), experts.num_experts / experts.per_token)  # it was rounded
-    made = _declared([most], experts, f"{folder} ({MEASURED}={most:g})")
-    return Routing(made.shares, f"the busiest expert gets {most:g} times the mean, as in step "
+    most = experts.num_experts / experts.per_token
+    for step in steps:
+        load = step[MEASURED]
+        if isinstance(load, bool) or not isinstance(load, int | float) or not 0.99 <= load < math.inf:
+            raise UserError(
+                f"--routing {folder}: its events are damaged: in step {step.get('step')} {MEASURED} is "
+                f"{load!r}, and the busiest expert gets 1 to {most:g} times the mean"
+            )
+    step = max(steps, key=lambda event: float(event[MEASURED]))
+    load = min(max(1.0, float(step[MEASURED])), most)  # it was rounded
+    made = _declared([load], experts, f"{folder} ({MEASURED}={load:g})")
+    return Routing(made.shares, f"the busiest expert gets {load:g} times the mean, as in step "
                                 f"{step['step']:,} of {folder}")  # fmt: skip

@@ -14,6 +14,7 @@ from colossus.checkpoints.foreseen import Foreseen
 from colossus.checkpoints.format import COMMITTED, MANIFEST, Manifest, Writers, group_name, index_name
 from colossus.checkpoints.index import DONE, encode_group, encode_index
 from colossus.checkpoints.manifest import encode, read_claim
+from colossus.checkpoints.pieces import pieces_of
 from colossus.dryrun.held import Held
 from colossus.errors import UserError
 from colossus.job import Job
@@ -43,13 +44,14 @@ class Source:
 
     @classmethod
     def at(cls, path: Path) -> Source:
-        """Raises UserError where it is of format 1, DamagedCheckpoint where it is none, or files of it are
-        missing."""
+        """Its data is not read. Raises UserError where it is of format 1, DamagedCheckpoint where it is none,
+        or files of it are missing, of another length, or do not say what they said."""
         manifest = read_claim(path)
         writers = manifest.source
         if not isinstance(writers, Writers):
             raise UserError(f"--from {path}: of format 1, which has no rules to plan by; one of format 2")
-        foreseen = Foreseen(manifest.tensors.values(), writers.num)
+        pieces = pieces_of(path, manifest)
+        pieces.check_sizes()
         groups = [group_name(group) for group in range(len(writers.vouched))] if writers.group > 1 else []
         return cls(
             path,
@@ -57,7 +59,7 @@ class Source:
             manifest,
             writers,
             sum(_sizes(path, (COMMITTED, MANIFEST))),
-            np.array([foreseen.index(w).file.header_bytes for w in range(writers.num)]),
+            np.array([header.size for header in pieces.headers()]),
             np.array(_sizes(path, map(index_name, range(writers.num)))),
             np.array(_sizes(path, groups), dtype=np.int64),
         )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from colossus import api
+from colossus.checkpoints.format import DamagedCheckpoint
 from colossus.checkpoints.load import latest
 from colossus.cli import main
 from colossus.dryrun.held import Held, held
@@ -133,6 +134,24 @@ def test_what_cannot_be_is_refused_by_name(
     asked = ["dryrun", *SMALL, *FLEET, *layout, *words, "--from", source.format(**places)]
     assert main(asked) == 2
     assert f"error: {said.format(**places)}" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_refused(pool: Ranks, tmp_path: Path) -> None:
+    """With the file, as far as anything but its data tells."""
+    case = PAIRS["more shards"][0]
+    pool.run(case.job().layout.num_ranks, go_on, case, None, tmp_path, 1)
+    path = latest(tmp_path)
+    assert path is not None
+    for name, length in (("pieces-00001.safetensors", 100), ("pieces-00000.index", 0)):
+        whole = (path / name).read_bytes()
+        for left in (whole[:length], None):
+            (path / name).unlink()
+            if left is not None:
+                (path / name).write_bytes(left)
+            with pytest.raises(DamagedCheckpoint, match=name):
+                Source.at(path)
+        (path / name).write_bytes(whole)
+    assert Source.at(path).is_there
 
 
 def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:

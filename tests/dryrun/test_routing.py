@@ -87,8 +87,17 @@ def test_a_run_has_what_its_busiest_expert_got_at_most(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = routing_of(tmp_path, ARCH)
     assert found.loads(8)[0] == 2.5 and f"as in step 1 of {tmp_path}" in found.said
-    (tmp_path / "events.jsonl").write_text(json.dumps(lines[-1]) + "\n")
-    with pytest.raises(UserError, match="no step of it has measured expert_load_mean"):
+    for last in (lines[-1], lines[-1] | {"expert_load_mean": "nan"}):  # of a run gone wrong
+        (tmp_path / "events.jsonl").write_text(json.dumps(last) + "\n")
+        with pytest.raises(UserError, match="no step of it has measured expert_load_mean"):
+            routing_of(tmp_path, ARCH)
+
+
+@pytest.mark.parametrize("load", ["x", 0.5, True, []])
+def test_damaged_events_are_told_with_their_step(load: object, tmp_path: Path) -> None:
+    line = {"schema": 1, "kind": "step", "attempt": 0, "run_seconds": 1, "step": 7, "expert_load_mean": load}
+    (tmp_path / "events.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=r"events are damaged: in step 7 expert_load_mean is .*1 to 4 times"):
         routing_of(tmp_path, ARCH)
 
 
@@ -104,6 +113,7 @@ def test_a_run_has_what_its_busiest_expert_got_at_most(tmp_path: Path) -> None:
         ("4,4,1", "each at least 1, together at most 8"),
         ("5", "5 times the mean; at most 4, since each token visits 2 different ones of 8"),
         ("9,1,1,1,1,1,1,1", "4.5 times the mean; at most 4"),
+        ("4.0001", "4.0001 times the mean; at most 4"),
         ("nowhere", "must be numbers, a file of them, or the folder of a run"),
     ],
 )
@@ -116,6 +126,12 @@ def test_words_in_a_file_and_models_without_experts_are_refused(tmp_path: Path) 
     (tmp_path / "words").write_text("some words")
     with pytest.raises(UserError, match="has words that are no numbers; must be numbers"):
         routing_of(tmp_path / "words", ARCH)
+    (tmp_path / "bytes").write_bytes(b"\x00\x01\xff")
+    with pytest.raises(UserError, match="bytes: is no text; must be numbers"):
+        routing_of(tmp_path / "bytes", ARCH)
+    (tmp_path / "long").write_text("1 " * 600_000)
+    with pytest.raises(UserError, match="long: longer than 1048576 bytes.*; must be numbers"):
+        routing_of(tmp_path / "long", ARCH)
     with pytest.raises(UserError, match=r"--routing 2,1: the model has no experts; only with model\.experts"):
         routing_of([2.0, 1.0], Case.of().arch)
 
