@@ -193,14 +193,12 @@ def _of_ranks(
     half = np.stack([saved[f"{kind} half"] for kind in made.kinds])
     activations = activations + made.of_ranks(halves * (made.by_stage @ half))
     activations = activations + first * held[0] * saved["first"] + last * held[-1] * saved["last"]
-    if software.measured:  # a stage keeps what it has sent on, also where its last layer is made again
-        to_its_end = (by_stage.sum(axis=1) >= made.by_stage.sum(axis=1)[:, None]) & (
-            layouts.number("recompute") > 0
-        )
+    if software.measured:  # a stage keeps what it has sent on; of an interleaved rank all but its last twice
         sent = layouts.number("micro_batch") * problem.seq_len * arch.hidden_size * size
-        follows = np.arange(len(held)) < len(held) - 1
         sent = sent / (layouts.number("cp") * tp)
-        sent_on = np.where(to_its_end & follows[:, None], sent, 0.0)
+        stage, (num_stages, pp) = np.arange(len(held))[:, None], (len(held), len(made.first))
+        twice = (stage < num_stages - pp) & ~np.isin(layouts["schedule"], V_SHAPED)
+        sent_on = np.where(stage < num_stages - 1, sent, 0.0) * np.where(twice, 2, 1)
         # Gradients of weights that are put off come with those that the stage was given, and gave on.
         activations = activations + made.of_ranks(held * sent_on + halves * 2 * sent)
     again = np.where(recomputed > 0, more, 0.0).max(axis=1)

@@ -157,7 +157,7 @@ def _loss(held: Held) -> dict[str, NDArray[np.float64]]:
     loss = held.last * (held.loss + held.waiting * FP32 * held.head + inputs)
     return {
         "weights": FP32 * held.shards,
-        "gradients": np.where(held.waiting > 1, 0.0, _sums(held)),
+        "gradients": _sums(held),
         "optimizer": held.optimizer,
         "activations": held.activations,
         "loss or one layer's gradients": loss,

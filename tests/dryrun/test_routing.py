@@ -130,7 +130,7 @@ def test_words_in_a_file_and_models_without_experts_are_refused(tmp_path: Path) 
     with pytest.raises(UserError, match="bytes: is no text; must be numbers"):
         routing_of(tmp_path / "bytes", ARCH)
     (tmp_path / "long").write_text("1 " * 600_000)
-    with pytest.raises(UserError, match="long: longer than 1048576 bytes.*; must be numbers"):
+    with pytest.raises(UserError, match=r"long: longer than 1048576 bytes.*; must be numbers"):
         routing_of(tmp_path / "long", ARCH)
     with pytest.raises(UserError, match=r"--routing 2,1: the model has no experts; only with model\.experts"):
         routing_of([2.0, 1.0], Case.of().arch)

@@ -54,26 +54,29 @@ def kept(made, **row) -> float:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "chunks", "layers", "halves", "ends"),
+    ("schedule", "chunks", "layers", "halves", "ends", "sent"),
     [
-        ("gpipe", 1, 16 * 2, 0, 16),  # all 16 micro-batches, of two layers
-        ("1f1b", 1, 4 * 2, 0, 0),  # as many as there are ranks after this one, itself included
-        ("interleaved_1f1b", 2, 4 + 2 * 3 + 1, 0, 0),  # a round of the first stage, two a later rank, and one
-        ("interleaved_1f1b", 1, 4 * 2, 0, 0),
-        ("interleaved_zero_bubble", 2, 4 + 3 + 1, 4, 1),  # one a later rank; as many weights' gradients wait
-        ("zbv_zero_bubble", 2, 7, 7, 0),  # the last rank's; the first has eight layers, and one of these
-        ("dualpipe_v", 2, 2 * 4 + 1, 0, 1),
+        ("gpipe", 1, 16 * 2, 0, 16, 0),  # all 16 micro-batches, of two layers
+        ("1f1b", 1, 4 * 2, 0, 0, 4),  # as many as there are ranks after this one, itself included
+        # A round of the first stage, two a later rank, and one; seven of the first stage, four of the other.
+        ("interleaved_1f1b", 2, 4 + 2 * 3 + 1, 0, 0, 2 * 7 + 4),
+        ("interleaved_1f1b", 1, 4 * 2, 0, 0, 4),
+        # One a later rank; as many weights' gradients wait. All but one are of the stage before the last.
+        ("interleaved_zero_bubble", 2, 4 + 3 + 1, 4, 1, 2 * 7),
+        ("zbv_zero_bubble", 2, 7, 7, 0, 7),  # the last rank's; the first has eight layers, and one of these
+        ("dualpipe_v", 2, 2 * 4 + 1, 0, 1, 8),
     ],
 )  # fmt: skip
-def test_micro_batches_in_flight_wait_in_every_layer_of_a_rank(schedule, chunks, layers, halves, ends):
+def test_micro_batches_in_flight_wait_in_every_layer_of_a_rank(schedule, chunks, layers, halves, ends, sent):
     """halves: of which the gradients of inputs wait, too: of what products gave (q, k, v, out, gate, up,
     down) and of two norms, and of what a stage of a layer was given and gave on, in two bytes. ends:
-    micro-batches whose last norm waits."""
+    micro-batches whose last norm waits. sent: how often what a stage has sent on is kept."""
     made = eight()
     (needs,) = parts(made, {"pp": 4, "schedule": schedule, "stages_per_rank": chunks})
     end = float(made.ledger(piece(TOKENS, 1.0)).total("saved", stage="last", phase="forward")[0])
     half = TOKENS * 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32 + 2 * 32 + 2 * 32)
-    assert needs["activations"] == pytest.approx(layers * kept(made) + halves * half + ends * end)
+    waiting = layers * kept(made) + halves * half + ends * end + sent * TOKENS * 2 * 32
+    assert needs["activations"] == pytest.approx(waiting)
 
 
 @pytest.mark.parametrize(("name", "per_rank", "pp", "micro_batches"), CASES)
@@ -109,9 +112,9 @@ def test_a_layer_that_is_made_again_is_there_once_beside_the_inputs_of_all():
     some = inputs + kept(made, recompute=1.0)
     assert 2 * inputs < some < kept(made)
     assert selective["activations"] == pytest.approx(8 * some + (kept(made) - some) + ends)
-    # three of a stage's four layers: one keeps all
+    # three of a stage's four layers: one keeps all, and the stage what it has sent on
     (three,) = parts(made, {"pp": 2, "recompute": "full", "recompute_layers": 3})
-    assert three["activations"] == pytest.approx(2 * (3 * inputs + kept(made)) + kept(made) - inputs)
+    assert three["activations"] == pytest.approx(2 * (4 * inputs + kept(made)) + kept(made) - inputs)
 
 
 def test_states_are_sharded_over_dp_shard_and_cp_and_divided_by_tp():

@@ -66,7 +66,7 @@ def test_the_only_micro_batch_has_gathered_layers_and_no_sums() -> None:
 
 def test_losses_that_wait_keep_their_gradients() -> None:
     found = by_use(waiting=8)
-    assert found["gradients"] == 0 and found[LOSS] == 5000 + 8 * (4 * 4 + 7)
+    assert found["gradients"] == 4 * 130 and found[LOSS] == 5000 + 8 * (4 * 4 + 7)
 
 
 def test_what_tp_gathers_for_the_output_matrix() -> None:
