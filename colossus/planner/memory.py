@@ -235,7 +235,7 @@ def _of_ranks(
         output=tokens * arch.hidden_size * size,
         tp=tp,
         waiting=np.maximum(1.0, held[-1]) * last,
-        put_off=halves[-1] * last,
+        put_off=np.where(layouts["schedule"] == "gpipe", np.maximum(held[-1] - 1, 0.0), halves[-1]) * last,
         in_halves=bool(halves.any()),
         working=np.broadcast_to(tokens * widest * size / tp, dense.shape),
         last=last,

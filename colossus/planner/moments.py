@@ -30,7 +30,7 @@ class Held:
     these.
     summed: the share of the weights whose sums of gradients are there, where micro-batches follow.
     waiting: micro-batches of the last stage whose loss has its gradients already; put_off: in a backward
-    pass, those of them whose gradients of weights are put off; in_halves: the schedule puts them off.
+    pass, those of them whose gradients are used later; in_halves: the schedule puts them off.
     chunks: stages of a rank.
     """
 

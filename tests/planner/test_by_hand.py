@@ -161,6 +161,15 @@ def test_a_layer_has_gradients_of_its_widest_tensors_at_once():
     assert needs["loss or one layer's gradients"] == pytest.approx(2 * TOKENS * (3 * 48 + 4 * 32) * 2)
 
 
+def test_gpipe_keeps_a_gradient_of_the_output_matrix_for_each_loss_that_waits():
+    """In fp32, beside what the matrix is multiplied with; in the backward pass too, where sums are there."""
+    made = (eight(batch=batch, intermediate_size=8192) for batch in (16, 8))
+    many, few = (parts(each, {"pp": 2, "schedule": "gpipe", "recompute": "full"})[0] for each in made)
+    assert many["gradients"] == few["gradients"] > 0
+    more = many["loss or one layer's gradients"] - few["loss or one layer's gradients"]
+    assert more == pytest.approx(8 * (4 * 64 * 32 + TOKENS * 32 * 2))
+
+
 def test_the_loss_has_logits_and_the_gradient_of_the_output_matrix():
     """Logits and their gradients at once, in two bytes; the matrix's gradient in fp32, its copy in two bytes;
     what it is multiplied with, and the gradient of that."""
