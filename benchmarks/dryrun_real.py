@@ -18,25 +18,18 @@ import dataclasses
 import os
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from colossus.dryrun.rank import Traced
-from colossus.dryrun.work import Message
 from colossus.job import Job
-from colossus.measure.counter import flop_counter
 from colossus.measure.machine import this_machine
-from colossus.models.box import local
 from colossus.models.router import Router
 from colossus.parallel import expert
-from colossus.parallel.world import World
 from colossus.perf.receipts import Figure, print_figures, write_receipt
-from colossus.trainer.state import TrainState
-from colossus.trainer.step import train_step
-from tests.dryrun.programs import Listener, allocated, batch_of, dry
+from tests.dryrun.programs import Done, allocated, dry_gradients, really
 from tests.ranks import matrix
 from tests.ranks.cases import Case
 from tests.ranks.pool import Pool
@@ -44,17 +37,6 @@ from tests.ranks.pool import Pool
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 2048}
 SEQ_LEN = 256
 CASES = [*matrix.ALONE[::2], *matrix.PAIRS[::2], *matrix.PIPELINES[::3], *matrix.MANY, *matrix.OPTIONS[::2]]
-
-
-@dataclass
-class Done:
-    """Of a real rank. Bytes."""
-
-    messages: list[Message]
-    flops: int
-    weights: int
-    gradients: int
-    optimizer: int
 
 
 def cases(only: str) -> list[Case]:
@@ -73,21 +55,8 @@ def cases(only: str) -> list[Case]:
 
 def real(job: Job) -> Done:
     """As this rank of real ones."""
-    with World.join(job.layout, "cpu", experts=job.model.experts is not None) as world, in_turns():
-        state, batch = TrainState.build(job, world), batch_of(job)
-        train_step(state, batch, batch.num_tokens_global, 1.0, job, world)
-        with Listener(flop_counter().flop_registry) as heard:
-            train_step(state, batch, batch.num_tokens_global, 1.0, job, world)
-        held = state.optimizer.state()
-        counters = 8 + 4 * sum(kind == "exp_avg" for _, kind in held)  # of updates: all, and AdamW's
-        parameters = list(state.model.parameters())
-        return Done(
-            heard.messages,
-            heard.flops["all"],
-            sum(local(t).nbytes for t in [*parameters, *state.model.buffers()]),
-            sum(local(p.grad).nbytes for p in parameters if p.grad is not None),
-            counters + sum(local(t).nbytes for t in held.values()),
-        )
+    with in_turns():
+        return really(job)
 
 
 def most(job: Job, rank: int) -> int:
@@ -109,7 +78,7 @@ def in_turns() -> Any:
     return patch.object(Router, "_choose", choose)
 
 
-def differences(done: Done, found: Traced) -> Iterator[str]:
+def differences(done: Done, found: Traced, gradients: int) -> Iterator[str]:
     """In words, what should be identical and is not."""
     plain = [dataclasses.replace(message, phase="") for message in found.messages]
     if plain != [dataclasses.replace(message, phase="") for message in done.messages]:
@@ -117,7 +86,7 @@ def differences(done: Done, found: Traced) -> Iterator[str]:
     for name, dry_bytes, real_bytes in (
         ("flops", sum(found.flops.values()), done.flops),
         ("weights", found.at_rest["weights"], done.weights),
-        ("gradients", found.at_rest.get("gradients", 0), done.gradients),
+        ("gradients", gradients, done.gradients),
         ("optimizer", found.at_rest["optimizer"], done.optimizer),
     ):
         if dry_bytes != real_bytes:
@@ -133,8 +102,9 @@ def measure(chosen: list[Case]) -> list[Figure]:
             done = pool.run(job.layout.num_ranks, real, job)
             said, worst = [], 1.0
             for rank, one in enumerate(done):
-                (found,), (at_once,) = pool.run(1, dry, job, rank), pool.run(1, most, job, rank)
-                said += [f"rank {rank}: {text}" for text in differences(one, found)]
+                ((found, gradients),) = pool.run(1, dry_gradients, job, rank)
+                (at_once,) = pool.run(1, most, job, rank)
+                said += [f"rank {rank}: {text}" for text in differences(one, found, gradients)]
                 worst = max(worst, found.peak.num_bytes / at_once, key=lambda each: abs(each - 1))
                 messages += len(one.messages)
             ranks += len(done)

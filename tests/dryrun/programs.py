@@ -23,6 +23,7 @@ from colossus.job import Job
 from colossus.measure.counter import flop_counter
 from colossus.models.box import local
 from colossus.models.router import Router
+from colossus.optim.optimizer import Optimizer
 from colossus.parallel import expert
 from colossus.parallel.collectives import Group
 from colossus.parallel.world import World
@@ -39,6 +40,7 @@ class Done:
     messages: list[Message]
     flops: int
     weights: int
+    gradients: int
     optimizer: int
 
 
@@ -66,7 +68,8 @@ class Listener(Tracer):
 
 def really(job: Job) -> Done:
     """As this rank of real ones."""
-    with World.join(job.layout, "cpu", experts=job.model.experts is not None) as world:
+    experts = job.model.experts is not None
+    with World.join(job.layout, "cpu", experts=experts) as world, noted() as gradients:
         state, batch = TrainState.build(job, world), batch_of(job)
         train_step(state, batch, batch.num_tokens_global, 1.0, job, world)
         with Listener(flop_counter().flop_registry) as heard:
@@ -77,6 +80,7 @@ def really(job: Job) -> Done:
             heard.messages,
             heard.flops["all"],
             sum(local(t).nbytes for t in [*state.model.parameters(), *state.model.buffers()]),
+            gradients[-1],
             counters + sum(local(t).nbytes for t in held.values()),
         )
 
@@ -121,6 +125,25 @@ def allocated_routed(job: Job, rank: int, shares: Sequence[float]) -> tuple[int,
         patch.object(fake, "_row_counts", lambda loads, rank, *given: ROW_COUNTS(*given)),
     ):
         return allocated(job, rank)
+
+
+def dry_gradients(job: Job, rank: int) -> tuple[Traced, int]:
+    """And the bytes of gradients that its update finds."""
+    with noted() as gradients:
+        return dry(job, rank), gradients[-1]
+
+
+@contextmanager
+def noted() -> Iterator[list[int]]:
+    """Bytes of the gradients that each update finds."""
+    found, plain = list[int](), Optimizer.step
+
+    def step(self: Optimizer, *arguments: Any) -> None:
+        found.append(sum(local(p.grad).nbytes for p in self._parameters if p.grad is not None))
+        plain(self, *arguments)
+
+    with patch.object(Optimizer, "step", step):
+        yield found
 
 
 def allocated(job: Job, rank: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from colossus.errors import UserError
 from colossus.job import Job
 from colossus.layout import ONE_STAGE, SCHEDULES
 from colossus.models import mlp
-from tests.dryrun.programs import allocated, dry, really
+from tests.dryrun.programs import allocated, dry, dry_gradients, really
 from tests.ranks.cases import Case
 from tests.ranks.pool import Pool
 
@@ -52,15 +52,16 @@ def plain(messages: list[Message]) -> list[Message]:
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_it_says_computes_and_keeps_what_real_ranks_do(case: Case, pool: Pool) -> None:
-    """Every message in its order, every product, every byte of weights and optimizer, of the first rank and
-    the last."""
+    """Every message in its order, every product, every byte of weights, of gradients as the update finds them
+    and of the optimizer, of the first rank and the last."""
     job = case.job()
     real = pool.run(job.layout.num_ranks, really, job)
     for rank, done in [(0, real[0]), (len(real) - 1, real[-1])]:
-        (found,) = pool.run(1, dry, job, rank)
+        ((found, gradients),) = pool.run(1, dry_gradients, job, rank)
         assert plain(found.messages) == plain(done.messages), f"rank {rank}"
         assert sum(found.flops.values()) == done.flops
         assert found.at_rest["weights"] == done.weights
+        assert gradients == done.gradients > 0
         assert found.at_rest["optimizer"] == done.optimizer
 
 
