@@ -26,7 +26,7 @@ from tests.trainer.resharding import go_on
 
 WIDE = {
     "num_layers": 2,
-    "intermediate_size": 8198,
+    "intermediate_size": 16_396,
 }  # matrices of many chunks, which no count of ranks cuts between two
 UNEQUAL = [{"replicas": 1, "share": 2}, {"replicas": 1, "share": 6, "micro_batch": 3, "recompute": "full"}]
 PAIRS = {
@@ -74,7 +74,7 @@ def test_it_is_what_real_ranks_read(
             said = reads.of_rank(rank)
             assert {figure: said[figure] for figure in each} == each, (rank, source.is_there)
         assert reads.to_dict()["storage_bytes"] == sum(each["storage_bytes"] for each in really)
-    assert reads.state <= reads.data.sum() < 1.6 * reads.state  # chunks are large beside these tensors
+    assert reads.state <= reads.data.sum() < 1.3 * reads.state
 
 
 def test_what_another_optimizer_kept_is_refused(stages: dict[tuple[str, int], list[Held]]) -> None:
