@@ -23,13 +23,14 @@ from unittest.mock import patch
 
 import torch
 
+from colossus.dryrun import fake
 from colossus.dryrun.rank import Traced
 from colossus.job import Job
 from colossus.measure.machine import this_machine
 from colossus.models.router import Router
 from colossus.parallel import expert
 from colossus.perf.receipts import Figure, print_figures, write_receipt
-from tests.dryrun.programs import Done, allocated, dry_gradients, really
+from tests.dryrun.programs import ROW_COUNTS, Done, allocated, dry_gradients, really
 from tests.ranks import matrix
 from tests.ranks.cases import Case
 from tests.ranks.pool import Pool
@@ -62,7 +63,11 @@ def real(job: Job) -> Done:
 def most(job: Job, rank: int) -> int:
     """Bytes at once, by the allocator, of rank `rank` among ranks that say nothing: what others would have
     counted is what this one has."""
-    with in_turns(), patch.object(expert, "all_to_all", lambda counts_X, *_: counts_X.clone()):
+    with (
+        in_turns(),
+        patch.object(expert, "all_to_all", lambda counts_X, *_: counts_X.clone()),
+        patch.object(fake, "_row_counts", lambda loads, rank, *given: ROW_COUNTS(*given)),
+    ):
         return allocated(job, rank)[0]
 
 

@@ -19,12 +19,12 @@ from torch.utils import checkpoint
 
 from colossus import optim
 from colossus.data.loader import Batch
-from colossus.dryrun import attention
+from colossus.dryrun import attention, owners
 from colossus.dryrun.fake import fake_world
 from colossus.dryrun.refused import refusals
 from colossus.dryrun.replay import Replay
 from colossus.dryrun.routing import Routing
-from colossus.dryrun.tracer import Moment, Tracer
+from colossus.dryrun.tracer import Moment, Tracer, by_what, settled
 from colossus.dryrun.work import Message, Pass, Work
 from colossus.job import Job
 from colossus.layout import ZERO_BUBBLE
@@ -115,6 +115,9 @@ def trace(
             materialise(model, job, world.device)
         with tracer.of("optimizer"):
             optimizer = optim.build(model, job.model, job.optimizer, torch_type(job.precision.type))
+        owners.call_weights(tracer, model)
+        owners.call_state(tracer, optimizer)
+        stack.enter_context(owners.told(tracer, model))
         mesh = None if world.meshes is None else world.meshes.dense
         state = TrainState(job.model, model, optimizer, mesh=mesh)
         for decoder in decoders(model):
@@ -130,14 +133,14 @@ def trace(
             tracer.forget()
             with refusals(model):
                 step_module.train_step(state, batch, everywhere, 1.0, job, world)
-            tracer.call(model.parameters(), "weights")  # FSDP makes some anew
+            owners.call_weights(tracer, model)  # FSDP makes some anew
         micro_batch = job.layout.of_replica(world.place.dp_replicate).micro_batch
         return Traced(
             rank=rank,
             place=world.place,
             num_micro_batches=-(-num_rows // micro_batch),
-            peak=tracer.peak,
-            at_rest=dict(+tracer.by_use),
+            peak=replace(tracer.peak, by_owner=settled(tracer.peak.by_owner)),
+            at_rest=by_what(tracer.by_use),
             flops=dict(tracer.flops),
             messages=tracer.messages,
             passes=_by_pass(tracer.done),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from colossus.dryrun.price import Price, price, problem_of
 from colossus.dryrun.rank import Traced
 from colossus.dryrun.reads import Reads
 from colossus.dryrun.routing import Routing
 from colossus.dryrun.tracer import Moment
+from colossus.dryrun.work import stream_of
 from colossus.dryrun.worker import traces
 from colossus.errors import UserError
 from colossus.hardware.catalogue import Accelerator
@@ -22,6 +23,7 @@ from colossus.perf.corrections import Corrections
 from colossus.planner.columns import Layouts
 from colossus.planner.memory import TALKING, memory, reserved_bytes
 
+Key = TypeVar("Key")
 AFFINE = ("1f1b", "interleaved_1f1b")  # schedules in which each further micro batch adds the same
 
 
@@ -117,6 +119,10 @@ class DryRun:
                     "peak_bytes": traced.peak.num_bytes,
                     "peak_phase": traced.peak.phase,
                     "peak_by_use": traced.peak.by_use,
+                    "peak_by_module": [
+                        {"module": use.owner, "use": use.what, "bytes": size}
+                        for use, size in traced.peak.largest()
+                    ],
                     "at_rest_bytes": sum(traced.at_rest.values()),
                     "at_rest_by_use": traced.at_rest,
                     "reserved_bytes": judged.reserved,
@@ -124,7 +130,14 @@ class DryRun:
                     "memory_bytes": judged.kind.accelerator.memory,
                     "flops": traced.flops,
                     "messages": [
-                        {"axis": axis, "operation": operation, "ranks": size, "times": times, "bytes": said}
+                        {
+                            "axis": axis,
+                            "operation": operation,
+                            "ranks": size,
+                            "times": times,
+                            "bytes": said,
+                            "stream": stream_of(axis, operation),
+                        }
                         for (axis, operation, size), (times, said) in traced.said().items()
                     ],
                     "host_reads": traced.host_reads,
@@ -282,7 +295,7 @@ def extended(short: Traced, longer: Traced, many: int) -> Traced:
     def far(was: int, now: int) -> int:
         return round(now + steps * (now - was))
 
-    def all_far(was: dict[str, int], now: dict[str, int]) -> dict[str, int]:
+    def all_far(was: dict[Key, int], now: dict[Key, int]) -> dict[Key, int]:
         return {key: far(was.get(key, 0), size) for key, size in now.items()}
 
     before = short.said()
@@ -296,7 +309,7 @@ def extended(short: Traced, longer: Traced, many: int) -> Traced:
         peak=Moment(
             longer.peak.phase,
             far(short.peak.num_bytes, longer.peak.num_bytes),
-            all_far(short.peak.by_use, longer.peak.by_use),
+            all_far(short.peak.by_owner, longer.peak.by_owner),
         ),
         at_rest=all_far(short.at_rest, longer.at_rest),
         flops=all_far(short.flops, longer.flops),

@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from colossus.dryrun.apart import AFTER_GRADS, Apart
-from colossus.dryrun.tracer import Section, Tracer, Use
+from colossus.dryrun.owners import EVERY_LAYER
+from colossus.dryrun.tracer import Section, Tracer, Use, settled
 from colossus.models import Decoder
 from colossus.perf.parts import layer_kinds
 
@@ -155,7 +156,7 @@ class Replay:
         """Of a layer that is called on its own: once where its parameters have no gradient, and once more."""
         before = [parameter.grad for parameter in parameters]
         alone = _Alone(self.tracer, forward, parameters, apart, x_BTD, args)
-        with self.tracer.aside(), apart.watched():
+        with self.tracer.aside(), self.tracer.owned(EVERY_LAYER), apart.watched():
             alone.drop_gradients()
             seen, again = alone.whole(), alone.whole()
             seen = replace(seen, backward=(seen.backward[0], again.backward[0]))
@@ -223,12 +224,12 @@ class _Alone:
         assert leaf.grad is not None
         waiting.subtract(self._tracer.use_of(leaf.grad))
         if not self._tracer.lives(given):  # who stands in for the layer keeps it: PyTorch has one edge to it
-            waiting.subtract({"backward": num_bytes})
+            waiting.subtract({Use("backward", EVERY_LAYER): num_bytes})
         del outputs
         with self._tracer.section() as weights:
             stage_backward_weight(iter(parameters), groups)
         self._apart.forget_gradients()
-        return Halves(inputs, (weights, weights), dict(+waiting))
+        return Halves(inputs, (weights, weights), settled(waiting))
 
     def _forwards(self) -> tuple[torch.Tensor, Any, Section, dict[Use, int], tuple[bool, ...]]:
         """Its leaf, what it gives and did, what waits, and what of its arguments does."""
@@ -245,7 +246,7 @@ class _Alone:
                 left.subtract(self._tracer.use_of(tensor))
         given.clear()
         keeps = tuple(key is None or self._tracer.lives(key) for key in keys)
-        return leaf, outputs, forwards, dict(+left), keeps
+        return leaf, outputs, forwards, settled(left), keeps
 
 
 class _Ghost(torch.autograd.Function):
@@ -274,32 +275,37 @@ class _Ghost(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        seen, tracer, half = ctx.seen, ctx.replay.tracer, ctx.replay.half
-        of_x, *of_parameters = seen.gradients
-        is_added = any(parameter.grad is not None for parameter in ctx.parameters)
+        with ctx.replay.tracer.owned(EVERY_LAYER):
+            return _backward(ctx)
 
-        def act(mark: Any) -> None:
-            if half is None and mark[0] == AFTER_GRADS:
-                ctx.apart.give(seen.of_apart)
-            ctx.apart.act(mark)
 
-        if half == "inputs":
-            tracer.again(seen.halves.inputs, act)
-            ctx.waiting = _held(tracer, seen.halves.left)
-            with tracer.unseen():
-                return None, None, None, None, of_x.make(), *(None for _ in of_parameters)
-        tracer.again(seen.halves.weights[is_added] if half == "weights" else seen.backward[is_added], act)
-        ctx.left, ctx.waiting = [], []
-        with tracer.unseen():  # PyTorch still holds the gradient of what the layer gave
-            if half is None:
-                gradients = (None if like is None else like.make() for like in seen.gradients)
-                return None, None, None, None, *gradients
+def _backward(ctx: Any) -> tuple[torch.Tensor | None, ...]:
+    seen, tracer, half = ctx.seen, ctx.replay.tracer, ctx.replay.half
+    of_x, *of_parameters = seen.gradients
+    is_added = any(parameter.grad is not None for parameter in ctx.parameters)
+
+    def act(mark: Any) -> None:
+        if half is None and mark[0] == AFTER_GRADS:
             ctx.apart.give(seen.of_apart)
-            for parameter, like in zip(ctx.parameters, of_parameters, strict=True):
-                if parameter.grad is None and like is not None:
-                    parameter.grad = like.make()
-            outlines = (None if like is None else like.outline() for like in of_parameters)
-            return None, None, None, None, None, *outlines
+        ctx.apart.act(mark)
+
+    if half == "inputs":
+        tracer.again(seen.halves.inputs, act)
+        ctx.waiting = _held(tracer, seen.halves.left)
+        with tracer.unseen():
+            return None, None, None, None, of_x.make(), *(None for _ in of_parameters)
+    tracer.again(seen.halves.weights[is_added] if half == "weights" else seen.backward[is_added], act)
+    ctx.left, ctx.waiting = [], []
+    with tracer.unseen():  # PyTorch still holds the gradient of what the layer gave
+        if half is None:
+            gradients = (None if like is None else like.make() for like in seen.gradients)
+            return None, None, None, None, *gradients
+        ctx.apart.give(seen.of_apart)
+        for parameter, like in zip(ctx.parameters, of_parameters, strict=True):
+            if parameter.grad is None and like is not None:
+                parameter.grad = like.make()
+        outlines = (None if like is None else like.outline() for like in of_parameters)
+        return None, None, None, None, None, *outlines
 
 
 def _held(tracer: Tracer, num_bytes: dict[Use, int]) -> list[torch.Tensor]:
@@ -307,6 +313,6 @@ def _held(tracer: Tracer, num_bytes: dict[Use, int]) -> list[torch.Tensor]:
     found = []
     with tracer.unseen():
         for use, size in num_bytes.items():
-            with tracer.of(use):
+            with tracer.of(use.what), tracer.owned(use.owner):
                 found.append(torch.empty(size, dtype=torch.uint8))
     return found

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from colossus.dryrun.host import host_of
 from colossus.dryrun.ranks import DryRun, Judged
+from colossus.dryrun.rows import KINDS
+from colossus.dryrun.work import stream_of
 from colossus.planner.plan import size_words
 from colossus.words import count, duration, memory, plural, span
 
+MODULES = 8  # owners of memory that are named
 SHOWN = 0.005  # of the most that lives: uses that take less are left out
 NAMES = {
     "forward": "activations and what layers compute with",
@@ -99,9 +102,13 @@ def _table(found: DryRun) -> list[str]:
 def _memory(judged: Judged) -> list[str]:
     peak = judged.traced.peak
     lines = [f"what lives on {_place(judged)} when that is most, {memory(peak.num_bytes)}:"]
-    for use, size in sorted(peak.by_use.items(), key=lambda item: -item[1]):
+    for what, size in sorted(peak.by_use.items(), key=lambda item: -item[1]):
         if size > SHOWN * peak.num_bytes:
-            lines.append(f"{memory(size):>11}  {NAMES.get(use, use)}")
+            lines.append(f"{memory(size):>11}  {NAMES.get(what, what)}")
+    lines.append("its largest owners (a path with * is of all such layers together):")
+    owned = [(use, size) for use, size in peak.largest() if size > SHOWN * peak.num_bytes and use.owner]
+    for use, size in owned[:MODULES]:
+        lines.append(f"{memory(size):>11}  {use.owner}: {NAMES.get(use.what, use.what)}")
     return lines
 
 
@@ -111,8 +118,10 @@ def _said(judged: Judged) -> list[str]:
         return []
     lines = ["what it says to others in a step:"]
     for (axis, operation, size), (times, num_bytes) in said.items():
-        words = operation.strip("_").replace("_", " ")
-        lines.append(f"{memory(num_bytes):>11}  {axis} ({size:,}): {words}, {plural(times, 'time')}")
+        name = operation.strip("_")
+        words = KINDS.get(name, name).replace("_", " ") if name != "broadcast" else name
+        where = f", stream {stream_of(axis, operation)}"
+        lines.append(f"{memory(num_bytes):>11}  {axis} ({size:,}): {words}, {plural(times, 'time')}{where}")
     return lines
 
 

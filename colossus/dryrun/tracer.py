@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch._subclasses import FakeTensor
@@ -20,12 +20,20 @@ from torch.utils._pytree import tree_leaves
 
 from colossus.dryrun.work import ONCE, Message, Pass, Product, Work, product_of
 
-Use = str  # what memory is for
+Key = TypeVar("Key")
 WAIT = torch.ops._c10d_functional.wait_tensor.default
 DEVICE = torch.ops.prim.device.default
 READ = torch.ops.aten._local_scalar_dense.default
 SPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 OF_INPUT = ("_allgather_base_", "_reduce_scatter_base_", "alltoall_base_")  # (output, input, ...)
+
+
+class Use(NamedTuple):
+    """What memory is for, and whose it is: a module's path in which layers have no number ("layers.*.mlp");
+    "" where no module's pass is under way."""
+
+    what: str
+    owner: str = ""
 
 
 @dataclass
@@ -34,7 +42,16 @@ class Moment:
 
     phase: str = ""
     num_bytes: int = 0
-    by_use: dict[Use, int] = field(default_factory=dict)
+    by_owner: dict[Use, int] = field(default_factory=dict)
+
+    @property
+    def by_use(self) -> dict[str, int]:
+        """Whosever it is."""
+        return by_what(self.by_owner)
+
+    def largest(self) -> list[tuple[Use, int]]:
+        """Of every owner, the largest first."""
+        return sorted(self.by_owner.items(), key=lambda item: -item[1])
 
 
 @dataclass
@@ -78,7 +95,7 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, flops_of: dict[Any, Callable[..., int]]) -> None:
         super().__init__()
-        self.outside, self.use = "build", ""
+        self.outside, self.what, self.owner = "build", "", ""
         self.now, self.by_use, self.peak = 0, Counter[Use](), Moment()
         self.done, self.host_reads = list[tuple[Pass, Work]](), Counter[str]()
         self.lived: dict[Pass, tuple[int, int]] = {}
@@ -121,13 +138,18 @@ class Tracer(TorchDispatchMode):
                 self._did(product_of(func._overloadpacket, args, flops, self.part))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
-                self._see(tensor.untyped_storage(), self.use or self.phase)
+                self._see(tensor.untyped_storage())
         return out
 
     @property
     def phase(self) -> str:
         """Of a step: forward, backward, clip, update."""
         return self.outside if torch._C._current_graph_task_id() == -1 else "backward"
+
+    @property
+    def use(self) -> Use:
+        """Of what is allocated now."""
+        return Use(self.what or self.phase, self.owner)
 
     @property
     def part(self) -> str:
@@ -167,13 +189,22 @@ class Tracer(TorchDispatchMode):
             self.outside = before
 
     @contextmanager
-    def of(self, use: Use) -> Iterator[None]:
+    def of(self, what: str) -> Iterator[None]:
         """What is allocated within is for this."""
-        before, self.use = self.use, use
+        before, self.what = self.what, what
         try:
             yield
         finally:
-            self.use = before
+            self.what = before
+
+    @contextmanager
+    def owned(self, owner: str) -> Iterator[None]:
+        """What is allocated within is this module's."""
+        before, self.owner = self.owner, owner
+        try:
+            yield
+        finally:
+            self.owner = before
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -276,7 +307,7 @@ class Tracer(TorchDispatchMode):
     def forget(self) -> None:
         """What was done so far; what lives stays. From now on the most is looked for anew."""
         self.outside = "step"
-        self.peak = Moment(self.phase, self.now, dict(+self.by_use))
+        self.peak = Moment(self.phase, self.now, dict(self.by_use))
         self.done, self.lived, self.host_reads, self.num_operators = [], {}, Counter(), 0
         self.at = ONCE
 
@@ -297,10 +328,11 @@ class Tracer(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         super().__exit__(*error)
 
-    def _see(self, storage: torch.UntypedStorage, use: Use) -> None:
+    def _see(self, storage: torch.UntypedStorage, use: Use | None = None) -> None:
         key = storage._cdata
         if key in self._live:
             return
+        use = use or self.use
 
         def gone(_: Any) -> None:
             num_bytes, now_for = self._live.pop(key)
@@ -315,7 +347,7 @@ class Tracer(TorchDispatchMode):
         key = storage._cdata
         if key not in self._live:
             if storage.nbytes():
-                self._see(storage, self.use or self.phase)
+                self._see(storage)
             return
         before, use = self._live[key]
         self._live[key] = storage.nbytes(), use
@@ -341,10 +373,10 @@ class Tracer(TorchDispatchMode):
                 most = max(now, most)
             self.lived[at] = most, self.now
         if now > self.peak.num_bytes and self._looks:
-            by_use_then = Counter(self.by_use)
+            by_use_then = dict(self.by_use)
             for use, num_bytes in (more or {}).items():
-                by_use_then[use] += num_bytes
-            self.peak = Moment(self.phase, now, dict(+by_use_then))
+                by_use_then[use] = by_use_then.get(use, 0) + num_bytes
+            self.peak = Moment(self.phase, now, by_use_then)
 
     def _say(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         if func not in collective_ops:
@@ -368,7 +400,26 @@ class Tracer(TorchDispatchMode):
         self.done.append((self.at.in_phase(work.phase), work))
 
 
-def _minus(left: Counter[str], right: Counter[str]) -> Counter[str]:
+def by_what(by_use: Mapping[Use, int]) -> dict[str, int]:
+    """Whosever it is; without what is nothing."""
+    found = Counter[str]()
+    for use, num_bytes in by_use.items():
+        found[use.what] += num_bytes
+    return dict(+found)
+
+
+def settled(by_use: Mapping[Use, int]) -> dict[Use, int]:
+    """What is above nothing. What one owner has below it, its largest neighbour of the same use gives."""
+    totals, found = by_what(by_use), dict[Use, int]()
+    for use, num_bytes in sorted(by_use.items(), key=lambda item: item[1]):
+        size = min(num_bytes, totals.get(use.what, 0))
+        if size > 0:
+            found[use] = size
+            totals[use.what] -= size
+    return found
+
+
+def _minus(left: Counter[Key], right: Counter[Key]) -> Counter[Key]:
     """The difference, of which parts may be below zero."""
     found = Counter(left)
     found.subtract(right)

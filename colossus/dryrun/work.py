@@ -37,6 +37,20 @@ class Pass(NamedTuple):
 
 
 ONCE = Pass()
+FSDP_STREAMS = {
+    ("fsdp", "_allgather_base_"): "all_gather",
+    ("efsdp", "_allgather_base_"): "all_gather",
+    ("fsdp", "_reduce_scatter_base_"): "reduce_scatter",
+    ("efsdp", "_reduce_scatter_base_"): "reduce_scatter",
+    ("dp_replicate", "allreduce_"): "all_reduce",
+}
+
+
+def stream_of(axis: str, operation: str) -> str:
+    """What carries this on a GPU: FSDP has a stream for each of its operations (torch 2.11 to 2.13,
+    `FSDPCommContext`); what layers, pipelines and the step's end say runs on that of their group."""
+    own = FSDP_STREAMS.get((axis, operation))
+    return axis if own is None else f"fsdp.{own}"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -17,7 +17,7 @@ from colossus.hardware.catalogue import accelerator, accelerator_names, table
 from colossus.hardware.fleets import DAY, Hardware, hardware_of
 from colossus.hardware.machine import Machine
 from colossus.job import Job
-from colossus.layout import AXES
+from colossus.layout import AXES, violations
 from colossus.perf.flops import model_flops_per_token
 from colossus.perf.price import Pricer
 from colossus.perf.software import OURS
@@ -224,15 +224,19 @@ def make_plan(
     optimizer = job.optimizer.name or "adamw"
     if job.optimizer.name is None:
         assumptions.append("optimizer.name=adamw: what Muon takes beside it is counted where it is asked for")
+    _check_pools(job, batch, hardware.node_size)
     problem = Problem(
         arch, seq_len, batch, precision, Pricer.of(hardware, OURS, corrections), optimizer,
-        tuple((step, Fraction(each, batch), length) for step, each, length in job.shapes(batch)),
+        (*((step, Fraction(each, batch), length) for step, each, length in job.shapes(batch)),
+         *_small_shares(job, batch)),
     )  # fmt: skip
     fixed = fixed_of(
         {name: getattr(job.layout, name) for name in (*FIELDS, "recompute_layers", "cp_method", "compile")}
     )
     if here is not None and here.device == "cpu" and here.compiler is None:
         fixed["compile"] = False
+    if any(pool.share for pool in job.layout.pools or ()):
+        assumptions.append("layout.pools: a step is priced as if all replicas had equal shares")
     budget = job.layout.activation_gib
     limits = Limits(fixed, spares, whole, math.inf if budget is None else budget * 2**30)
     usual = float(TOKENS_A_WEIGHT * num_active(arch))
@@ -278,6 +282,32 @@ def make_plan(
         confirmed=asked,
         by_clock=job.run.minutes is not None,
     )
+
+
+def _check_pools(job: Job, batch: int, node_size: int) -> None:
+    """Raises `UserError` where a pool's share is too small for what the job itself says of its ranks."""
+    pools = job.layout.pools or ()
+    if not any(pool.share for pool in pools):
+        return
+    replicas = job.layout.dp_replicate or sum(pool.replicas for pool in pools)
+    (_, first, length), *later = job.shapes(batch)
+    broken = violations(
+        job.layout.model_copy(update={"dp_replicate": replicas}), job.model,
+        global_batch=first, seq_len=length, node_size=node_size, later=later,
+    )  # fmt: skip
+    if found := [text for text in broken if text.startswith("layout.pools")]:
+        raise UserError("\n".join(found))
+
+
+def _small_shares(job: Job, batch: int) -> Iterator[tuple[int, Fraction, int]]:
+    """What pools ask of `layout.micro_batch` whose shares the job names: as shapes of the run in which all
+    replicas had their share. Those that name a micro-batch of their own ask nothing."""
+    pools = job.layout.pools or ()
+    total = sum(pool.replicas * (pool.share or 0) for pool in pools)
+    replicas = sum(pool.replicas for pool in pools)
+    for share in {pool.share for pool in pools if pool.share and not pool.micro_batch}:
+        for step, each, length in job.shapes(batch):
+            yield step, Fraction(each, batch) * Fraction(share * replicas, total), length
 
 
 def _band(problem: Problem, layout: Layouts, *, here: bool) -> Band:

@@ -79,10 +79,15 @@ def really(job: Job) -> Done:
         return Done(
             heard.messages,
             heard.flops["all"],
-            sum(local(t).nbytes for t in [*state.model.parameters(), *state.model.buffers()]),
+            sum(held_by(t) for t in [*state.model.parameters(), *state.model.buffers()]),
             gradients[-1],
             counters + sum(local(t).nbytes for t in held.values()),
         )
+
+
+def held_by(tensor: torch.Tensor) -> int:
+    """Bytes of its memory: FSDP gives every rank as much as the one with the largest shard."""
+    return local(tensor).untyped_storage().nbytes()
 
 
 def dry(job: Job, rank: int, routing: Routing | None = None, **more: Any) -> Traced:

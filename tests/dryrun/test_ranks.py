@@ -179,7 +179,14 @@ def test_experts_of_several_stages(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert [rank["place"]["pp"] for rank in found["ranks"]] == [0, 1]
     assert all(rank["peak_bytes"] == sum(rank["peak_by_use"].values()) for rank in found["ranks"])
-    assert any(m["operation"] == "all_to_all_single" for m in found["ranks"][0]["messages"])
+    streams = {(m["axis"], m["operation"]): m["stream"] for m in found["ranks"][0]["messages"]}
+    assert {streams[key] for key in streams if "all_to_all" in key[1]} == {"fsdp"}  # the same ranks as ep
+    assert streams["fsdp", "_allgather_base_"] == "fsdp.all_gather"
+    assert streams["fsdp", "_reduce_scatter_base_"] == "fsdp.reduce_scatter"
+    assert streams["pp", "send"] == "pp"
+    owned = found["ranks"][0]["peak_by_module"]
+    assert sum(each["bytes"] for each in owned) == found["ranks"][0]["peak_bytes"]
+    assert "layers.*.moe.router" in {each["module"] for each in owned}
 
 
 def test_a_process_ends_with_whoever_asked() -> None:

@@ -282,6 +282,32 @@ def test_unequal_pools_share_every_batch_of_the_run():
     assert not violations(layout, plan.arch, global_batch=120, seq_len=plan.seq_len, later=later)
 
 
+POOLS = ["model=llama3.1-8b", "fleet.accelerator=h100-sxm", "fleet.count=16", "layout.dp_replicate=2",
+         "layout.dp_shard=8", "run.global_batch=64", "run.steps=90"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shares", "own", "micro_batch"), [((56, 8), "", 1), ((32, 32), "", 2), ((56, 8), ", micro_batch=1", 2)]
+)
+def test_no_rank_of_a_pool_computes_more_at_once_than_its_share(shares, own, micro_batch):
+    """Unless that pool says itself how many."""
+    first, second = (f"{{replicas=1, share={share}{own if share == 8 else ''}}}" for share in shares)
+    job = load_job(None, [*POOLS, f"layout.pools=[{first}, {second}]"])
+    plan = colossus.plan(job)
+    assert plan.best.row["micro_batch"] == micro_batch
+    layout = to_plan.planned(job, plan).layout
+    assert not violations(layout, plan.arch, global_batch=64, seq_len=plan.seq_len)
+    assert any("equal shares" in words for words in plan.assumptions)
+
+
+def test_a_micro_batch_that_a_pool_has_no_sequences_for_is_refused():
+    pools = "layout.pools=[{replicas=1, share=56}, {replicas=1, share=8}]"
+    with pytest.raises(
+        UserError, match=r"^layout.pools\[1\]: layout.micro_batch=2: more than a rank's share.*; 1"
+    ):
+        colossus.plan(load_job(None, [*POOLS, pools, "layout.micro_batch=2"]))
+
+
 @pytest.mark.parametrize(
     ("counts", "replicas", "why"),
     [
