@@ -48,7 +48,7 @@ def test_integers_and_columns_agree(rows: list[dict[str, object]]) -> None:
         assert [bool(rule.holds(row)) for row in rows] == by_column.tolist(), rule.name
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(row=ROWS)
 def test_a_message_names_the_field_and_values_under_which_its_rule_holds(row: dict[str, object]) -> None:
     for rule in RULES:

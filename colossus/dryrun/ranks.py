@@ -24,6 +24,7 @@ from colossus.planner.columns import Layouts
 from colossus.planner.memory import TALKING, memory, reserved_bytes
 
 Key = TypeVar("Key")
+BEYOND = 2  # micro batches that a pipeline is traced with, beyond its stages
 AFFINE = ("1f1b", "interleaved_1f1b")  # schedules in which each further micro batch adds the same
 
 
@@ -259,14 +260,14 @@ def rows_of(job: Job, kind: Kind) -> list[int]:
     many = -(-kind.num_rows // micro_batch)
     if stages > 1 and layout.schedule not in AFFINE:
         return [kind.num_rows]
-    # Some beyond the rounds of the pipeline after which nothing new begins, as many beyond whole rounds as
-    # there are: interleaved schedules ask for that.
-    some = (many - 1) % stages + 1
-    rounds = 1 if layout.schedule in ONE_STAGE or stages == 1 else 3
-    few = rounds * stages + some
-    if many <= 2 * few + stages:  # two steps take no less
+    # Some beyond the rounds of the pipeline after which nothing new begins; interleaved schedules ask for as
+    # many beyond whole rounds as there are.
+    one_stage = layout.schedule in ONE_STAGE or stages == 1
+    few = stages + BEYOND if one_stage else 3 * stages + (many - 1) % stages + 1
+    more = 1 if one_stage else stages
+    if many <= 2 * few + more:  # two steps take no less
         return [kind.num_rows]
-    return [few * micro_batch, (few + stages) * micro_batch]
+    return [few * micro_batch, (few + more) * micro_batch]
 
 
 def _judged(job: Job, hardware: Hardware, kind: Kind, steps: Sequence[Traced]) -> Judged:

@@ -70,7 +70,7 @@ def most(held: Held, moment: Moment = "any") -> dict[str, NDArray[np.float64]]:
     follows = np.where(held.micro_batches > 1, held.edges, 0.0)
     first = _backward(held, held.activations, follows)
     second = _backward(held, held.activations - held.of_layer, held.layer)
-    return largest([*([_loss(held)] if moment == "any" else []), first, second, _end(held), _update(held)])
+    return largest([*([_loss(held)] if moment == "any" else []), first, second, *_end(held), _update(held)])
 
 
 def largest(moments: Sequence[dict[str, NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
@@ -182,17 +182,29 @@ def _backward(
     }
 
 
-def _end(held: Held) -> dict[str, NDArray[np.float64]]:
-    """Of the last backward pass, when all gradients are there and no activations."""
-    whole = np.where((held.zero >= 2) | (held.micro_batches == 1), held.shards, held.weights)
-    return {
-        "weights": FP32 * held.shards,
-        "gradients": FP32 * whole,
-        "optimizer": held.optimizer,
-        "activations": np.zeros_like(held.activations),
-        "loss or one layer's gradients": held.size * held.layer,
-        "copies of weights": _gathered(held, 1.0) + _summing(held, np.maximum(held.edges, held.layer)),
-    }
+def _end(held: Held) -> list[dict[str, NDArray[np.float64]]]:
+    """Of the last backward pass, when nearly all gradients are there and no activations: the sum of its last
+    layer, and that of the weights outside layers, which lets go of what was gathered of them first."""
+    shards = held.edges * held.shards / held.weights  # of the weights outside layers
+    sums = (held.zero == 1) & (held.micro_batches > 1)  # whole, in fp32
+    own = np.where(sums, FP32, held.size)
+    at_edges = FP32 * held.edges + np.maximum(0.0, own * held.edges - FP32 * shards)
+    at_layer = FP32 * held.layer + held.size * held.edges
+
+    def moment(gradients: Columns, one: Columns, copies: Columns) -> dict[str, NDArray[np.float64]]:
+        return {
+            "weights": FP32 * held.shards,
+            "gradients": FP32 * gradients,
+            "optimizer": held.optimizer,
+            "activations": np.zeros_like(held.activations),
+            "loss or one layer's gradients": one,
+            "copies of weights": copies,
+        }
+
+    return [
+        moment(held.shards, np.zeros_like(held.activations), at_edges),
+        moment(held.shards - shards, own * held.layer + held.last * own * held.head, at_layer),
+    ]
 
 
 def _update(held: Held) -> dict[str, NDArray[np.float64]]:

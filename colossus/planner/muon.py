@@ -84,10 +84,11 @@ def muon_bytes(
             whole = np.where(shared.shards.size * columns > 1, bucket + each, 0.0)
             halfway = np.where((shared.shards.size > 1) & (columns > 1), bucket / columns + each, 0.0)
             copies = np.where(shared.replicas.size > 1, 2 * shared.replicas.size * each, 0.0)
-            later = np.minimum(shared.buckets - 1, 2)  # which travel beside this one
-            others = later * (whole + halfway)
-            while_working = working + 4 * (others + np.minimum(later, 1) * copies)
-            afterwards = 4 * (bucket + others + (1 + np.minimum(later, 1)) * copies)  # as it leaves
+            # Beside this one the next arrives and the last returns; with two axes, two more are halfway.
+            others, axes = shared.buckets - 1, (shared.shards.size > 1) + 1.0 * (columns > 1)
+            beside = np.minimum(others, 2) * whole + np.clip(others - 2, 0, 2) * halfway
+            while_working = working + 4 * (beside + np.where(others > axes, copies, 0.0))
+            afterwards = 4 * (bucket + copies + np.where(others > axes, beside + copies, whole + halfway))
             most = np.maximum(while_working, afterwards)
             found[list(ranks)] = np.maximum(found[list(ranks)], most)
     return found

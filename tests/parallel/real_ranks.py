@@ -15,7 +15,7 @@ import torch
 
 import tests.trainer.running  # noqa: F401  # what the server of processes imports
 
-SECONDS = 60.0  # until the ranks have answered
+SECONDS = 180.0  # a machine that runs other tests beside may take a minute to import
 _processes = multiprocessing.get_context("forkserver")
 
 

@@ -91,7 +91,9 @@ def test_the_second_layer_finds_sums_on_their_way() -> None:
 def test_sums_of_some_stages() -> None:
     assert by_use(summed=0.25)["gradients"] == 130
     assert by_use(summed=0.25, loss=0)["gradients"] == 130 + 4 * 20  # and those of a layer
-    assert by_use(summed=0.25, activations=0, loss=0, working=0)["gradients"] == 4 * 130  # at the end all
+    # At the end all, divided but for those outside layers, beside what is sent of these: 10 in each.
+    found = by_use(summed=0, activations=0, loss=0, working=0, layer=0)
+    assert found["gradients"] == 4 * 65 and found[COPIES] == 4 * 10 + (4 * 10 - 4 * 5)
 
 
 def test_each_stage_of_a_rank_sums_for_itself() -> None:
@@ -100,8 +102,12 @@ def test_each_stage_of_a_rank_sums_for_itself() -> None:
 
 def test_the_end_of_the_only_micro_batch_has_all_gradients() -> None:
     found = by_use(micro_batches=1, zero=3, activations=0, loss=0, working=0)
-    assert found["gradients"] == 4 * 65 and found["activations"] == 0
-    assert found[LOSS] == 2 * 20 and found[COPIES] == 2 * (10 + 20) + 4 * 20
+    assert found["gradients"] == 4 * (65 - 5) and found["activations"] == 0  # those outside layers come last
+    assert found[LOSS] == 2 * 20 + 2 * 4 and found[COPIES] == 2 * 10 + 4 * 20
+    found = by_use(micro_batches=1, zero=3, activations=0, loss=0, working=0, layer=0)
+    assert found["gradients"] == 4 * 65 and found[LOSS] == 0 and found[COPIES] == 4 * 10
+    few = by_use(micro_batches=1, zero=3, activations=0, loss=0, working=0, layer=0, shards=13)
+    assert few[COPIES] == 4 * 10 + (2 * 10 - 4 * 1)  # in two bytes they are there until they are sent
 
 
 def test_a_moment_of_a_schedule_is_a_loss_or_a_backward_pass() -> None:
