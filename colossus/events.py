@@ -31,12 +31,19 @@ class EventLog:
         MachineError: no space, no permission.
     """
 
-    def __init__(self, folder: Path, rank: int | None = None, listeners: Iterable[Listener] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rank: int | None = None,
+        listeners: Iterable[Listener] = (),
+        *,
+        new_attempt: bool = True,
+    ) -> None:
         self.path = folder / "events.jsonl"
         self._rank = rank
         self._listeners = list(listeners)
         earlier = list(_read(self.path))
-        self.attempt = 1 + max((event["attempt"] for event in earlier), default=-1)
+        self.attempt = int(new_attempt) + max((event["attempt"] for event in earlier), default=-1)
         self._offset = max((event["run_seconds"] for event in earlier), default=0.0)
         self._started: float | None = None
         with self._storage_errors():

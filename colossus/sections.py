@@ -152,5 +152,6 @@ class RunSection(Section):
     threads: int = derived(ge=1, le=4096)
     validate_every: int = derived(ge=0, le=10**9)  # steps; 0: at the end only
     branch_from: Name | None = None  # a run, or RUN@STEP: its checkpoint is what this one goes on from
+    recover: bool = True  # goes on by itself where a rank that this machine started has died
     prompt: str = derived()  # what the sample at the end continues
     hooks: Annotated[list[Name], BeforeValidator(_as_list)] = derived()  # each `package.module:Name`

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterable, Sequence
-from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from colossus.errors import GOES_ON, MachineError
-from colossus.events import Listener, Tail
+from colossus.errors import GOES_ON
+from colossus.events import EventLog, Listener, Tail
 from colossus.job import Job
 from colossus.launcher.protocol import Failure, Work
+from colossus.launcher.ranks import HERE, LOOK_SECONDS, Ranks
+from colossus.launcher.recovery import Decision, Fault, decide
+from colossus.launcher.signals import Signals
 from colossus.launcher.started import is_rank
 
 if TYPE_CHECKING:
     from colossus.trainer.hooks import Hook
-
-HERE = "127.0.0.1"
-LOOK_SECONDS = 0.2  # between two looks at the ranks, and at the event log
-FOLLOW_SECONDS = 60.0  # that the other ranks have to end, when one has failed
-LEAVE_SECONDS = 60.0  # that a rank may take for what its libraries do at its end
-SAME_SECONDS = 1.0  # in which a second Ctrl-C is the same wish
+    from colossus.trainer.run import Run
 
 
 def launch(job: Job, folder: Path, hooks: Sequence[Hook] = (), listeners: Iterable[Listener] = ()) -> None:
@@ -37,7 +28,8 @@ def launch(job: Job, folder: Path, hooks: Sequence[Hook] = (), listeners: Iterab
 
     Under torchrun (RANK is set) this process is one rank. With several ranks, each has copies of `hooks`, and
     `listeners` are called here, by a reader of the event log. Ranks are processes of ours: the caller's
-    script is not run again. A signal is handed on to them, and they have as long as they need to save.
+    script is not run again. A signal is handed on to them, and they have as long as they need to save. Where
+    one dies, the run goes on from what is saved (see `recovery`), unless `run.recover` is false.
 
     Raises:
         UserError, MachineError: what a rank raised first. RankFailed: of anything else.
@@ -52,142 +44,61 @@ def launch(job: Job, folder: Path, hooks: Sequence[Hook] = (), listeners: Iterab
 
 
 def _launch_ranks(job: Job, folder: Path, hooks: Sequence[Hook]) -> None:
+    """Attempt after attempt, as long as a rank has died and the run can go on from what is saved."""
     from torch._C._distributed_c10d import TCPStore  # torch.distributed has it, unlisted
 
     from colossus.trainer.run import Run
 
-    work = Work.of(job, folder, hooks)
+    work, run = Work.of(job, folder, hooks), Run(folder)
     store = TCPStore(HERE, 0, is_master=True, wait_for_workers=False)
-    size = job.layout.num_ranks
-    ranks: list[_Rank] = []
-    with _Signals() as signals:
-        try:
-            for rank in range(size):
-                ranks.append(_Rank(rank, size, store.port))
-            for each in ranks:
-                each.send(work)
-            _wait(ranks, signals)
-        finally:
-            for each in ranks:
-                each.end()
-    failure = _what_failed(ranks)
+    faults: list[Fault] = []
+    with Signals() as signals, Ranks(job.layout.num_ranks, store.port) as ranks:
+        while True:
+            before = len(run.events("step"))
+            ranks.attempt(work, signals)
+            failure = ranks.failure()
+            wanted = job.run.recover and signals.asked is None and run.outcome == "unfinished"
+            if failure is None or not wanted:
+                break
+            faults.append(_fault(ranks, failure, run, before))
+            decision = decide(faults)
+            _journal(folder, faults[-1], decision)
+            if not decision.goes_on:
+                if len(faults) > 1:
+                    failure = dataclasses.replace(failure, text=f"{decision.why}: {failure.text}")
+                break
+            if job.fleet.device == "cpu":
+                ranks.keep_waiting()
+            else:  # what a GPU's libraries hold after a failure is not to be built on
+                ranks.end()
     if signals.asked is not None and (failure is None or failure.follows):
-        if Run(folder).outcome == "unfinished":  # they had not begun, or were not let save
+        if run.outcome == "unfinished":  # they had not begun, or were not let save
             signal.raise_signal(signals.asked)
     elif failure is not None:
         raise failure.as_error()
 
 
-class _Rank:
-    """One rank in a process and a session of its own: a terminal's Ctrl-C reaches the parent alone, which
-    hands it on once."""
-
-    def __init__(self, rank: int, size: int, port: int) -> None:
-        self.rank = rank
-        self.answered = False
-        self.failure: Failure | None = None
-        places = {"MASTER_ADDR": HERE, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        # Where this process finds modules, so does the rank; -P: and nowhere else.
-        path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
-        variables = places | {name: str(number) for name, number in numbers.items()} | {"PYTHONPATH": path}
-        self.pipe, theirs = Pipe()
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "colossus.launcher.rank", str(theirs.fileno())],
-                env=os.environ | variables,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise MachineError(f"rank {rank} cannot be started ({error.strerror})") from error
-        finally:
-            theirs.close()
-
-    def send(self, message: Work | int) -> None:
-        with contextlib.suppress(OSError):  # it has ended, which is seen elsewhere
-            self.pipe.send(message)
-
-    def listen(self) -> None:
-        """Takes what it says at its end: nothing, or why it failed."""
-        try:
-            self.failure = self.pipe.recv()
-        except (EOFError, OSError):
-            code = self.process.wait()
-            name = f" ({signal.Signals(-code).name})" if code < 0 else ""
-            text = f"rank {self.rank} ended with exit code {code}{name}"
-            self.failure = Failure(MachineError.__name__, text, died=True)
-        self.answered = True
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        self.pipe.close()
+def _fault(ranks: Ranks, failure: Failure, run: Run, before: int) -> Fault:
+    """before: steps that the attempts before this one have taken."""
+    saved = max((event.get("saved_step", 0) for event in run.events("checkpoint")), default=0)
+    return Fault(ranks.culprit(), failure.text, len(run.events("step")) - before, saved)
 
 
-def _wait(ranks: Sequence[_Rank], signals: _Signals) -> None:
-    """Until all have ended. Of a rank that fails, the others learn by themselves, and end."""
-    told: int | None = None
-    end = float("inf")
-    while any(each.process.poll() is None for each in ranks) or not all(each.answered for each in ranks):
-        silent = {each.pipe: each for each in ranks if not each.answered}
-        for pipe in wait(list(silent), LOOK_SECONDS) if silent else []:
-            assert isinstance(pipe, Connection)
-            silent[pipe].listen()
-        if not silent:
-            time.sleep(LOOK_SECONDS / 4)
-        if signals.asked is not None and told is None:
-            told = signals.asked
-            for each in ranks:
-                each.send(told)
-        if all(each.answered for each in ranks):
-            end = min(end, time.monotonic() + LEAVE_SECONDS)
-        elif any(each.failure is not None for each in ranks):
-            end = min(end, time.monotonic() + FOLLOW_SECONDS)
-        if signals.insisted or time.monotonic() > end:
-            return
-
-
-def _what_failed(ranks: Sequence[_Rank]) -> Failure | None:
-    """Why the first rank failed that could say it, else which one could not; and how many ended with it."""
-    failures = [each.failure for each in ranks if each.failure is not None]
-    first = min(
-        (failure for failure in failures if failure.text),
-        key=lambda failure: (failure.follows, failure.died),
-        default=None,
+def _journal(folder: Path, fault: Fault, decision: Decision) -> None:
+    """Between two attempts: no rank writes then."""
+    if fault.culprit is None or not (folder / "events.jsonl").is_file():
+        return
+    log = EventLog(folder, new_attempt=False)
+    log.write(
+        "fault",
+        synced=True,
+        culprit=fault.culprit,
+        text=fault.text.removesuffix(f"; {GOES_ON}"),
+        goes_on=decision.goes_on,
+        why=decision.why,
+        saved_step=fault.saved_step,
     )
-    if first is None or first.follows:
-        return first
-    others = sum(failure.follows for failure in failures)
-    because = f"; {others} other{'s' * (others != 1)} ended with it" if others else ""
-    return dataclasses.replace(first, text=f"{first.text}{because}" + (f"; {GOES_ON}" if first.died else ""))
-
-
-class _Signals:
-    """SIGINT and SIGTERM, while ranks run: handed on once. A second Ctrl-C ends the ranks at once; a second
-    SIGTERM changes nothing, since schedulers send it again while a run still saves."""
-
-    asked: int | None = None
-    insisted = False
-
-    def __enter__(self) -> _Signals:
-        self._restore = contextlib.ExitStack()
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before = signal.signal(number, self._take)
-                self._restore.callback(signal.signal, number, before or signal.SIG_DFL)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore.close()
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is None:
-            self.asked, self._asked_at = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self._asked_at > SAME_SECONDS:
-            self.insisted = True
+    log.close()
 
 
 class _Follower:

@@ -1,7 +1,8 @@
 """What a parent and the ranks that it started say to each other, over a private pipe to each.
 
-The parent sends the work once, then numbers of signals; a rank sends one `Failure` or None when it ends. A
-pipe that closes says that the other one is gone.
+The parent sends work and numbers of signals; a rank answers work with one `Failure` or None, and ends, unless
+it failed because of others alone: then it waits for work anew. A pipe that closes says that the other one is
+gone.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
+import queue
 import signal
 import sys
 import threading
@@ -28,24 +30,33 @@ def main(descriptor: int) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-    failure: Failure | None = None
+    given, at_work = queue.SimpleQueue[Work | None](), threading.Event()
+    threading.Thread(target=_listen, args=(pipe, given, at_work), name="parent", daemon=True).start()
+    try:
+        while (work := given.get()) is not None:
+            failure = _attempt(work, begun)
+            at_work.clear()
+            pipe.send(failure)
+            if failure is None or not failure.follows:
+                return 0 if failure is None else 3
+            begun.clear()
+            gc.unfreeze()
+            gc.collect()  # what the attempt has left
+    except (KeyboardInterrupt, OSError):  # while it waited; the parent has ended
+        pass
+    return 3
+
+
+def _attempt(work: Work, begun: threading.Event) -> Failure | None:
     rank = int(os.environ["RANK"])
     try:
-        work: Work = pipe.recv()
-        threading.Thread(target=_listen, args=(pipe,), name="parent", daemon=True).start()
         _train(work, begun)
-    except EOFError:  # the parent has ended
-        return 3
     except KeyboardInterrupt:
         said = f"rank {rank}: stopped by a signal before it could save"
-        failure = Failure("MachineError", said, follows=True)
+        return Failure("MachineError", said, follows=True)
     except Exception as error:
-        failure = Failure.of(error, rank)
-    try:
-        pipe.send(failure)
-    except OSError:
-        return 3
-    return 0 if failure is None else 3
+        return Failure.of(error, rank)
+    return None
 
 
 def _train(work: Work, begun: threading.Event) -> None:
@@ -68,13 +79,24 @@ def _train(work: Work, begun: threading.Event) -> None:
     train(job, folder, [*hooks, Begin()])
 
 
-def _listen(pipe: Connection) -> None:
-    """Takes signals from the parent. Where it was killed, the run is saved, as nobody else would end it."""
-    try:
-        while True:
-            os.kill(os.getpid(), pipe.recv())
-    except (EOFError, OSError):
-        os.kill(os.getpid(), signal.SIGTERM)
+def _listen(pipe: Connection, given: queue.SimpleQueue[Work | None], at_work: threading.Event) -> None:
+    """Takes work and signals from the parent. Where it was killed, the run is saved, as nobody else would end
+    it. Who only waits for work leaves."""
+    said: Work | int
+    while True:
+        try:
+            said = pipe.recv()
+        except (EOFError, OSError):
+            said = signal.SIGTERM
+        if isinstance(said, Work):
+            at_work.set()
+            given.put(said)
+            continue
+        given.put(None)
+        if at_work.is_set():
+            os.kill(os.getpid(), said)
+        if said == signal.SIGTERM:
+            return
 
 
 if __name__ == "__main__":

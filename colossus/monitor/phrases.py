@@ -179,6 +179,11 @@ def _note(event: dict[str, Any]) -> str:
     return f"step {event['step']:,}: {event['text']}"
 
 
+def _fault(event: dict[str, Any]) -> str:
+    then = f"going on {event['why']}" if event["goes_on"] else f"not going on: {event['why']}"
+    return f"{event['text']}; {then}"
+
+
 def stopper(reason: str) -> str:
     """What stopped a run, of the reason of its end."""
     return "a hook" if reason == "asked" else reason
@@ -202,5 +207,6 @@ _PHRASES = {
     "note": _note,
     "plan": _plan,
     "dry_run": _dry_run,
+    "fault": _fault,
     "end": _end,
 }

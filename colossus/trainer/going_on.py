@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "run.hooks",
     "run.validate_every",
     "run.prompt",
+    "run.recover",
     "fleet.",
 )
 # What a rank's memory follows, beside what a run keeps.

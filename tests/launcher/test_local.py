@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from colossus.events import EventLog
 from colossus.job import Job
 from colossus.launcher import local
 from colossus.launcher.protocol import Failure, RankFailed, Work, check_hooks
+from colossus.launcher.ranks import Ranks
 from colossus.parallel.ending import LostPeer
 from colossus.trainer.hooks import Hook
 from tests.cli.commands import ROOT
@@ -115,13 +117,6 @@ def test_a_bug_of_a_rank_is_no_error_of_the_machine() -> None:
     assert str(raised).startswith("rank 3 failed:\nTraceback") and "ZeroDivisionError: a bug" in str(raised)
 
 
-class Ended:
-    """A rank that has."""
-
-    def __init__(self, failure: Failure | None) -> None:
-        self.failure = failure
-
-
 def told(text: str) -> Failure:
     error = MachineError(text)
     error.told = not text
@@ -136,6 +131,7 @@ FOLLOWS = Failure.of(LostPeer("lost rank 1"), 0)
     [
         ([None, None], None),
         ([FOLLOWS, told("the disk"), told("")], "the disk; 1 other ended with it"),
+        ([Failure("MachineError", "rank 0 ended", died=True), told("the disk")], "the disk"),
         (
             [FOLLOWS, Failure("MachineError", "rank 1 ended", died=True), told("")],
             "rank 1 ended; 1 other ended with it; what is saved is whole, running again goes on",
@@ -144,8 +140,11 @@ FOLLOWS = Failure.of(LostPeer("lost rank 1"), 0)
     ],
 )
 def test_the_cause_is_told_in_one_line(ends: list[Failure | None], text: str | None) -> None:
-    failure = local._what_failed([Ended(end) for end in ends])  # type: ignore[misc]
+    ranks = Ranks(len(ends), 0)
+    ranks._ranks = [SimpleNamespace(rank=rank, failure=end) for rank, end in enumerate(ends)]  # type: ignore[misc]
+    failure = ranks.failure()
     assert (failure.text if failure else None) == text
+    assert ranks.culprit() == (1 if text is not None and text.startswith("rank 1 ended") else None)
 
 
 def test_a_follower_hands_on_what_is_new_once_and_in_order(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_why_a_rank_ended_is_raised_here(
     how: str, message: str, small_job: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """In one line, without a word of the others; see `tests/parallel/test_ending.py` for all that may be."""
-    job = two_ranks(small_job)
+    job = two_ranks(small_job, "run.recover=false")
     with pytest.raises(MachineError) as caught:
         api.train(job, [Leave(tmp_path, 6, how)])
     assert str(caught.value) == message
@@ -97,6 +97,57 @@ def test_why_a_rank_ended_is_raised_here(
     if how == "kill":
         assert api.train(job).outcome == "finished"
         assert [e["step"] for e in run_of(job).events("resume")] == [4]
+
+
+class Kill(Hook):
+    """Each of these ranks dies before its step, once or always; all note their process at each attempt."""
+
+    def __init__(self, folder: Path, dies: dict[int, int], *, always: bool = False) -> None:
+        self.folder, self.dies, self.always = folder, dies, always
+
+    def on_start(self, training: Training) -> None:
+        with (self.folder / f"rank-{training.world.rank}").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+    def before_step(self, training: Training) -> None:
+        training.saver.wait()
+        training.world.sum([0.0])  # as all ranks do: what is saved is then known
+        mark = self.folder / f"died-{training.step}"
+        if self.dies.get(training.step) == training.world.rank and (self.always or not mark.exists()):
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_goes_on_by_itself_where_a_rank_dies(small_job: Make, tmp_path: Path) -> None:
+    """The first and the other one in their turn: steps, losses and weights are those of a run in which none
+    died, and the rank that lives keeps its process."""
+    whole = api.train(small_job("whole", "layout.dp_shard=2"))
+    job = two_ranks(small_job)
+    run = api.train(job, [Kill(tmp_path, {6: 1, 10: 0})])
+    assert run.outcome == "finished" and run.loss == whole.loss
+    assert run.bits_per_byte == whole.bits_per_byte
+    faults = run.events("fault")
+    assert [(event["culprit"], event["saved_step"], event["goes_on"]) for event in faults] == [
+        (1, 4, True),
+        (0, 8, True),
+    ]
+    assert [event["attempt"] for event in faults] == [0, 1]
+    assert faults[0]["text"] == "rank 1 ended with exit code -9 (SIGKILL); 1 other ended with it"
+    assert [event["step"] for event in run.events("resume")] == [4, 8]
+    first, other = ((tmp_path / f"rank-{rank}").read_text().split() for rank in (0, 1))
+    assert first[0] == first[1] != first[2] and other[0] != other[1] == other[2]
+    assert "rank 1 ended with exit code -9" in (run.folder / "log.txt").read_text()
+
+
+def test_a_rank_that_dies_again_and_again_ends_the_run(small_job: Make, tmp_path: Path) -> None:
+    """With all that was saved."""
+    job = two_ranks(small_job)
+    with pytest.raises(
+        MachineError, match=r"^3 attempts in a row died before anything new was saved: rank 1"
+    ):
+        api.train(job, [Kill(tmp_path, {6: 1}, always=True)])
+    assert [event["goes_on"] for event in run_of(job).events("fault")] == [True, True, False]
+    assert api.train(job).outcome == "finished"
 
 
 class SlowSave(Hook):
