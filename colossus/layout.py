@@ -539,7 +539,9 @@ def _pool_violations(layout: Layout, rows: Sequence[Row]) -> list[str]:
         return ["layout.pools: share is given for some and not for others; for all, or for none"]
     total = sum(pool.replicas * (pool.share or 0) for pool in pools)
     if all(given) and total != row["global_batch"]:
-        return [f"layout.pools: take {total} sequences together; run.global_batch={row['global_batch']}"]
+        batch = row["global_batch"]
+        near = f"shares of {batch} together, or run.global_batch={total}"
+        return [f"layout.pools: take {total} sequences together; run.global_batch={batch}; {near}"]
     found = []
     for number, pool in enumerate(pools):
         owns = []

@@ -318,7 +318,9 @@ def test_shares_of_pools_make_up_the_batch(share: int, wrong: bool) -> None:
     broken = violations(
         Layout(dp_replicate=2, pools=pools), architecture(**WHOLE), global_batch=64, seq_len=64
     )
-    assert broken == ([f"layout.pools: take {32 + share} sequences together; run.global_batch=64"] * wrong)
+    near = f"shares of 64 together, or run.global_batch={32 + share}"
+    said = f"layout.pools: take {32 + share} sequences together; run.global_batch=64; {near}"
+    assert broken == [said] * wrong
 
 
 BASE = {
@@ -454,7 +456,8 @@ def test_shares_of_pools_are_the_whole_batch() -> None:
     for share, together in ((30, 62), (32, 66), (31, None)):
         layout = Layout(dp_replicate=3, pools=[Pool(replicas=2, share=share), Pool(replicas=1, share=2)])
         found = violations(layout, arch, global_batch=64, seq_len=64)
-        said = [f"layout.pools: take {together} sequences together; run.global_batch=64"]
+        near = f"shares of 64 together, or run.global_batch={together}"
+        said = [f"layout.pools: take {together} sequences together; run.global_batch=64; {near}"]
         assert found == (said if together else [])
     some = Layout(dp_replicate=2, pools=[Pool(replicas=1, share=60), Pool(replicas=1)])
     assert "for all, or for none" in said_of(some)

@@ -9,6 +9,7 @@ from colossus.dryrun.work import stream_of
 from colossus.planner.plan import size_words
 from colossus.words import count, duration, memory, plural, span
 
+NO_LAYER = "the model itself, as its loss"
 MODULES = 8  # owners of memory that are named
 SHOWN = 0.005  # of the most that lives: uses that take less are left out
 NAMES = {
@@ -106,9 +107,9 @@ def _memory(judged: Judged) -> list[str]:
         if size > SHOWN * peak.num_bytes:
             lines.append(f"{memory(size):>11}  {NAMES.get(what, what)}")
     lines.append("its largest owners (a path with * is of all such layers together):")
-    owned = [(use, size) for use, size in peak.largest() if size > SHOWN * peak.num_bytes and use.owner]
+    owned = [(use, size) for use, size in peak.largest() if size > SHOWN * peak.num_bytes]
     for use, size in owned[:MODULES]:
-        lines.append(f"{memory(size):>11}  {use.owner}: {NAMES.get(use.what, use.what)}")
+        lines.append(f"{memory(size):>11}  {use.owner or NO_LAYER}: {NAMES.get(use.what, use.what)}")
     return lines
 
 

@@ -57,14 +57,15 @@ def _launch_ranks(job: Job, folder: Path, hooks: Sequence[Hook]) -> None:
             before = len(run.events("step"))
             ranks.attempt(work, signals)
             failure = ranks.failure()
-            wanted = job.run.recover and signals.asked is None and run.outcome == "unfinished"
-            if failure is None or not wanted:
+            if failure is None or run.outcome != "unfinished":
                 break
             faults.append(_fault(ranks, failure, run, before))
             decision = decide(faults)
+            if signals.asked is not None or not job.run.recover:
+                decision = Decision(False, "it was stopped" if signals.asked else "run.recover=false")
             _journal(folder, faults[-1], decision)
             if not decision.goes_on:
-                if len(faults) > 1:
+                if len(faults) > 1 and signals.asked is None:
                     failure = dataclasses.replace(failure, text=f"{decision.why}: {failure.text}")
                 break
             if job.fleet.device == "cpu":

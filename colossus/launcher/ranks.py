@@ -19,7 +19,8 @@ from colossus.launcher.signals import Signals
 
 HERE = "127.0.0.1"
 LOOK_SECONDS = 0.2  # between two looks at the ranks
-FOLLOW_SECONDS = 60.0  # that the other ranks have to end, when one has failed
+FOLLOW_SECONDS = 60.0  # that the other ranks have to end, when one has failed: together they may still save
+LOST_SECONDS = 20.0  # the same where one has died, and they can save nothing new
 END_SECONDS = 5.0  # that one has which only waits
 LEAVE_SECONDS = 60.0  # that a rank may take for what its libraries do at its end
 
@@ -98,6 +99,8 @@ class Rank:
         # Where this process finds modules, so does the rank; -P: and nowhere else.
         path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
         variables = places | {name: str(number) for name, number in numbers.items()} | {"PYTHONPATH": path}
+        # PyTorch's warnings of who is waited for, which our own words name.
+        variables["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
         self.pipe, theirs = Pipe()
         try:
             self.process = subprocess.Popen(
@@ -164,7 +167,8 @@ def _wait(ranks: Sequence[Rank], signals: Signals) -> None:
                 each.send(told)
         if all(each.answered for each in ranks):
             end = min(end, time.monotonic() + LEAVE_SECONDS)
-        elif any(each.failure is not None for each in ranks):
-            end = min(end, time.monotonic() + FOLLOW_SECONDS)
+        elif failures := [each.failure for each in ranks if each.failure is not None]:
+            died = any(failure.died for failure in failures)
+            end = min(end, time.monotonic() + (LOST_SECONDS if died else FOLLOW_SECONDS))
         if signals.insisted or time.monotonic() > end:
             return

@@ -33,7 +33,7 @@ def decide(faults: Sequence[Fault]) -> Decision:
     last = faults[-1]
     if last.culprit is None:
         return Decision(False, "what failed would fail again")
-    if not last.num_steps:
+    if not any(fault.num_steps for fault in faults):
         return Decision(False, "it died before a step was taken")
     in_vain = list(takewhile(lambda fault: fault.saved_step == last.saved_step, reversed(faults)))
     if len(in_vain) >= IN_VAIN:

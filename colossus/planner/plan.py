@@ -356,6 +356,10 @@ def laid_out(job: Job, machine: Machine | None = None) -> Job:
 def _batch(job: Job, seq_len: int, hardware: Hardware, assumptions: list[str]) -> int:
     """Sequences of a step: what the job says, else the critical batch of the run's length."""
     run = job.run
+    shared = sum(pool.replicas * (pool.share or 0) for pool in job.layout.pools or ())
+    if run.global_batch is None and run.batch_schedule is None and shared:
+        assumptions.append(f"run.global_batch={shared:,}: what layout.pools take together")
+        return shared
     if run.global_batch is None and run.batch_schedule is not None:
         batch = max(sequences for _, sequences in run.batch_schedule)
         assumptions.append(f"run.batch_schedule: every step has {batch:,} sequences, as its largest")

@@ -300,6 +300,13 @@ def test_no_rank_of_a_pool_computes_more_at_once_than_its_share(shares, own, mic
     assert any("equal shares" in words for words in plan.assumptions)
 
 
+def test_shares_of_pools_say_the_batch():
+    pools = "layout.pools=[{replicas=1, share=40}, {replicas=1, share=8}]"
+    words = [word for word in POOLS if not word.startswith("run.global_batch")]
+    plan = colossus.plan(load_job(None, [*words, pools]))
+    assert plan.global_batch == 48 and plan.best.row["micro_batch"] == 1
+
+
 def test_a_micro_batch_that_a_pool_has_no_sequences_for_is_refused():
     pools = "layout.pools=[{replicas=1, share=56}, {replicas=1, share=8}]"
     with pytest.raises(

@@ -95,6 +95,8 @@ def test_why_a_rank_ended_is_raised_here(
     assert str(caught.value) == message
     assert "Traceback" not in capfd.readouterr().err
     if how == "kill":
+        (fault,) = run_of(job).events("fault")
+        assert (fault["culprit"], fault["goes_on"], fault["why"]) == (1, False, "run.recover=false")
         assert api.train(job).outcome == "finished"
         assert [e["step"] for e in run_of(job).events("resume")] == [4]
 
