@@ -6,7 +6,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -171,40 +171,30 @@ class Tracer(TorchDispatchMode):
         """In their order."""
         return [work for _, work in self.done if isinstance(work, Message)]
 
-    @contextmanager
-    def within(self, at: Pass) -> Iterator[None]:
+    def within(self, at: Pass) -> AbstractContextManager[None]:
         """What is done within is of this pass."""
-        before, self.at = self.at, at
-        try:
-            yield
-        finally:
-            self.at = before
+        return self._while("at", at)
 
-    @contextmanager
-    def during(self, phase: str) -> Iterator[None]:
-        before, self.outside = self.outside, phase
-        try:
-            yield
-        finally:
-            self.outside = before
+    def during(self, phase: str) -> AbstractContextManager[None]:
+        """What is done within is of this phase, but for backward passes."""
+        return self._while("outside", phase)
 
-    @contextmanager
-    def of(self, what: str) -> Iterator[None]:
+    def of(self, what: str) -> AbstractContextManager[None]:
         """What is allocated within is for this."""
-        before, self.what = self.what, what
-        try:
-            yield
-        finally:
-            self.what = before
+        return self._while("what", what)
+
+    def owned(self, owner: str) -> AbstractContextManager[None]:
+        """What is allocated within is this module's."""
+        return self._while("owner", owner)
 
     @contextmanager
-    def owned(self, owner: str) -> Iterator[None]:
-        """What is allocated within is this module's."""
-        before, self.owner = self.owner, owner
+    def _while(self, name: str, value: Any) -> Iterator[None]:
+        before = getattr(self, name)
+        setattr(self, name, value)
         try:
             yield
         finally:
-            self.owner = before
+            setattr(self, name, before)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
